@@ -1,0 +1,805 @@
+"""A small LLaMA with its data, training recipe, evaluation, checkpoints and text generation.
+
+    python model.py                            # pre-train the dense base model into out/base.pt
+    python model.py --smoke                    # every line of it in a few seconds
+    python model.py eval out/base.pt           # loss on the whole validation split
+    python model.py sample out/base.pt --prompt "def main("
+
+The idea:
+  1. Text becomes tokens by a byte-pair encoding that is trained in seconds on the text itself.
+  2. A LLaMA (RMSNorm, rotary positions, grouped-query attention, SwiGLU) predicts the next token.
+  3. Every method starts here: quest.py trains such a model with low-bit linears, the others take
+     out/base.pt and compress it.
+
+Papers: Llama 2 (arXiv 2307.09288); the training recipe and the presets are QuEST's (2502.05003).
+Not here: dropout, biases, a key/value cache.
+
+Shapes: B sequences, T tokens each, C = n_embd, nh = n_head, nkv = n_kv_head, hs = head size.
+"""
+import argparse
+import collections
+import dataclasses
+import hashlib
+import heapq
+import json
+import math
+import os
+import pathlib
+import platform
+import signal
+import sys
+import sysconfig
+import time
+import urllib.request
+import zipfile
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from quantizers import QuantLinear, bits_per_weight
+
+class UsageError(ValueError):
+    """A mistake of the user's. The message is one line: the value, the limit and the fix."""
+
+def say(text):
+    print(text, flush=True)
+
+def progress(items, label):
+    """Yield the items; every 10 s say how far it is and how long it will take."""
+    start = last = time.time()
+    for i, item in enumerate(items, 1):
+        yield item
+        if time.time() - last > 10:
+            last = time.time()
+            say(f"{label} {i}/{len(items)} | eta {(last - start) / i * (len(items) - i):.0f}s")
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+@dataclasses.dataclass
+class LlamaConfig:
+    vocab_size: int = 1024
+    n_layer: int = 3
+    n_embd: int = 256
+    n_head: int = 4
+    n_kv_head: int = 4
+    n_hidden: int = 768          # width inside the SwiGLU
+    seq_len: int = 128           # longest window it is trained on
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tied: bool = False           # the head shares the embedding's weights
+
+Preset = collections.namedtuple(
+    "Preset", "n_layer n_embd n_head n_hidden  lr  steps  batch_size accumulate seq_len")
+PRESETS = {  # 30M to 800M: QuEST's shapes, peak learning rates and steps of 512 x 512 tokens
+    "tiny": Preset(3, 256, 4, 768, 4e-3, 700, 16, 1, 128),
+    "30M": Preset(6, 640, 5, 1792, 1.2e-3, 11444, 512, 8, 512),
+    "50M": Preset(7, 768, 6, 2048, 1.2e-3, 19073, 512, 8, 512),
+    "100M": Preset(8, 1024, 8, 2816, 6e-4, 38146, 512, 16, 512),
+    "200M": Preset(10, 1280, 10, 3584, 3e-4, 76293, 512, 16, 512),
+    "430M": Preset(13, 1664, 13, 4608, 1.5e-4, 164031, 512, 32, 512),
+    "800M": Preset(16, 2048, 16, 5632, 7.5e-5, 305175, 512, 32, 512),
+    "7B": Preset(32, 4096, 32, 11008, 3e-5, 1000, 8, 8, 1024),  # Llama 2 7B
+}
+SMOKE = {"steps": 12, "batch_size": 4, "accumulate": 2, "seq_len": 64}
+
+class RMSNorm(nn.Module):
+    def __init__(self, n, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n))
+        self.eps = eps
+
+    def forward(self, x):
+        h = x.float()                                                      # statistics in float32
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return (h * self.weight).to(x.dtype)
+
+class Linear(nn.Linear):
+    """No bias. The float32 master weight is cast to the dtype of its input: bfloat16 compute."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+def apply_linears(x, *linears):
+    """[linear(x) for each]. A class with `fused` does once what they share (QuEST: x's codes)."""
+    fused = getattr(type(linears[0]), "fused", None)
+    return fused(x, linears) if fused else [linear(x) for linear in linears]
+
+def rope_tables(seq_len, head_size, theta, device):
+    """cos and sin, float32 (T, hs), in Hugging Face's half-split order: hs/2 frequencies, twice."""
+    freq = theta ** -(torch.arange(0, head_size, 2, device=device).float() / head_size)
+    angle = torch.outer(torch.arange(seq_len, device=device).float(), freq).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+def apply_rope(x, cos, sin):
+    """Rotate the pairs (i, i + hs/2) of x (B, heads, T, hs) by their position's angle."""
+    a, b = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_size = c.n_embd // c.n_head
+        self.wq = Linear(c.n_embd, c.n_head * self.head_size)
+        self.wk = Linear(c.n_embd, c.n_kv_head * self.head_size)
+        self.wv = Linear(c.n_embd, c.n_kv_head * self.head_size)
+        self.wo = Linear(c.n_head * self.head_size, c.n_embd)
+
+    def forward(self, x, cos, sin):
+        B, T, _ = x.shape
+        q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2)        # (B, nh or nkv, T, hs)
+                   for y in apply_linears(x, self.wq, self.wk, self.wv))
+        y = F.scaled_dot_product_attention(
+            apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, is_causal=True,
+            enable_gqa=q.size(1) != k.size(1))                             # (B, nh, T, hs)
+        return self.wo(y.transpose(1, 2).reshape(B, T, -1))                # (B, T, C)
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.w_gate = Linear(c.n_embd, c.n_hidden)
+        self.w_up = Linear(c.n_embd, c.n_hidden)
+        self.w_down = Linear(c.n_hidden, c.n_embd)
+
+    def forward(self, x):
+        gate, up = apply_linears(x, self.w_gate, self.w_up)                # (B, T, n_hidden)
+        return self.w_down(F.silu(gate) * up)                              # (B, T, C)
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(c.n_embd, c.norm_eps), Attention(c)
+        self.mlp_norm, self.mlp = RMSNorm(c.n_embd, c.norm_eps), MLP(c)
+
+    def forward(self, x, cos, sin):
+        x = x + self.attn(self.attn_norm(x), cos, sin)
+        return x + self.mlp(self.mlp_norm(x))
+
+class LLaMA(nn.Module):
+    """Decoder-only transformer. `dtype` is that of the activations; the weights stay float32."""
+
+    def __init__(self, config, dtype=torch.float32):
+        super().__init__()
+        c, self.config, self.dtype = config, config, dtype
+        if c.n_embd % c.n_head or c.n_head % c.n_kv_head:
+            raise UsageError(f"width {c.n_embd}, heads {c.n_head} and key/value heads {c.n_kv_head}"
+                             " must divide one another")
+        self.embed = nn.Embedding(c.vocab_size, c.n_embd)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.norm = RMSNorm(c.n_embd, c.norm_eps)
+        self.head = Linear(c.n_embd, c.vocab_size)
+        if c.tied:
+            self.head.weight = self.embed.weight
+        for name, p in self.named_parameters():
+            if p.dim() == 2:                           # 2L residual branches add up: shrink each
+                residual = name.endswith(("wo.weight", "w_down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if residual else 0.02)
+
+    def forward(self, idx, targets=None):
+        """Ids (B, T) -> logits (B, T, vocab) and the mean loss in nats (None without targets)."""
+        c = self.config
+        cos, sin = rope_tables(idx.size(1), c.n_embd // c.n_head, c.rope_theta, idx.device)
+        x = self.embed(idx).to(self.dtype)                                 # (B, T, C)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        logits = self.head(self.norm(x))                                   # (B, T, vocab)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def linears(self):
+        """(name, module) of the linears inside the blocks: all that any method quantizes."""
+        return [(n, m) for n, m in self.named_modules()
+                if n.startswith("blocks.") and n.rsplit(".", 1)[-1].startswith("w")]
+
+    def replace_linears(self, make):
+        """Put make(name, linear) in the place of every linear of the blocks."""
+        for name, linear in self.linears():
+            self.set_submodule(name, make(name, linear))
+        return self
+
+    @torch.no_grad()
+    def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):
+        """Append n sampled tokens to idx (B, T); temperature 0 takes the most likely one."""
+        for _ in range(n):
+            logits = self(idx[:, -self.config.seq_len:])[0][:, -1].float()         # (B, vocab)
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)                            # (B, 1)
+            else:
+                if top_k:
+                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                p = (logits / temperature).softmax(-1)
+                token = torch.multinomial(p, 1, generator=generator)
+            idx = torch.cat((idx, token), dim=1)
+        return idx
+
+# ---------------------------------------------------------------------------------------------
+# Tokenizer. PATTERN cuts text into words with their space, short numbers, signs and white space.
+PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\w\s]|_)+|\s*[\r\n]+|\s+(?!\S)|\s+"
+END = "<|endoftext|>"            # stands after every document
+
+def train_bpe(docs, vocab_size):
+    """Byte-pair encoding: merge the most frequent pair of neighbours until vocab_size - 1 tokens.
+
+    docs: strings -> token bytes in order of rank, the 256 bytes first. END takes the last id.
+    """
+    import regex                                       # comes with tiktoken
+    words = collections.Counter(w for doc in docs for w in regex.findall(PATTERN, doc))
+    counts, words = list(words.values()), [list(w.encode()) for w in words]
+    pairs, where = collections.Counter(), collections.defaultdict(set)
+
+    def count(i, sign):
+        for pair in zip(words[i], words[i][1:]):
+            pairs[pair] += sign * counts[i]
+            where[pair].add(i)                         # may be out of date, never incomplete
+
+    for i in range(len(words)):
+        count(i, 1)
+    heap = [(-n, pair) for pair, n in pairs.items()]
+    heapq.heapify(heap)
+    tokens = [bytes([i]) for i in range(256)]
+    while len(tokens) < vocab_size - 1 and heap:
+        n, pair = heapq.heappop(heap)
+        if -n != pairs[pair]:                          # an old count: try again with today's
+            if pairs[pair]:
+                heapq.heappush(heap, (-pairs[pair], pair))
+            continue
+        touched = list(where.pop(pair))
+        for i in touched:
+            count(i, -1)
+            word, j = [], 0
+            while j < len(words[i]):
+                merge = tuple(words[i][j:j + 2]) == pair
+                word.append(len(tokens) if merge else words[i][j])
+                j += 1 + merge
+            words[i] = word
+            count(i, 1)
+        for new in {p for i in touched for p in zip(words[i], words[i][1:]) if len(tokens) in p}:
+            heapq.heappush(heap, (-pairs[new], new))
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+    return tokens
+
+def make_tokenizer(spec):
+    """tiktoken.Encoding of a spec: a name that tiktoken knows, or a list of latin-1 strings."""
+    if isinstance(spec, list):
+        ranks = {t.encode("latin-1"): i for i, t in enumerate(spec)}
+        return tiktoken.Encoding("nanobit", pat_str=PATTERN, mergeable_ranks=ranks,
+                                 special_tokens={END: len(ranks)})
+    try:
+        return tiktoken.get_encoding(spec)
+    except ValueError:
+        raise UsageError(f"--vocab {spec} is neither a size nor one of tiktoken's encodings: "
+                         + " ".join(tiktoken.list_encoding_names())) from None
+    except OSError as e:                               # requests raises OSErrors
+        raise UsageError(f"--vocab {spec}: tiktoken could not fetch it ({type(e).__name__}); "
+                         "try a size such as --vocab 1024") from None
+
+# ---------------------------------------------------------------------------------------------
+# Data
+
+@dataclasses.dataclass
+class Data:
+    """Token ids of the splits. Choose settings by `dev`; `val` is only for what is reported."""
+    train: np.ndarray
+    dev: np.ndarray
+    val: np.ndarray
+    spec: object                 # makes the tokenizer, see make_tokenizer
+    digest: str                  # sha256 of all documents in order
+    name: str
+
+    def __post_init__(self):
+        self.tokenizer = make_tokenizer(self.spec)
+
+def load_data(source=None, vocab="1024", seq_len=128, spec=None, limit=None):
+    """Read, split and tokenize text. The tokens are cached by content and settings.
+
+    source: None (Python's own library), a text file, a folder (every .txt .md .py below it) or an
+    http(s) address. vocab: the size of a BPE to train or a tiktoken name; spec: a checkpoint's
+    tokenizer, instead. limit: so many files at most. Raises UsageError.
+    """
+    docs, name = read_documents(source, limit)
+    digest = hashlib.sha256("\0".join(docs).encode()).hexdigest()
+    if len(docs) < 40:                                 # few files: by position, else by file
+        text, docs = END.join(docs), [""] * 40
+        a, b = int(len(text) * 0.90), int(len(text) * 0.95)
+        docs[0], docs[19], docs[39] = text[:a], text[a:b], text[b:]
+    parts = {"train": [d for i, d in enumerate(docs) if i % 20 != 19],
+             "dev": docs[19::40], "val": docs[39::40]}
+    key = hashlib.sha256(json.dumps([digest, vocab, spec, PATTERN]).encode()).hexdigest()[:24]
+    cache = cache_dir() / f"{key}.npz"
+    if cache.exists():
+        with np.load(cache) as f:
+            arrays, spec = {part: f[part] for part in parts}, json.loads(str(f["spec"]))
+    else:
+        arrays, spec = tokenize(parts, vocab, spec)
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            temporary = cache.with_suffix(f".{os.getpid()}.npz")
+            np.savez(temporary, **arrays, spec=json.dumps(spec))
+            temporary.replace(cache)
+        except OSError as e:
+            say(f"data: not cached in {cache.parent} ({e.strerror}); XDG_CACHE_HOME moves it")
+    for part, ids in arrays.items():
+        if len(ids) < seq_len + 1:
+            raise UsageError(f"--data {name} is too short: its {part} part has {len(ids)} tokens, "
+                             f"one window needs {seq_len + 1}; give more text or a lower --seq-len")
+    return Data(**arrays, spec=spec, digest=digest, name=name)
+
+def cache_dir():
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(home) / "nanobit"
+
+def tokenize(parts, vocab, spec=None):
+    """{part: documents} -> ({part: ids}, tokenizer spec); END follows every document."""
+    if spec is None and vocab.lstrip("-").isdigit():
+        if int(vocab) < 257:
+            raise UsageError(f"--vocab {vocab} is too small: the 256 bytes and {END} need 257")
+        start, size = time.time(), sum(map(len, parts["train"]))
+        tokens = train_bpe(parts["train"][::1 + size // 16_000_000], int(vocab))
+        say(f"data: trained a tokenizer of {len(tokens) + 1} tokens in {time.time() - start:.1f} s")
+        spec = [t.decode("latin-1") for t in tokens]
+    enc = make_tokenizer(spec or vocab)
+    ids = {part: [np.zeros(0, np.uint16 if enc.n_vocab <= 2**16 else np.uint32)] for part in parts}
+    chunks = [(part, docs[i:i + 64]) for part, docs in parts.items() for i in range(0, len(docs), 64)]
+    for part, docs in progress(chunks, "data: tokenizing"):
+        for doc in enc.encode_ordinary_batch([d for d in docs if d], num_threads=os.cpu_count()):
+            ids[part].append(np.array(doc + [enc.eot_token], ids[part][0].dtype))
+    return {part: np.concatenate(a) for part, a in ids.items()}, spec or vocab
+
+def read_documents(source, limit=None):
+    """Texts in the sorted order of their paths, and the source's name."""
+    name, root = source, pathlib.Path(source or sysconfig.get_path("stdlib"))
+    if source is None:
+        name = f"Python {platform.python_version()}'s library"
+    elif source.startswith(("http://", "https://")):
+        root = download(source)
+    if not root.exists():
+        raise UsageError(f"--data {name}: no such file or folder")
+    files, other, docs = [root], [], []
+    if root.is_dir():
+        out = set() if source else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+        files = sorted(p for p in root.rglob("*") if p.suffix in (".txt", ".md", ".py")
+                       and p.is_file() and not out & set(p.relative_to(root).parts[:-1]))[:limit]
+    for path in files:
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError as e:
+            text = f"\0not UTF-8 at byte {e.start}"
+        except OSError as e:
+            raise UsageError(f"--data {path}: {e.strerror}") from None
+        (other if "\0" in text else docs).append(text)
+    if other and not docs:
+        reason = other[0][1:] if other[0].startswith("\0not") else "binary: it has zero bytes"
+        raise UsageError(f"--data {name} is not UTF-8 text ({reason}); convert it first")
+    if other:
+        say(f"data: left out {len(other)} of {len(files)} files, which are not UTF-8 text")
+    if not any(docs):
+        raise UsageError(f"--data {name} is empty: no text in {len(files)} .txt, .md or .py files")
+    return [d for d in docs if d], name
+
+def download(url):
+    """Fetch once into the cache, under a temporary name that is renamed when it is complete."""
+    path = cache_dir() / (hashlib.sha256(url.encode()).hexdigest()[:24] + ".txt")
+    if not path.exists():
+        say(f"data: downloading {url}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            with urllib.request.urlopen(url, timeout=30) as r:
+                temporary.write_bytes(r.read())
+            temporary.replace(path)
+        except (OSError, ValueError) as e:             # no network, a time-out, a full disk
+            raise UsageError(f"--data {url}: {getattr(e, 'reason', e)}") from None
+    return path
+
+def batch(tokens, step, batch_size, seq_len, seed, device):
+    """Windows at random places: inputs and targets (B, T). They depend on (seed, step) alone, so
+    that a resumed run goes on with the same data."""
+    starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - seq_len, batch_size)
+    x = torch.from_numpy(np.stack([tokens[i:i + seq_len + 1] for i in starts]).astype(np.int64))
+    return x[:, :-1].to(device), x[:, 1:].to(device)
+
+@torch.no_grad()
+def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=32):
+    """Mean loss over non-overlapping windows; every token but the first is scored once.
+
+    tokens: ids (n,) -> {"loss": nats per token, "ppl": its exponential} and, with a tokenizer,
+    "bits_per_byte" of the text, the only one of the three to compare across tokenizers.
+    """
+    device, n = next(model.parameters()).device, len(tokens) - 1
+    ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
+    full, total = n // seq_len, 0.0
+    windows = [(i * seq_len, min(batch_size, full - i), seq_len) for i in range(0, full, batch_size)]
+    if n % seq_len:
+        windows.append((full * seq_len, 1, n % seq_len))                   # the short last one
+    for i, b, t in progress(windows, "evaluating"):
+        x, y = (ids[j:j + b * t].view(b, t).to(device) for j in (i, i + 1))
+        total += model(x, y)[1].double() * (b * t)
+    loss = float(total) / n
+    scores = {"loss": loss, "ppl": math.exp(min(loss, 700))}
+    if tokenizer:
+        text = tokenizer.decode_bytes([t for t in tokens[1:].tolist() if t != tokenizer.eot_token])
+        scores["bits_per_byte"] = float(total) / math.log(2) / len(text)
+    return scores
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints: tensors and plain values only
+
+def save_checkpoint(path, model, **content):
+    """Write {format, config, linears, model, **content} to a temporary name, then rename it."""
+    linears = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    content = {"format": "nanobit-1", "config": dataclasses.asdict(model.config),
+               "linears": linears, "model": model.state_dict(), **content}
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:               # torch turns a short write into the latter
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise UsageError(f"cannot write {path}: {reason}; free space or choose another --out") from e
+
+def read_checkpoint(path, device="cpu"):
+    """The content that save_checkpoint wrote. Raises UsageError for anything else."""
+    if not os.path.isfile(path):
+        raise UsageError(f"{path}: " + ("a folder, not a checkpoint" if os.path.isdir(path)
+                                        else "no such checkpoint"))
+    try:
+        with zipfile.ZipFile(path) as z:               # torch.load itself verifies no checksum
+            damaged = z.testzip()
+        content = None if damaged else torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:      # a damaged or foreign file may fail in any way: refused in all
+        raise UsageError(f"{path} is damaged or not a checkpoint ({type(e).__name__})") from None
+    if damaged:
+        raise UsageError(f"{path} is damaged: the checksum of {damaged} is wrong")
+    if not isinstance(content, dict) or content.get("format") != "nanobit-1":
+        raise UsageError(f"{path} was not written by this project")
+    return content
+
+def load_checkpoint(path, device="cpu", dtype=torch.float32):
+    """(model, content) of a dense or packed checkpoint. Raises UsageError."""
+    content = read_checkpoint(path, device)
+    if "tokenizer" not in content:
+        raise UsageError(f"{path} is a training state for --resume; use the .pt file beside it")
+    model = LLaMA(LlamaConfig(**content["config"]), dtype).to(device)
+    for name, spec in content["linears"].items():
+        model.set_submodule(name, QuantLinear(spec, {
+            k.rsplit(".", 1)[1]: v for k, v in content["model"].items() if k.startswith(name + ".")}))
+    load_weights(model, content["model"], path)
+    return model.eval(), content
+
+def load_weights(model, state, path):
+    """load_state_dict, naming in one line the first tensor that does not fit."""
+    own = model.state_dict()
+    for name in sorted(own.keys() | state.keys()):
+        here, there = (tuple(s[name].shape) if name in s else "missing" for s in (own, state))
+        if here != there:
+            raise UsageError(f"{path} does not fit: {name} is {there} there and {here} here; "
+                             "use the --size and the method that wrote it")
+    model.load_state_dict(state)
+
+# ---------------------------------------------------------------------------------------------
+# Training: one recipe for the dense model and for QuEST
+
+def learning_rate(step, steps, peak):
+    """Cosine up from peak/100 over the first tenth of the steps, then cosine down to peak/10."""
+    warm = max(1, round(0.1 * steps))
+    if step < warm:
+        low, t = peak / 100, 1 - step / warm
+    else:
+        low, t = peak / 10, (step - warm) / max(1, steps - 1 - warm)
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * t))
+
+def make_optimizer(model, lr):
+    """AdamW; weight decay for what the blocks' linears own, not for embedding, head and norms."""
+    decay = {id(p) for _, m in model.linears() for p in m.parameters()}
+    groups = [{"params": [p for p in model.parameters() if (id(p) in decay) == d],
+               "weight_decay": 0.1 * d} for d in (True, False)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+def train(model, data, args, path, status=lambda: ""):
+    """Train in place up to args.steps. The state goes to `path` every minute, at each look at the
+    dev split, on Ctrl-C and at the end; --resume goes on from it, on a CPU bit for bit.
+
+    status() gives the method's own number for the progress line. Returns {"seconds", "tokens",
+    "losses": one float a step}. A loss that is not finite raises UsageError and saves nothing.
+    """
+    optimizer, losses, before = make_optimizer(model, args.lr), [], 0.0
+    if args.resume:
+        losses, before = resume(model, optimizer, args, data, path)
+    forward = torch.compile(model) if args.compile else model
+    start = last_line = last_save = time.time()
+    pending, line_step, stop = [], len(losses), []     # pending: losses still on the device
+    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(1))      # finish the step first
+    for done in range(len(losses) + 1, args.steps + 1):
+        loss, gnorm = train_step(forward, optimizer, data, args, done - 1)
+        pending.append(loss + 0 * gnorm)               # NaN if the gradient is not finite
+        look = args.eval_every and done % args.eval_every == 0
+        save = look or stop or done == args.steps or time.time() - last_save > 60
+        if save or done == 1 or time.time() - last_line > 10:
+            losses += check_finite(torch.stack(pending).tolist(), len(losses), path)
+            pending, ms = [], (time.time() - last_line) / (done - line_step) * 1e3
+            speed, eta = args.batch_size * args.seq_len / ms, (args.steps - done) * ms / 1e3
+            say(f"step {done:>4}/{args.steps} | loss {losses[-1]:.4f} | "
+                f"lr {optimizer.param_groups[0]['lr']:.1e} | gnorm {gnorm:.2f} |{status()} "
+                f"{ms:.0f} ms | {speed:.1f}k tok/s | eta {eta:.0f}s")
+            last_line, line_step = time.time(), done
+        if look:
+            part = data.dev[: 64 * args.seq_len + 1]
+            dev = evaluate(model, part, args.seq_len)["loss"]
+            say(f"step {done:>4}/{args.steps} | dev loss {dev:.4f} nats/token, {len(part) - 1} tokens")
+        if save:
+            save_checkpoint(path, model, settings=settings(args), data=data.digest, losses=losses,
+                            optimizer=optimizer.state_dict(), seconds=before + time.time() - start)
+            last_line = last_save = time.time()
+        if stop:
+            say(f"interrupted: {path} holds step {done}; go on with the same command and --resume")
+            raise SystemExit(130)
+    signal.signal(signal.SIGINT, handler)
+    return {"seconds": before + time.time() - start, "losses": losses,
+            "tokens": args.steps * args.batch_size * args.seq_len}
+
+def train_step(forward, optimizer, data, args, step):
+    """One optimizer step over args.batch_size windows -> its loss and its gradient's norm."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args.steps, args.lr)
+    x, y = batch(data.train, step, args.batch_size, args.seq_len, args.seed, args.device)
+    total = 0.0
+    for xs, ys in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
+        loss = forward(xs, ys)[1] / args.accumulate
+        loss.backward()
+        total = total + loss.detach()
+    gnorm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, gnorm
+
+def check_finite(losses, first, path):
+    for i, loss in enumerate(losses, first + 1):
+        if not math.isfinite(loss):
+            kept = f"{path} keeps the last good state" if os.path.exists(path) else "nothing saved"
+            raise UsageError(f"the loss or its gradient is not finite at step {i}; {kept}; "
+                             "try a lower --lr")
+    return losses
+
+def resume(model, optimizer, args, data, path):
+    """Load model and optimizer from `path` -> (losses so far, seconds so far)."""
+    content = read_checkpoint(path, args.device)
+    if "optimizer" not in content:
+        raise UsageError(f"{path} holds no training state to resume")
+    old = content["settings"]
+    for name, value in settings(args).items():
+        if value != old.get(name) and name not in ("eval_every", "compile"):
+            raise UsageError(f"--{name.replace('_', '-')} is {value} here and {old.get(name)} in "
+                             f"{path}; give the same settings, or leave --resume out")
+    if content["data"] != data.digest:
+        raise UsageError(f"--data {data.name} is not the text that {path} was trained on")
+    load_weights(model, content["model"], path)
+    optimizer.load_state_dict(content["optimizer"])
+    say(f"resumed {path} at step {len(content['losses'])}/{args.steps}")
+    return content["losses"], content["seconds"]
+
+# ---------------------------------------------------------------------------------------------
+# Command line, shared by all scripts
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                          # one line, without argparse's usage
+        raise UsageError(message)
+
+def number(kind, low, high=math.inf):
+    """argparse type: an int or a float from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            limit = f"from {low} to {high}" if high < math.inf else f">= {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not {kind.__name__} {limit}")
+        return value
+    return parse
+
+def add_flags(p, trains=True):
+    """The flags that mean the same in every script. Where the default is None, `resolve` sets it."""
+    add = p.add_argument
+    add("--data", help="text file, folder of .txt .md .py, or http(s) address "
+                       "(default: the sources of Python's library)")
+    add("--seq-len", type=number(int, 2), help="tokens a window (default: from --size)")
+    add("--batch-size", type=number(int, 1), help="windows a step (default: from --size)")
+    add("--seed", type=number(int, 0), default=0, help="weights, data order, sampling (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of activations; weights stay float32 (default: bfloat16 on cuda, else float32)")
+    if not trains:
+        return p.set_defaults(vocab="1024", smoke=False)
+    add("--model", help="dense checkpoint to start from (default: random weights)")
+    add("--size", choices=tuple(PRESETS), default="tiny", help="preset (default: tiny)")
+    add("--tied", action="store_true", help="one matrix for embedding and head")
+    add("--vocab", default="1024", help="size of a BPE, or a tiktoken name (default: 1024)")
+    add("--steps", type=number(int, 1), help="optimizer steps (default: from --size)")
+    add("--lr", type=number(float, 1e-9, 10), help="peak learning rate (default: from --size)")
+    add("--accumulate", type=number(int, 1), help="micro-batches a step (default: from --size)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    add("--eval-every", type=number(int, 0), default=100,
+        help="steps between looks at the dev split; 0: never (default: 100)")
+    add("--out", default="out", help="folder of checkpoints and results.jsonl (default: out)")
+    add("--resume", action="store_true", help="go on from the state saved in --out")
+    add("--smoke", action="store_true", help="a few steps on little text, to see that all works")
+
+def resolve(args):
+    """Fill in defaults, check what argparse cannot, choose device and dtype, seed torch."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        raise UsageError(f"--device {args.device} is not available here "
+                         f"({str(e).splitlines()[0]}); try --device cpu") from None
+    cuda = args.device.startswith("cuda")
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high" if cuda else "highest")
+    if "size" not in args:
+        return args
+    preset = PRESETS[args.size]._asdict() | (SMOKE if args.smoke else {})
+    for name in ("steps", "batch_size", "accumulate", "seq_len", "lr"):
+        if getattr(args, name) is None:
+            setattr(args, name, preset[name])
+    if args.batch_size % args.accumulate:
+        raise UsageError(f"--batch-size {args.batch_size} is not a multiple of "
+                         f"--accumulate {args.accumulate}")
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        open(os.path.join(args.out, "results.jsonl"), "a").close()
+    except OSError as e:
+        raise UsageError(f"--out {args.out} cannot be written: {e.strerror}") from None
+    return args
+
+def settings(args):
+    """What a checkpoint keeps of the command line: plain values."""
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "out")}
+
+def load_training_data(args, content=None):
+    """The Data of --data and --vocab, or, unless --data is given, of a checkpoint's content."""
+    old = content["settings"] if content else {}
+    data = load_data(args.data or old.get("data"), old.get("vocab") or args.vocab, args.seq_len,
+                     spec=content and content["tokenizer"],
+                     limit=60 if (old.get("smoke") and not args.data) or args.smoke else None)
+    if content and data.digest != content["data"]:
+        say(f"note: {data.name} is not the text that this checkpoint was trained on")
+    return data
+
+def load_base(args):
+    """(model, content, data) of the dense --model, else of OUT/base.pt: trained first if missing."""
+    path = args.model or os.path.join(args.out, "base.pt")
+    if not args.model and not os.path.exists(path):
+        say(f"there is no {path} yet: training it first, as `python model.py` does")
+        flags = {n: getattr(args, n) for n in ("data", "vocab", "size", "device", "dtype", "out")}
+        pretrain([f"--{n}={v}" for n, v in flags.items() if v] + ["--smoke"] * args.smoke)
+    model, content = load_checkpoint(path, args.device, getattr(torch, args.dtype))
+    args.seq_len = args.seq_len or model.config.seq_len
+    return model, content, load_training_data(args, content)
+
+def new_model(args, data):
+    """The LLaMA of --size with random weights, or --model, on the device and in training mode."""
+    if not args.model:
+        p = PRESETS[args.size]
+        config = LlamaConfig(data.tokenizer.n_vocab, p.n_layer, p.n_embd, p.n_head, p.n_head,
+                             p.n_hidden, args.seq_len, tied=args.tied)
+        return LLaMA(config, getattr(torch, args.dtype)).to(args.device)
+    model, content = load_checkpoint(args.model, args.device, getattr(torch, args.dtype))
+    if content["linears"]:
+        raise UsageError(f"--model {args.model} is packed; training needs a dense checkpoint")
+    if content["tokenizer"] != data.spec:
+        raise UsageError(f"--model {args.model} has another tokenizer than this --data and --vocab")
+    return model.train()
+
+def header(title, args, model, data):
+    """The first lines of every script: what runs, on what, with which settings."""
+    linear = sum(p.numel() for _, m in model.linears() for p in m.parameters())
+    say(f"{title} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M params, "
+        f"{linear / 1e6:.2f}M in the blocks' linears | {args.device} {args.dtype}, "
+        f"{torch.get_num_threads()} threads | torch {torch.__version__} | seed {args.seed}")
+    say("settings: " + " ".join(f"{k}={v}" for k, v in settings(args).items()))
+    say(f"data: {data.name} | {len(data.train)} train, {len(data.dev)} dev, {len(data.val)} val "
+        f"tokens | sha256 {data.digest[:12]}")
+
+def finish(args, method, model, scores, result, **more):
+    """Print the run's row of results as one line of JSON and append it to results.jsonl."""
+    params = sum(p.numel() for p in model.parameters())
+    row = {"method": method, "w_bits": 16, "a_bits": 16, "bpw": 16.0, "group_size": -1,
+           "val_loss": scores["loss"], "val_ppl": scores["ppl"],
+           "bits_per_byte": scores["bits_per_byte"], "base_val_loss": None,
+           "bytes_dense": 2 * params, "bytes_packed": None, "params": params,
+           "tokens": result["tokens"], "seconds": result["seconds"], "device": args.device,
+           "seed": args.seed, **more, "command": " ".join(["python", *sys.argv])}
+    line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
+    with open(os.path.join(args.out, "results.jsonl"), "a") as f:
+        f.write(line + "\n")
+    say(line)
+
+def show(scores):
+    return (f"val loss {scores['loss']:.4f} nats/token | ppl {scores['ppl']:.2f} | "
+            f"{scores['bits_per_byte']:.3f} bits/byte")
+
+def run(main):
+    """Call main(); what the user can mend becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UsageError as e:
+        print(f"error: {e}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print(f"error: out of memory after {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; "
+              "raise --accumulate or lower --batch-size", file=sys.stderr)
+    else:
+        return
+    raise SystemExit(2)
+
+def pretrain(argv):
+    p = Parser(prog="model.py", description="Pre-train the dense base model into OUT/base.pt.",
+               epilog="also: model.py eval CKPT, model.py sample CKPT (--help for each)")
+    add_flags(p)
+    args = resolve(p.parse_args(argv))
+    data = load_training_data(args)
+    model = new_model(args, data)
+    header("dense", args, model, data)
+    path = os.path.join(args.out, "base.pt")
+    result = train(model, data, args, path + ".state")
+    save_checkpoint(path, model, method="dense", settings=settings(args), tokenizer=data.spec,
+                    data=data.digest)
+    scores = evaluate(model.eval(), data.val, args.seq_len, data.tokenizer)
+    say(f"{show(scores)} | {len(data.val) - 1} tokens | saved {path}")
+    finish(args, "dense", model, scores, result)
+
+def eval_checkpoint(argv):
+    p = Parser(prog="model.py eval", description="Loss of a checkpoint on the validation split.")
+    p.add_argument("checkpoint")
+    add_flags(p, trains=False)
+    args = resolve(p.parse_args(argv))
+    model, content = load_checkpoint(args.checkpoint, args.device, getattr(torch, args.dtype))
+    args.seq_len = args.seq_len or model.config.seq_len
+    data = load_training_data(args, content)
+    scores = evaluate(model, data.val, args.seq_len, data.tokenizer, args.batch_size or 32)
+    bpw, weights = bits_per_weight(model)
+    say(f"{content['method']} | " + (f"{bpw:.3f} bits per weight | " if weights else "")
+        + f"{show(scores)} | {len(data.val) - 1} tokens | loss {scores['loss']:.6f}")
+
+def sample_text(model, tokenizer, prompt, n, seed, temperature=0.8, top_k=50):
+    """The prompt and n generated tokens, as text; the same for the same seed."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([[tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return tokenizer.decode(model.generate(ids, n, temperature, top_k, generator)[0, 1:].tolist())
+
+def sample_checkpoint(argv):
+    p = Parser(prog="model.py sample", description="Text from a checkpoint, dense or packed.")
+    p.add_argument("checkpoint")
+    p.add_argument("--prompt", default="", help="text to go on from (default: a new document)")
+    p.add_argument("--tokens", type=number(int, 1), default=200, help="how many (default: 200)")
+    p.add_argument("--temperature", type=number(float, 0), default=0.8,
+                   help="0 takes the most likely token (default: 0.8)")
+    p.add_argument("--top-k", type=number(int, 1), default=50,
+                   help="choose among so many tokens (default: 50)")
+    add_flags(p, trains=False)
+    args = resolve(p.parse_args(argv))
+    model, content = load_checkpoint(args.checkpoint, args.device, getattr(torch, args.dtype))
+    say(sample_text(model, make_tokenizer(content["tokenizer"]), args.prompt, args.tokens, args.seed,
+                    args.temperature, args.top_k))
+
+def main():
+    commands = {"eval": eval_checkpoint, "sample": sample_checkpoint}
+    command = commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    command(sys.argv[2:]) if command else pretrain(sys.argv[1:])
+
+if __name__ == "__main__":
+    run(main)

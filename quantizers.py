@@ -1,0 +1,321 @@
+"""Quantizers: the number grids, the packing and the packed linear layer that all methods share.
+
+  1. A grid turns floats into small integers `q` and a few real numbers.
+     affine:  w_hat = (q - zero_point) * scale     `rtn`, one scale a row or a group of inputs
+     QuEST:   h_hat = (q + 1/2) * scale            `quest_codes`, on Hadamard-rotated rows
+  2. `pack` lays the integers side by side, `bits` bits each; `unpack` is its exact inverse.
+  3. `QuantLinear` holds packed integers and scales, and multiplies with them.
+
+Papers: QuEST (arXiv 2502.05003) for the Gaussian grids and the rotation; the affine grid is that
+of GPTQ's code (2210.17323). Not here: anything that trains (see the method files).
+
+Shapes: O output channels, C input channels, g = group_size, G = C / g groups, ... any others.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+EPS = 1e-8  # the smallest clip: a row of zeros gets codes of about zero and a live gradient
+
+# ---------------------------------------------------------------------------------------------
+# The Hadamard rotation (QuEST section 3.1) spreads an outlier over its block. That makes rows
+# nearly Gaussian, so that one constant clip fits them all.
+
+_SIGNS = {}  # made once, so that torch.compile sees a constant
+
+def _signs(n, device, dtype):
+    """sqrt(n) * hadamard(n): entries +-1, exact in every format, also in TF32 and bfloat16."""
+    if (n, device, dtype) not in _SIGNS:
+        h = torch.ones(1, 1)
+        while h.size(0) < n:
+            h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), h)
+        _SIGNS[n, device, dtype] = h.to(device, dtype)
+    return _SIGNS[n, device, dtype]
+
+def hadamard(n):
+    """Orthonormal Sylvester matrix, float32 (n, n), n a power of two: symmetric, its own inverse."""
+    if n < 1 or n & (n - 1):
+        raise ValueError(f"a Sylvester-Hadamard matrix needs a power of two, not {n}")
+    return _signs(n, torch.device("cpu"), torch.float32) * n**-0.5
+
+def rotate(x, block=128):
+    """Block-diagonal Hadamard transform of the last dimension, in float32 or float64: (..., C).
+
+    The block is the largest power of two <= `block` that divides C. It is orthonormal and its own
+    inverse, so rotate(x) @ rotate(w).T == x @ w.T. Differentiable.
+    """
+    n = math.gcd(x.size(-1), block)
+    x = x if x.dtype == torch.float64 else x.float()
+    return (x.reshape(-1, n) @ _signs(n, x.device, x.dtype) * n**-0.5).view(x.shape)
+
+# ---------------------------------------------------------------------------------------------
+# QuEST's grid: N even levels over [-clip, clip] times the row's root mean square, with the clip
+# that costs a Gaussian row the least squared error (QuEST section 3.1).
+
+# Exact minimizers of E (g - Q(g))^2, g ~ N(0, 1). The authors' own constants stop at their
+# optimizer's tolerance. 1.58 stands for log2(3) bits: the three levels -1, 0, 1.
+GAUSSIAN_CLIP = {
+    1: 0.7978845608, 1.58: 1.2240063425, 2: 1.4935300205, 3: 2.0510680148, 4: 2.5140045864,
+    5: 2.9161512464, 6: 3.2779847972, 7: 3.6110972001, 8: 3.9222044900,
+}
+FP4_CLIP = 2.92247856  # the same for E2M1: magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6, stored times two
+FP4_CODES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # by 4-bit index
+
+def num_levels(bits):
+    return 3 if bits == 1.58 else 2 ** int(bits)
+
+def code_offset(bits, grid="uniform"):
+    """1/2 on even grids, which have no level at zero; 0 on the ternary grid and on FP4."""
+    return 0.0 if bits == 1.58 or grid == "fp4" else 0.5
+
+def clip_limit(bits, grid="uniform"):
+    """The outermost level in units of `scale`."""
+    return 12.0 if grid == "fp4" else (num_levels(bits) - 1) / 2
+
+def trust_limit(bits, grid="uniform", one_bit=1.30):
+    """The largest |h| / scale that still receives a gradient (QuEST section 3.2).
+
+    Trusted is what rounding moves by half a step at most (FP4: half of the widest gap). Inside
+    the clip that is everything, so the limit is the outermost level plus that much. At 1 bit the
+    paper ends the zone at `one_bit` clips instead (section 3.3; 1.30 rotated, 1.25 not).
+    """
+    if bits == 1:
+        return one_bit * clip_limit(1)
+    return clip_limit(bits, grid) + (2.0 if grid == "fp4" else 0.5)
+
+def quest_codes(h, bits, grid="uniform", scale=None):
+    """Nearest codes of rows that are already rotated; no gradient reaches the scale (QuEST).
+
+    h (..., C) float -> q (..., C) integers in h's dtype, scale (..., 1), u = h / scale. The value
+    is (q + code_offset(bits, grid)) * scale. Unless given, the scale follows from the root mean
+    square of the whole row, no mean subtracted.
+    """
+    clip = FP4_CLIP if grid == "fp4" else GAUSSIAN_CLIP[bits]
+    if scale is None:
+        rms = torch.linalg.vector_norm(h, dim=-1, keepdim=True) * h.size(-1) ** -0.5
+        scale = (clip * rms + EPS) / clip_limit(bits, grid)                        # (..., 1)
+    u = h / scale
+    if grid == "fp4":                                  # gaps of 1 up to 4, 2 up to 8, then 4
+        a = u.abs()
+        gap = torch.where(a < 4, 1.0, torch.where(a < 8, 2.0, 4.0))
+        return ((a / gap).round() * gap).clamp(max=12) * u.sign(), scale, u
+    if bits == 1.58:
+        return u.round().clamp(-1, 1), scale, u
+    half = num_levels(bits) // 2
+    return u.floor().clamp(-half, half - 1), scale, u
+
+def keep_two_of_four(h):
+    """The sparse pattern (QuEST section 4.4): of the 4 pairs in 8 inputs keep the 2 longest.
+
+    h (..., C), 8 divides C -> bool (..., C), half of it True.
+    """
+    length = h.reshape(*h.shape[:-1], -1, 4, 2).square().sum(-1)                   # (..., C/8, 4)
+    keep = torch.zeros_like(length, dtype=torch.bool)
+    keep.scatter_(-1, length.topk(2, dim=-1).indices, True)
+    return keep.repeat_interleave(2, dim=-1).view(h.shape)
+
+def quest_quantize(x, bits):
+    """QuEST codes of the rotated rows of x (..., C): q int8 (..., C), scale float32 (..., 1).
+
+    rotate(x) is approximated by (q + 0.5) * scale, at 1.58 bits by q * scale.
+    """
+    q, scale, _ = quest_codes(rotate(x.detach()), bits)
+    return q.to(torch.int8), scale
+
+class _PassTrusted(torch.autograd.Function):
+    """Forward: the quantized value. Backward: the gradient where trusted, else zero."""
+
+    @staticmethod
+    def forward(ctx, h, h_hat, trusted):
+        ctx.save_for_backward(trusted)
+        return h_hat.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0], None, None
+
+def quest_fake_quant(x, bits):
+    """The values of quest_quantize as floats, in the rotated domain (..., C), differentiable: the
+    gradient to x is the upstream one times the trust mask, rotated back (QuEST algorithm 1)."""
+    h = rotate(x)
+    q, scale, u = quest_codes(h.detach(), bits)
+    return _PassTrusted.apply(h, (q + code_offset(bits)) * scale, u.abs() <= trust_limit(bits))
+
+def code_linear(x, x_scale, w, w_scale, dtype):
+    """y = (x * x_scale) @ (w * w_scale).T, with the scales outside of the product.
+
+    x (..., C), w (O, C) levels, or plain values whose scale is None; x_scale (..., 1), w_scale
+    (O, 1) -> (..., O). Levels up to 8 bits are exact in bfloat16, levels times scales are not.
+    Training and packed inference both call this, so that they agree.
+    """
+    y = F.linear(x.to(dtype), w.to(dtype)) * w_scale.view(-1)                      # (..., O)
+    return (y if x_scale is None else y * x_scale).to(dtype)
+
+# ---------------------------------------------------------------------------------------------
+# The affine grid and round-to-nearest.
+
+def rtn(w, bits, group_size=-1, symmetric=False, mse=False):
+    """Round to nearest, the baseline of every table: w (O, C) -> q (O, C), scale, zero_point (O, G).
+
+    asymmetric: q uint8 in 0..2^bits-1 over the range of the row or group, widened to hold 0.
+    symmetric:  q int8 in -2^(bits-1)..2^(bits-1)-1, zero_point None. As in GPTQ's code one step
+    is 2 max|w| / (2^bits - 1), so that the largest positive weight is clipped.
+    mse: the shrink of the range, among 1, 0.99 .. 0.21, with the least sum of |error|^2.4.
+    """
+    groups = _grouped(w, group_size)                                               # (O, G, g)
+    scale, zero_point = affine_grid(groups, bits, symmetric, mse)                  # (O, G)
+    q = affine_codes(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), bits).view(w.shape)
+    if symmetric:
+        return (q - 2 ** (bits - 1)).to(torch.int8), scale, None
+    return q.to(torch.uint8), scale, zero_point
+
+def affine_grid(x, bits, symmetric=False, mse=False):
+    """Scale and zero point of the codes 0..2^bits-1 over the last dimension: (..., g) -> (...)."""
+    low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    empty = low == high                                # all zeros: any scale does
+    low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+    best = torch.full_like(low, math.inf)
+    for shrink in ([1 - k / 100 for k in range(80)] if mse else [1]):
+        s = (high - low) * shrink / (2**bits - 1)
+        z = torch.full_like(s, 2 ** (bits - 1)) if symmetric else (-low * shrink / s).round()
+        w_hat = affine_codes(x, s.unsqueeze(-1), z.unsqueeze(-1), bits) - z.unsqueeze(-1)
+        error = (w_hat * s.unsqueeze(-1) - x).abs().pow(2.4).sum(-1)
+        if shrink == 1:
+            scale, zero_point = s, z
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero_point = torch.where(better, s, scale), torch.where(better, z, zero_point)
+    return scale, zero_point
+
+def affine_codes(x, scale, zero_point, bits):
+    """Codes 0..2^bits-1 of x, in x's dtype; scale and zero_point broadcast against x."""
+    return (x / scale + zero_point).round().clamp(0, 2**bits - 1)
+
+def dequantize(q, scale, zero_point=None, group_size=-1):
+    """(q - zero_point) * scale: integers (O, C), scale and zero_point (O, G) -> floats (O, C)."""
+    q = _grouped(q, group_size).to(scale.dtype)                                    # (O, G, g)
+    if zero_point is not None:
+        q = q - zero_point.to(scale.dtype).unsqueeze(-1)
+    return (q * scale.unsqueeze(-1)).flatten(1)
+
+def _grouped(w, group_size):
+    """(O, C) -> (O, G, g). Raises ValueError where g does not divide C."""
+    g = w.size(-1) if group_size == -1 else group_size
+    if g < 1 or w.size(-1) % g:
+        raise ValueError(f"--group-size {group_size} does not divide {w.size(-1)} input channels; "
+                         f"try {math.gcd(w.size(-1), 128)} or -1 (one scale per row)")
+    return w.reshape(w.size(0), -1, g)
+
+# ---------------------------------------------------------------------------------------------
+# Packing: bits only, lossless.
+
+def pack(q, bits):
+    """Codes (O, n) -> uint8 (O, ceil(n * bits / 8)), the first code in the lowest bits.
+
+    Signed codes keep their low bits (two's complement). At 1.58 bits, five of the codes -1, 0, 1
+    share a byte in base 3: 1.6 bits each.
+    """
+    if bits == 1.58:
+        q = F.pad(q.to(torch.int32) + 1, (0, -q.size(1) % 5)).view(q.size(0), -1, 5)
+        return (q * _powers(3, 5, q.device)).sum(-1).to(torch.uint8)
+    q = q.to(torch.int32).unsqueeze(-1) >> torch.arange(bits, device=q.device) & 1  # (O, n, bits)
+    stream = F.pad(q.flatten(1), (0, -q.size(1) * bits % 8)).view(q.size(0), -1, 8)
+    return (stream * _powers(2, 8, q.device)).sum(-1).to(torch.uint8)
+
+def unpack(packed, bits, n, signed=False):
+    """The exact inverse of pack: uint8 (O, bytes) -> (O, n) uint8; int8 if signed or 1.58 bits."""
+    if bits == 1.58:
+        digits = packed.to(torch.int32).unsqueeze(-1) // _powers(3, 5, packed.device) % 3
+        return (digits.flatten(1)[:, :n] - 1).to(torch.int8)
+    if 8 % bits == 0:                                  # whole codes in every byte
+        shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
+        q = (packed.unsqueeze(-1) >> shifts & 2**bits - 1).flatten(1)[:, :n]
+    else:                                              # codes that cross the bytes' borders
+        stream = packed.unsqueeze(-1) >> torch.arange(8, device=packed.device) & 1
+        stream = stream.flatten(1)[:, :n * bits].reshape(-1, n, bits)
+        q = (stream * _powers(2, bits, packed.device)).sum(-1).to(torch.uint8)
+    half = 2 ** (bits - 1)
+    return ((q.to(torch.int16) ^ half) - half).to(torch.int8) if signed else q
+
+def _powers(base, n, device):
+    return torch.tensor([base**i for i in range(n)], dtype=torch.int32, device=device)
+
+class QuantLinear(nn.Module):
+    """y = x w_hat^T from packed codes: (..., C) -> (..., O). For inference; nothing to train.
+
+    spec, plain values that a checkpoint keeps: kind "affine" or "quest", bits, in_features,
+    signed (two's complement codes), group_size (affine; -1 is one scale a row), and for quest
+    a_bits (of the inputs; 16: not quantized), rotate, grid ("uniform", "fp4" or "sparse").
+    tensors: packed uint8, scale float32 (O, G), zero_point uint8 (O, G) where asymmetric, keep
+    (sparse: one bit a pair), a_scale (a fixed scale of the inputs, instead of one a token).
+    """
+
+    def __init__(self, spec, tensors):
+        super().__init__()
+        self.spec = dict(spec)
+        for name in ("packed", "scale", "zero_point", "keep", "a_scale"):
+            self.register_buffer(name, tensors.get(name))
+
+    @classmethod
+    def affine(cls, q, scale, zero_point, bits, group_size=-1):
+        """From what `rtn` returns."""
+        tensors = dict(packed=pack(q, bits), scale=scale.float())
+        if zero_point is not None:
+            tensors["zero_point"] = zero_point.to(torch.uint8)
+        return cls(dict(kind="affine", bits=bits, in_features=q.size(1), group_size=group_size,
+                        signed=zero_point is None), tensors)
+
+    @classmethod
+    def quest(cls, w, bits, a_bits, grid="uniform", rotated=True, w_scale=None, a_scale=None):
+        """QuEST codes of the weight w (O, C); the scales follow from the rows unless given."""
+        h = rotate(w) if rotated else w
+        q, scale, _ = quest_codes(h, bits, grid, w_scale)
+        tensors = dict(scale=scale.expand(w.size(0), 1).contiguous(), a_scale=a_scale)
+        if grid == "fp4":                              # +-0..12 -> sign bit, 3 bits of magnitude
+            magnitudes = torch.tensor(FP4_CODES[1:8], device=q.device)
+            q = (q.abs().unsqueeze(-1) >= magnitudes).sum(-1) + 8 * (q < 0)
+        if grid == "sparse":
+            keep = keep_two_of_four(h)
+            q, tensors["keep"] = q[keep].view(w.size(0), -1), pack(keep[:, ::2], 1)
+        return cls(dict(kind="quest", bits=bits, in_features=w.size(1), a_bits=a_bits, grid=grid,
+                        signed=grid != "fp4", rotate=rotated), {"packed": pack(q, bits), **tensors})
+
+    def levels(self, dtype):
+        """The weight (O, C) in units of its scale (quest)."""
+        s, n = self.spec, self.spec["in_features"]
+        q = unpack(self.packed, s["bits"], n // 2 if s["grid"] == "sparse" else n, s["signed"])
+        if s["grid"] == "fp4":
+            q = torch.tensor(FP4_CODES, device=q.device)[q.long()]
+        levels = q.to(dtype) + code_offset(s["bits"], s["grid"])
+        if self.keep is None:
+            return levels
+        keep = unpack(self.keep, 1, n // 2).bool().repeat_interleave(2, dim=-1)    # (O, C)
+        return levels.new_zeros(keep.shape).masked_scatter(keep, levels)
+
+    def forward(self, x):
+        s = self.spec
+        if s["kind"] == "affine":
+            q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
+            w = dequantize(q, self.scale, self.zero_point, s["group_size"])
+            return F.linear(x, w.to(x.dtype))
+        h, h_scale = rotate(x) if s["rotate"] else x.float(), None
+        if s["a_bits"] < 16:
+            grid = "fp4" if s["grid"] == "fp4" else "uniform"          # sparse: weights only
+            q, h_scale, _ = quest_codes(h, s["a_bits"], grid, self.a_scale)
+            h = q + code_offset(s["a_bits"], grid)
+        return code_linear(h, h_scale, self.levels(x.dtype), self.scale, x.dtype)
+
+def bits_per_weight(model):
+    """(bits of codes, scales, zero points and masks per weight they stand for, those weights).
+
+    Counts QuantLinear layers only: embedding, head and norms are not quantized.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    weights = sum(m.packed.size(0) * m.spec["in_features"] for m in layers)
+    stored = sum(b.numel() * b.element_size() for m in layers for b in m.buffers())
+    return (8 * stored / weights if weights else 0.0), weights

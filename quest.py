@@ -1,0 +1,271 @@
+"""QuEST: train a LLaMA from scratch with 1 to 8-bit weights and activations.
+
+    python quest.py --bits 4                    # tiny preset: train, evaluate, pack, write text
+    python quest.py --bits 4 --smoke            # every line of it in a few seconds
+    python quest.py --bits 16                   # the dense control: same data, same schedule
+    python model.py sample out/quest-w4a4.pt    # use the packed result
+
+The idea:
+  1. Rotate both operands of every linear with the same Hadamard matrix H. Outliers spread over
+     their block, and the product does not change: (x H)(w H)^T = x w^T.
+  2. Round each row to the levels that suit a Gaussian of the row's root mean square best: one
+     constant per bit-width, nothing to learn, nothing to calibrate.
+  3. In the backward pass, let the gradient through only where rounding moved a value by at most
+     half a step (the trust mask), and rotate it back. Weights and optimizer stay float32.
+
+Paper: QuEST, Panferov et al. 2025 (arXiv 2502.05003); code: github.com/IST-DASLab/QuEST.
+Ours differs: clips are exact (theirs stop early); the ternary grid has three levels (theirs four);
+FP4's trust zone comes from FP4's own levels; rows of zeros keep learning; weight-only runs rotate
+both operands, so that they also suit a trained model; H is float32, not bfloat16.
+Not here: a speed-up. Training computes in floats, and is slower than dense training.
+
+Shapes: x (..., C) inputs, w (O, C) weights, y (..., O); h rotated rows, q integer codes.
+"""
+import math
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import (Parser, UsageError, add_flags, batch, evaluate, finish, header, load_checkpoint,
+                   load_training_data, new_model, resolve, run, sample_text, save_checkpoint, say,
+                   settings, show, train)
+from quantizers import (QuantLinear, bits_per_weight, clip_limit, code_linear, code_offset,
+                        keep_two_of_four, num_levels, quest_codes, rotate, trust_limit)
+
+BITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8, 16)
+# --quantizer: rotate?, and the largest |h| / scale that gets a gradient, from (bits, grid). The
+# baselines share QuEST's grid and scale; "lsq" learns its step instead (LsqLinear).
+QUANTIZERS = {
+    "quest": (True, trust_limit),
+    "trust": (False, lambda bits, grid: trust_limit(bits, grid, one_bit=1.25)),
+    "clip": (False, clip_limit),
+    "ste": (False, lambda bits, grid: math.inf),
+    "lsq": (False, clip_limit),
+}
+
+def parse_args(argv=None):
+    def bits(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0
+        if value not in BITS:
+            raise ValueError
+        return value if value == 1.58 else int(value)
+
+    bits.__name__ = f"bits value (one of {', '.join(map(str, BITS))})"     # argparse prints it
+    p = Parser(prog="quest.py", description="Train with quantized weights and activations (QuEST).")
+    p.add_argument("--bits", type=bits, default=4, help="of the weights, 1, 1.58 (three levels), "
+                   "2 to 8, or 16: the dense control (default: 4)")
+    p.add_argument("--a-bits", type=bits, help="of the activations, 16: weights only (default: --bits)")
+    p.add_argument("--quantizer", choices=tuple(QUANTIZERS), default="quest",
+                   help="quest, or a baseline: trust (no Hadamard), clip and ste (no trust mask "
+                   "either), lsq (learned step) (default: quest)")
+    p.add_argument("--grid", choices=("uniform", "fp4", "sparse"), default="uniform",
+                   help="fp4: E2M1 levels; sparse: 2 of 4 pairs of weights are kept (default: uniform)")
+    add_flags(p)
+    args = p.parse_args(argv)
+    args.a_bits = args.a_bits or args.bits
+    if args.bits == 16 and (args.a_bits < 16 or args.quantizer != "quest" or args.grid != "uniform"):
+        raise UsageError("--bits 16 is the dense control; leave --a-bits, --quantizer, --grid out")
+    if args.grid == "fp4" and (args.bits, args.a_bits) not in ((4, 4), (4, 16)):
+        raise UsageError(f"--grid fp4 has 4 bits; --bits {args.bits} --a-bits {args.a_bits} do not")
+    if args.grid == "sparse" and args.bits in (1.58, 16):
+        raise UsageError(f"--grid sparse needs whole --bits from 1 to 8, not {args.bits}")
+    if args.quantizer == "lsq" and (args.grid != "uniform" or 1.58 in (args.bits, args.a_bits)):
+        raise UsageError("--quantizer lsq needs --grid uniform and whole --bits and --a-bits")
+    return resolve(args)
+
+# ---------------------------------------------------------------------------------------------
+# The method
+
+TRUST = None  # a list while `trust_status` collects masks
+
+def quantize_operand(v, bits, grid, quantizer):
+    """One operand's rows v (..., C) -> levels, scale (..., 1), saved; levels * scale ~ rotated v.
+
+    saved = (q int8, trusted bool, keep bool or None) is all that the backward pass needs. At 16
+    bits v is only rotated: (h, None, (h, None, None)).
+    """
+    rotated, limit = QUANTIZERS[quantizer]
+    h = rotate(v) if rotated else v.float()
+    if bits == 16:
+        h = h.to(v.dtype)
+        return h, None, (h, None, None)
+    q, scale, u = quest_codes(h, bits, grid)
+    levels, trusted, keep = q + code_offset(bits, grid), u.abs() <= limit(bits, grid), None
+    if grid == "sparse":                               # a pruned value is 0, trusted within half
+        keep = keep_two_of_four(h)                     # a step of it
+        levels, trusted = levels * keep, trusted & (keep | (u.abs() <= 0.5))
+    return levels, scale, (q.to(torch.int8), trusted, keep)
+
+class QuestFunction(torch.autograd.Function):
+    """y = x_hat w_hat^T with QuEST's gradient (paper, algorithm 1): x (B, C), w (O, C) -> (B, O).
+
+    forward:   x_h = x H,  w_h = w H,  x_hat and w_hat their nearest grid values
+               y = (q_x + 1/2) (q_w + 1/2)^T * s_x s_w^T
+    backward:  g_x = (M_x * (g w_hat)) H,   g_w = (M_w * (g^T x_hat)) H,   M the trust masks
+    Kept in between: int8 codes, boolean masks, one scale a row. No float copy of x or w.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, bits, a_bits, grid, quantizer):
+        a_grid = "fp4" if grid == "fp4" else "uniform"                     # sparse: weights only
+        x_levels, x_scale, (x_q, x_trusted, _) = quantize_operand(x, a_bits, a_grid, quantizer)
+        w_levels, w_scale, (w_q, w_trusted, keep) = quantize_operand(w, bits, grid, quantizer)
+        if TRUST is not None:
+            TRUST.append((w_trusted, x_trusted))
+        ctx.save_for_backward(x_q, x_trusted, x_scale, w_q, w_trusted, w_scale, keep)
+        ctx.x_offset, ctx.w_offset = code_offset(a_bits, a_grid), code_offset(bits, grid)
+        ctx.rotated, ctx.dtype = QUANTIZERS[quantizer][0], x.dtype
+        return code_linear(x_levels, x_scale, w_levels, w_scale, x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        x_q, x_trusted, x_scale, w_q, w_trusted, w_scale, keep = ctx.saved_tensors
+        w_levels = w_q.to(ctx.dtype) + ctx.w_offset                        # (O, C)
+        if keep is not None:
+            w_levels = w_levels * keep
+        gx = (g * w_scale.view(-1)).to(ctx.dtype) @ w_levels               # (B, C)
+        if x_scale is None:                                                # weights only
+            gw = g.t() @ x_q                                               # (O, C)
+        else:
+            gw = (g * x_scale).to(ctx.dtype).t() @ (x_q.to(ctx.dtype) + ctx.x_offset)
+            gx = gx * x_trusted
+        gw = gw * w_trusted
+        if ctx.rotated:
+            gx, gw = rotate(gx), rotate(gw)
+        return gx.to(ctx.dtype), gw.float(), None, None, None, None
+
+class QuestLinear(nn.Module):
+    """A linear with quantized weights and inputs; `weight` is the float32 master (O, C)."""
+
+    def __init__(self, weight, bits, a_bits, grid="uniform", quantizer="quest"):
+        super().__init__()
+        self.weight, self.how = weight, (bits, a_bits, grid, quantizer)
+
+    def forward(self, x):
+        return self.fused(x, [self])[0]
+
+    @staticmethod
+    def fused(x, linears):
+        """[linear(x) for each], quantizing x once. Exact: every row of w has its own scale."""
+        w = linears[0].weight if len(linears) == 1 else torch.cat([m.weight for m in linears])
+        y = QuestFunction.apply(x.reshape(-1, x.size(-1)), w, *linears[0].how)
+        return y.view(*x.shape[:-1], -1).split([m.weight.size(0) for m in linears], dim=-1)
+
+    @torch.no_grad()
+    def packed(self):
+        """The same layer from packed codes and one float32 scale a row."""
+        bits, a_bits, grid, quantizer = self.how
+        return QuantLinear.quest(self.weight, bits, a_bits, grid, QUANTIZERS[quantizer][0])
+
+class LsqLinear(QuestLinear):
+    """The paper's learned baseline, LSQ (1902.08153): one learned step a tensor, no rotation."""
+
+    fused = None
+
+    def __init__(self, weight, bits, a_bits, grid="uniform", quantizer="lsq"):
+        super().__init__(weight, bits, a_bits, grid, quantizer)
+        self.w_step = nn.Parameter(lsq_first_step(weight.detach(), bits))
+        self.a_step = nn.Parameter(torch.ones_like(self.w_step))           # see lsq_calibrate
+
+    def forward(self, x):
+        _, a_bits, _, _ = self.how
+        x_hat = x if a_bits == 16 else lsq_fake_quant(x.float(), self.a_step, a_bits)
+        w_hat = lsq_fake_quant(self.weight, self.w_step, self.how[0])
+        return F.linear(x_hat.to(x.dtype), w_hat.to(x.dtype))
+
+    @torch.no_grad()
+    def packed(self):
+        bits, a_bits, grid, _ = self.how
+        return QuantLinear.quest(self.weight, bits, a_bits, grid, False, self.w_step.detach(),
+                                 None if a_bits == 16 else self.a_step.detach())
+
+def lsq_first_step(x, bits):
+    """2 mean|x| / sqrt(qmax), where qmax is taken as 1 at 1 bit: it would be 0."""
+    return 2 * x.float().abs().mean() / max(num_levels(bits) // 2 - 1, 1) ** 0.5
+
+def lsq_fake_quant(x, step, bits):
+    """(floor(x / step) clipped + 1/2) * step; straight through the floor inside the clip."""
+    half = num_levels(bits) // 2
+    if TRUST is not None:
+        TRUST.append(((x / step).abs() <= half,) * 2)
+    scale = (x.numel() * max(half - 1, 1)) ** -0.5     # LSQ's gradient scale of the step
+    step = step * scale + (step - step * scale).detach()
+    v = (x / step - 0.5).clamp(-half, half - 1)
+    return (v + ((v + 0.5).floor() - v).detach() + 0.5) * step
+
+@torch.no_grad()
+def lsq_calibrate(model, x):
+    """Set the steps of the inputs from one batch of token ids."""
+    def set_step(m, inputs):
+        m.a_step.copy_(lsq_first_step(inputs[0], min(m.how[1], 8)))
+    hooks = [m.register_forward_pre_hook(set_step) for _, m in model.linears()]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+
+@torch.no_grad()
+def trust_status(model, x):
+    """The trusted shares of weights and inputs over all linears, for the progress line."""
+    global TRUST
+    TRUST = []
+    model(x)
+    masks, TRUST = TRUST, None
+    shares = [sum(m.sum().item() for m in side if m is not None)
+              / max(1, sum(m.numel() for m in side if m is not None)) for side in zip(*masks)]
+    return "".join(f" {name} {100 * share:.1f}%" for name, share in zip(("trust w", "a"), shares) if share)
+
+# ---------------------------------------------------------------------------------------------
+
+def main():
+    args = parse_args()
+    data = load_training_data(args)
+    model = new_model(args, data)
+    base = evaluate(model, data.val, args.seq_len)["loss"] if args.model else None
+    if args.bits < 16:
+        kind = LsqLinear if args.quantizer == "lsq" else QuestLinear
+        model.replace_linears(lambda name, linear: kind(linear.weight, args.bits, args.a_bits,
+                                                        args.grid, args.quantizer))
+    name = f"{args.quantizer}-w{args.bits:g}a{args.a_bits:g}"
+    name += "" if args.grid == "uniform" else f"-{args.grid}"
+    header(f"{name} | W{args.bits:g}A{args.a_bits:g}", args, model, data)
+    path = os.path.join(args.out, f"{name}.pt")
+    x, _ = batch(data.train, 0, min(args.batch_size, 8), args.seq_len, args.seed, args.device)
+    if args.quantizer == "lsq":
+        lsq_calibrate(model, x)
+    status = (lambda: "") if args.bits == 16 else (lambda: f"{trust_status(model, x[:2])} |")
+    result = train(model, data, args, f"{path}.state", status)
+    scores = evaluate(model.eval(), data.val, args.seq_len, data.tokenizer)
+    say(f"trained | {show(scores)} | {len(data.val) - 1} tokens, "
+        f"{result['tokens'] / sum(p.numel() for p in model.parameters()):.2f} trained per parameter")
+    report(args, model, data, path, scores, result, base)
+
+def report(args, model, data, path, scores, result, base):
+    """Pack, save, load again, evaluate and sample what was loaded; print the result row."""
+    params = sum(p.numel() for p in model.parameters())
+    if args.bits < 16:
+        model.replace_linears(lambda name, linear: linear.packed())
+    save_checkpoint(path, model, method=args.quantizer if args.bits < 16 else "dense",
+                    settings=settings(args), tokenizer=data.spec, data=data.digest)
+    model, _ = load_checkpoint(path, args.device, model.dtype)
+    reloaded = evaluate(model, data.val, args.seq_len, data.tokenizer)
+    say(f"packed  | {show(reloaded)} | differs by {abs(reloaded['loss'] - scores['loss']):.1e}")
+    bpw, weights = bits_per_weight(model)
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    if weights:
+        say(f"size | linears {2 * weights} bytes in bfloat16 -> {round(bpw * weights / 8)} packed "
+            f"({bpw:.3f} bits per weight with scales) | whole model {2 * params} -> {size} "
+            f"(embedding, head and norms stay float32) | {path}")
+    prompt = "def "
+    text = sample_text(model, data.tokenizer, prompt, 200, args.seed)
+    say(f"--- 200 tokens after {prompt!r}, from the packed weights ---\n{text}\n---")
+    finish(args, args.quantizer if weights else "dense", model, reloaded, result, params=params,
+           w_bits=args.bits, a_bits=args.a_bits, bpw=bpw or 16.0, grid=args.grid, size=args.size,
+           base_val_loss=base, bytes_dense=2 * params, bytes_packed=size if weights else None)
+
+if __name__ == "__main__":
+    run(main)
