@@ -18,6 +18,7 @@ Shapes: B sequences, T tokens each, C = n_embd, nh = n_head, nkv = n_kv_head, hs
 """
 import argparse
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import heapq
@@ -56,8 +57,7 @@ def progress(items, label):
             last = time.time()
             say(f"{label} {i}/{len(items)} | eta {(last - start) / i * (len(items) - i):.0f}s")
 
-# ---------------------------------------------------------------------------------------------
-# The model
+# ---- The model --------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class LlamaConfig:
@@ -75,7 +75,7 @@ class LlamaConfig:
 Preset = collections.namedtuple(
     "Preset", "n_layer n_embd n_head n_hidden  lr  steps  batch_size accumulate seq_len")
 PRESETS = {  # 30M to 800M: QuEST's shapes, peak learning rates and steps of 512 x 512 tokens
-    "tiny": Preset(3, 256, 4, 768, 4e-3, 700, 16, 1, 128),
+    "tiny": Preset(3, 256, 4, 768, 2e-3, 400, 16, 1, 128),
     "30M": Preset(6, 640, 5, 1792, 1.2e-3, 11444, 512, 8, 512),
     "50M": Preset(7, 768, 6, 2048, 1.2e-3, 19073, 512, 8, 512),
     "100M": Preset(8, 1024, 8, 2816, 6e-4, 38146, 512, 16, 512),
@@ -220,8 +220,8 @@ class LLaMA(nn.Module):
             idx = torch.cat((idx, token), dim=1)
         return idx
 
-# ---------------------------------------------------------------------------------------------
-# Tokenizer. PATTERN cuts text into words with their space, short numbers, signs and white space.
+# ---- Tokenizer --------------------------------------------------------------------------------
+# Words with their space, numbers of up to three digits, signs, white space: merges stay inside.
 PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\w\s]|_)+|\s*[\r\n]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"            # stands after every document
 
@@ -281,8 +281,7 @@ def make_tokenizer(spec):
         raise UsageError(f"--vocab {spec}: tiktoken could not fetch it ({type(e).__name__}); "
                          "try a size such as --vocab 1024") from None
 
-# ---------------------------------------------------------------------------------------------
-# Data
+# ---- Data -------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Data:
@@ -320,7 +319,6 @@ def load_data(source=None, vocab="1024", seq_len=128, spec=None, limit=None):
     else:
         arrays, spec = tokenize(parts, vocab, spec)
         try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
             temporary = cache.with_suffix(f".{os.getpid()}.npz")
             np.savez(temporary, **arrays, spec=json.dumps(spec))
             temporary.replace(cache)
@@ -333,8 +331,10 @@ def load_data(source=None, vocab="1024", seq_len=128, spec=None, limit=None):
     return Data(**arrays, spec=spec, digest=digest, name=name)
 
 def cache_dir():
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(home) / "nanobit"
+    path = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "nanobit")
+    with contextlib.suppress(OSError):                 # whoever writes there reports it
+        path.mkdir(parents=True, exist_ok=True)
+    return path
 
 def tokenize(parts, vocab, spec=None):
     """{part: documents} -> ({part: ids}, tokenizer spec); END follows every document."""
@@ -390,7 +390,6 @@ def download(url):
     if not path.exists():
         say(f"data: downloading {url}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             with urllib.request.urlopen(url, timeout=30) as r:
                 temporary.write_bytes(r.read())
@@ -429,8 +428,7 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=32):
         scores["bits_per_byte"] = float(total) / math.log(2) / len(text)
     return scores
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints: tensors and plain values only
+# ---- Checkpoints: tensors and plain values only -----------------------------------------------
 
 def save_checkpoint(path, model, **content):
     """Write {format, config, linears, model, **content} to a temporary name, then rename it."""
@@ -489,8 +487,7 @@ def load_weights(model, state, path):
                              "use the --size and the method that wrote it")
     model.load_state_dict(state)
 
-# ---------------------------------------------------------------------------------------------
-# Training: one recipe for the dense model and for QuEST
+# ---- Training: one recipe for the dense model and for QuEST -----------------------------------
 
 def learning_rate(step, steps, peak):
     """Cosine up from peak/100 over the first tenth of the steps, then cosine down to peak/10."""
@@ -590,8 +587,7 @@ def resume(model, optimizer, args, data, path):
     say(f"resumed {path} at step {len(content['losses'])}/{args.steps}")
     return content["losses"], content["seconds"]
 
-# ---------------------------------------------------------------------------------------------
-# Command line, shared by all scripts
+# ---- Command line, shared by all scripts ------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):                          # one line, without argparse's usage

@@ -24,6 +24,7 @@ EPS = 1e-8  # the smallest clip: a row of zeros gets codes of about zero and a l
 # nearly Gaussian, so that one constant clip fits them all.
 
 _SIGNS = {}  # made once, so that torch.compile sees a constant
+WIDE_MM = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm has out_dtype
 
 def _signs(n, device, dtype):
     """sqrt(n) * hadamard(n): entries +-1, exact in every format, also in TF32 and bfloat16."""
@@ -40,15 +41,19 @@ def hadamard(n):
         raise ValueError(f"a Sylvester-Hadamard matrix needs a power of two, not {n}")
     return _signs(n, torch.device("cpu"), torch.float32) * n**-0.5
 
-def rotate(x, block=128):
-    """Block-diagonal Hadamard transform of the last dimension, in float32 or float64: (..., C).
+def rotate(x, block=128, dtype=torch.float32):
+    """Block-diagonal Hadamard transform of the last dimension (..., C), in dtype; float64 stays.
 
     The block is the largest power of two <= `block` that divides C. It is orthonormal and its own
-    inverse, so rotate(x) @ rotate(w).T == x @ w.T. Differentiable.
+    inverse, so rotate(x) @ rotate(w).T == x @ w.T. Differentiable (bfloat16 on a GPU: in bfloat16).
     """
     n = math.gcd(x.size(-1), block)
-    x = x if x.dtype == torch.float64 else x.float()
-    return (x.reshape(-1, n) @ _signs(n, x.device, x.dtype) * n**-0.5).view(x.shape)
+    if WIDE_MM and x.is_cuda and x.dtype == torch.bfloat16 and dtype == torch.float32:
+        signs = _signs(n, x.device, x.dtype)           # exact products, float32 sums and result
+        return (torch.mm(x.reshape(-1, n), signs, out_dtype=dtype) * n**-0.5).view(x.shape)
+    x = x if x.dtype == torch.float64 else x.to(dtype)
+    signs = _signs(n, x.device, x.dtype)               # the factor below is alpha: a free pass
+    return torch.addmm(signs[0], x.reshape(-1, n), signs, beta=0, alpha=n**-0.5).view(x.shape)
 
 # ---------------------------------------------------------------------------------------------
 # QuEST's grid: N even levels over [-clip, clip] times the row's root mean square, with the clip
@@ -104,7 +109,7 @@ def quest_codes(h, bits, grid="uniform", scale=None):
     if bits == 1.58:
         return u.round().clamp(-1, 1), scale, u
     half = num_levels(bits) // 2
-    return u.floor().clamp(-half, half - 1), scale, u
+    return u.floor().clamp_(-half, half - 1), scale, u
 
 def keep_two_of_four(h):
     """The sparse pattern (QuEST section 4.4): of the 4 pairs in 8 inputs keep the 2 longest.
@@ -139,7 +144,7 @@ class _PassTrusted(torch.autograd.Function):
 def quest_fake_quant(x, bits):
     """The values of quest_quantize as floats, in the rotated domain (..., C), differentiable: the
     gradient to x is the upstream one times the trust mask, rotated back (QuEST algorithm 1)."""
-    h = rotate(x)
+    h = rotate(x if x.dtype == torch.float64 else x.float())
     q, scale, u = quest_codes(h.detach(), bits)
     return _PassTrusted.apply(h, (q + code_offset(bits)) * scale, u.abs() <= trust_limit(bits))
 
@@ -151,7 +156,7 @@ def code_linear(x, x_scale, w, w_scale, dtype):
     Training and packed inference both call this, so that they agree.
     """
     y = F.linear(x.to(dtype), w.to(dtype)) * w_scale.view(-1)                      # (..., O)
-    return (y if x_scale is None else y * x_scale).to(dtype)
+    return (y if x_scale is None else y.mul_(x_scale)).to(dtype)
 
 # ---------------------------------------------------------------------------------------------
 # The affine grid and round-to-nearest.

@@ -95,11 +95,12 @@ def quantize_operand(v, bits, grid, quantizer):
         h = h.to(v.dtype)
         return h, None, (h, None, None)
     q, scale, u = quest_codes(h, bits, grid)
-    levels, trusted, keep = q + code_offset(bits, grid), u.abs() <= limit(bits, grid), None
+    trusted, keep = u.abs() <= limit(bits, grid), None
+    codes, levels = q.to(torch.int8), q.add_(code_offset(bits, grid))
     if grid == "sparse":                               # a pruned value is 0, trusted within half
         keep = keep_two_of_four(h)                     # a step of it
         levels, trusted = levels * keep, trusted & (keep | (u.abs() <= 0.5))
-    return levels, scale, (q.to(torch.int8), trusted, keep)
+    return levels, scale, (codes, trusted, keep)
 
 class QuestFunction(torch.autograd.Function):
     """y = x_hat w_hat^T with QuEST's gradient (paper, algorithm 1): x (B, C), w (O, C) -> (B, O).
@@ -108,36 +109,42 @@ class QuestFunction(torch.autograd.Function):
                y = (q_x + 1/2) (q_w + 1/2)^T * s_x s_w^T
     backward:  g_x = (M_x * (g w_hat)) H,   g_w = (M_w * (g^T x_hat)) H,   M the trust masks
     Kept in between: int8 codes, boolean masks, one scale a row. No float copy of x or w.
+    Several weights may share x: its codes are made once and a tuple of results comes back.
     """
 
     @staticmethod
-    def forward(ctx, x, w, bits, a_bits, grid, quantizer):
+    def forward(ctx, x, bits, a_bits, grid, quantizer, *weights):
         a_grid = "fp4" if grid == "fp4" else "uniform"                     # sparse: weights only
         x_levels, x_scale, (x_q, x_trusted, _) = quantize_operand(x, a_bits, a_grid, quantizer)
-        w_levels, w_scale, (w_q, w_trusted, keep) = quantize_operand(w, bits, grid, quantizer)
-        if TRUST is not None:
-            TRUST.append((w_trusted, x_trusted))
-        ctx.save_for_backward(x_q, x_trusted, x_scale, w_q, w_trusted, w_scale, keep)
+        saved, ys = [x_q, x_trusted, x_scale], []
+        for w in weights:
+            w_levels, w_scale, w_saved = quantize_operand(w, bits, grid, quantizer)
+            ys.append(code_linear(x_levels, x_scale, w_levels, w_scale, x.dtype))
+            saved += [*w_saved, w_scale]
+            if TRUST is not None:
+                TRUST.append((w_saved[1], x_trusted))
+        ctx.save_for_backward(*saved)
         ctx.x_offset, ctx.w_offset = code_offset(a_bits, a_grid), code_offset(bits, grid)
         ctx.rotated, ctx.dtype = QUANTIZERS[quantizer][0], x.dtype
-        return code_linear(x_levels, x_scale, w_levels, w_scale, x.dtype)
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx, g):
-        x_q, x_trusted, x_scale, w_q, w_trusted, w_scale, keep = ctx.saved_tensors
-        w_levels = w_q.to(ctx.dtype) + ctx.w_offset                        # (O, C)
-        if keep is not None:
-            w_levels = w_levels * keep
-        gx = (g * w_scale.view(-1)).to(ctx.dtype) @ w_levels               # (B, C)
-        if x_scale is None:                                                # weights only
-            gw = g.t() @ x_q                                               # (O, C)
-        else:
-            gw = (g * x_scale).to(ctx.dtype).t() @ (x_q.to(ctx.dtype) + ctx.x_offset)
-            gx = gx * x_trusted
-        gw = gw * w_trusted
+    def backward(ctx, *gs):
+        x_q, x_trusted, x_scale, *saved = ctx.saved_tensors
+        x_hat = x_q if x_scale is None else ((x_q + ctx.x_offset) * x_scale).to(ctx.dtype)
+        gx, gws = 0, []
+        for g, w_q, w_trusted, keep, w_scale in zip(gs, *(saved[i::4] for i in range(4))):
+            w_hat = (w_q + ctx.w_offset) * w_scale                         # (O, C)
+            if keep is not None:
+                w_hat = w_hat * keep
+            gx = gx + g @ w_hat.to(ctx.dtype)                              # (B, C)
+            gw = (g.t() @ x_hat) * w_trusted.to(ctx.dtype)                 # (O, C)
+            gws.append((rotate(gw) if ctx.rotated else gw).float())
+        if x_trusted is not None:
+            gx = gx * x_trusted.to(ctx.dtype)          # a CPU is slow at float times bool
         if ctx.rotated:
-            gx, gw = rotate(gx), rotate(gw)
-        return gx.to(ctx.dtype), gw.float(), None, None, None, None
+            gx = rotate(gx, dtype=ctx.dtype)
+        return gx, None, None, None, None, *gws
 
 class QuestLinear(nn.Module):
     """A linear with quantized weights and inputs; `weight` is the float32 master (O, C)."""
@@ -151,10 +158,9 @@ class QuestLinear(nn.Module):
 
     @staticmethod
     def fused(x, linears):
-        """[linear(x) for each], quantizing x once. Exact: every row of w has its own scale."""
-        w = linears[0].weight if len(linears) == 1 else torch.cat([m.weight for m in linears])
-        y = QuestFunction.apply(x.reshape(-1, x.size(-1)), w, *linears[0].how)
-        return y.view(*x.shape[:-1], -1).split([m.weight.size(0) for m in linears], dim=-1)
+        """[linear(x) for each], quantizing x once."""
+        ys = QuestFunction.apply(x.flatten(0, -2), *linears[0].how, *[m.weight for m in linears])
+        return [y.view(*x.shape[:-1], -1) for y in ys]
 
     @torch.no_grad()
     def packed(self):
@@ -191,8 +197,6 @@ def lsq_first_step(x, bits):
 def lsq_fake_quant(x, step, bits):
     """(floor(x / step) clipped + 1/2) * step; straight through the floor inside the clip."""
     half = num_levels(bits) // 2
-    if TRUST is not None:
-        TRUST.append(((x / step).abs() <= half,) * 2)
     scale = (x.numel() * max(half - 1, 1)) ** -0.5     # LSQ's gradient scale of the step
     step = step * scale + (step - step * scale).detach()
     v = (x / step - 0.5).clamp(-half, half - 1)
