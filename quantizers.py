@@ -36,7 +36,7 @@ def _signs(n, device, dtype):
     return _SIGNS[n, device, dtype]
 
 def hadamard(n):
-    """Orthonormal Sylvester matrix, float32 (n, n), n a power of two: symmetric, its own inverse."""
+    """Orthonormal Sylvester matrix, float32 (n, n), n a power of two; it is its own inverse."""
     if n < 1 or n & (n - 1):
         raise ValueError(f"a Sylvester-Hadamard matrix needs a power of two, not {n}")
     return _signs(n, torch.device("cpu"), torch.float32) * n**-0.5
@@ -62,10 +62,10 @@ def rotate(x, block=128, dtype=torch.float32):
 # Exact minimizers of E (g - Q(g))^2, g ~ N(0, 1). The authors' own constants stop at their
 # optimizer's tolerance. 1.58 stands for log2(3) bits: the three levels -1, 0, 1.
 GAUSSIAN_CLIP = {
-    1: 0.7978845608, 1.58: 1.2240063425, 2: 1.4935300205, 3: 2.0510680148, 4: 2.5140045864,
-    5: 2.9161512464, 6: 3.2779847972, 7: 3.6110972001, 8: 3.9222044900,
+    1: 0.7978845608, 1.58: 1.2240063619, 2: 1.4935300289, 3: 2.0510680451, 4: 2.5140045915,
+    5: 2.9161512493, 6: 3.2779847974, 7: 3.6110971963, 8: 3.9222044167,
 }
-FP4_CLIP = 2.92247856  # the same for E2M1: magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6, stored times two
+FP4_CLIP = 2.9224750714  # the same for E2M1: magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6, stored times two
 FP4_CODES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # by 4-bit index
 
 def num_levels(bits):
@@ -162,7 +162,7 @@ def code_linear(x, x_scale, w, w_scale, dtype):
 # The affine grid and round-to-nearest.
 
 def rtn(w, bits, group_size=-1, symmetric=False, mse=False):
-    """Round to nearest, the baseline of every table: w (O, C) -> q (O, C), scale, zero_point (O, G).
+    """Round to nearest, the baseline of every table: w (O, C) -> q (O, C), scale and zero (O, G).
 
     asymmetric: q uint8 in 0..2^bits-1 over the range of the row or group, widened to hold 0.
     symmetric:  q int8 in -2^(bits-1)..2^(bits-1)-1, zero_point None. As in GPTQ's code one step
@@ -280,7 +280,7 @@ class QuantLinear(nn.Module):
         """QuEST codes of the weight w (O, C); the scales follow from the rows unless given."""
         h = rotate(w) if rotated else w
         q, scale, _ = quest_codes(h, bits, grid, w_scale)
-        tensors = dict(scale=scale.expand(w.size(0), 1).contiguous(), a_scale=a_scale)
+        tensors = dict(scale=scale.view(-1, 1), a_scale=a_scale)
         if grid == "fp4":                              # +-0..12 -> sign bit, 3 bits of magnitude
             magnitudes = torch.tensor(FP4_CODES[1:8], device=q.device)
             q = (q.abs().unsqueeze(-1) >= magnitudes).sum(-1) + 8 * (q < 0)

@@ -153,7 +153,6 @@ CHECKPOINTS = [
     ("model.py sample out/base.pt --top-k 0", "--top-k"),
     ("model.py sample out/base.pt --temperature -1", "--temperature"),
     ("model.py sample out/base.pt --temperature inf", "--temperature"),
-    ("model.py sample out/base.pt --temperature 1e-40", "--temperature"),
     ("model.py sample out/base.pt --seed 99999999999999999999", "--seed")]
 
 MISTAKES = ([(f"model.py {TRAIN} {row}", name) for row, name in TRAINING]
@@ -232,7 +231,7 @@ def test_a_full_disk_is_one_line_and_keeps_old_files(work, capsys, monkeypatch, 
 # 40,960 weights in 576 rows a block: 576 * 32 / 40960 = 0.45 bits of scale for every weight
 JOBS = [("--bits 4", 4.45), ("--bits 1", 1.45), ("--bits 1.58", 1.625 + 0.45),
         ("--bits 2 --grid sparse", 2 / 2 + 1 / 2 + 0.45), ("--grid fp4", 4.45),
-        ("--a-bits 16", 4.45), ("--bits 3 --quantizer lsq", 3.45 + 7 * 32 / 40960),
+        ("--a-bits 16", 4.45), ("--bits 3 --quantizer lsq", 3 + 7 * 2 * 32 / 40960),
         ("--bits 16", 16.0)]
 
 @pytest.mark.parametrize("flags, bpw", JOBS)
