@@ -674,7 +674,7 @@ def load_training_data(args, content=None):
     old = content["settings"] if content else {}
     data = load_data(args.data or old.get("data"), old.get("vocab") or args.vocab, args.seq_len,
                      spec=content and content["tokenizer"],
-                     limit=60 if (old.get("smoke") and not args.data) or args.smoke else None)
+                     limit=30 if (old.get("smoke") and not args.data) or args.smoke else None)
     if content and data.digest != content["data"]:
         say(f"note: {data.name} is not the text that this checkpoint was trained on")
     return data
