@@ -313,7 +313,9 @@ def load_data(source=None, vocab="1024", seq_len=128, spec=None, limit=None):
         cuts = [(d, len(d) * 18 // 20, len(d) * 19 // 20) for d in docs]
         parts = {"train": [d[:a] for d, a, b in cuts], "dev": [d[a:b] for d, a, b in cuts],
                  "val": [d[b:] for d, a, b in cuts]}
-    key = hashlib.sha256(json.dumps([digest, vocab, spec, PATTERN]).encode()).hexdigest()[:24]
+    sizes = {part: sum(map(len, texts)) for part, texts in parts.items()}
+    key = json.dumps([digest, sizes, vocab, spec, PATTERN])
+    key = hashlib.sha256(key.encode()).hexdigest()[:24]
     cache = cache_dir() / f"{key}.npz"
     try:
         with np.load(cache) as f:
@@ -656,7 +658,8 @@ def add_flags(p, data=True, trains=True):
         help="steps between looks at the dev split; 0: never (default: 100)")
     add("--out", default="out", help="folder of checkpoints and results.jsonl (default: out)")
     add("--resume", action="store_true", help="go on from the state saved in --out")
-    add("--smoke", action="store_true", help="a few steps on little text, to see that all works")
+    add("--smoke", action="store_true",
+        help="a few steps on little text into OUT/smoke, to see that all works")
 
 def resolve(args):
     """Fill in defaults, check what argparse cannot, choose device and dtype, seed torch."""
@@ -674,6 +677,8 @@ def resolve(args):
     torch.set_float32_matmul_precision("high" if cuda else "highest")
     if "size" not in args:
         return args
+    if args.smoke:                                     # never in the place of a real result
+        args.out = os.path.join(args.out, "smoke")
     preset = PRESETS[args.size]._asdict() | (SMOKE if args.smoke else {})
     for name in ("steps", "batch_size", "accumulate", "seq_len", "lr"):
         if getattr(args, name) is None:
@@ -697,7 +702,7 @@ def load_training_data(args, content=None):
     old = content.get("settings", {}) if content else {}
     smoke = args.smoke or (old.get("smoke") and args.data is None)
     data = load_data(old.get("data") if args.data is None else args.data, args.vocab, args.seq_len,
-                     spec=content and content["tokenizer"], limit=60 if smoke else None)
+                     spec=content and content["tokenizer"], limit=30 if smoke else None)
     if content and data.digest != content.get("data"):
         say(f"note: {data.name} is not the text that this checkpoint was trained on")
     return data
@@ -707,7 +712,8 @@ def load_base(args):
     path = args.model or os.path.join(args.out, "base.pt")
     if not args.model and not os.path.exists(path):
         say(f"there is no {path} yet: training it first, as `python model.py` does")
-        flags = {n: getattr(args, n) for n in ("data", "vocab", "size", "device", "dtype", "out")}
+        flags = {n: getattr(args, n) for n in ("data", "vocab", "size", "device", "dtype")}
+        flags["out"] = os.path.dirname(args.out) if args.smoke else args.out
         pretrain([f"--{n}={v}" for n, v in flags.items() if v] + ["--smoke"] * args.smoke)
     model, content = load_checkpoint(path, args.device, getattr(torch, args.dtype))
     args.seq_len = args.seq_len or model.config.seq_len

@@ -1,16 +1,17 @@
 """Quantizers: the number grids, the packing and the packed linear layer that all methods share.
 
   1. A grid turns floats into small integers `q` and a few real numbers.
-     affine:  w_hat = (q - zero_point) * scale     `rtn`, one scale a row or a group of inputs
+     affine:  w_hat = (q - zero_point) * scale     `rtn` and `gptq`, one scale a row or a group
      QuEST:   h_hat = (q + 1/2) * scale            `quest_codes`, on Hadamard-rotated rows
   2. `pack` lays the integers side by side, `bits` bits each; `unpack` is its exact inverse.
   3. `QuantLinear` holds packed integers and scales, and multiplies with them.
 
-Papers: QuEST (arXiv 2502.05003) for the Gaussian grids and the rotation; the affine grid is that
-of GPTQ's code (2210.17323). Not here: anything that trains (see the method files).
+Papers: QuEST (arXiv 2502.05003) for the Gaussian grids and the rotation; GPTQ (2210.17323) and
+its code for the affine grid. Not here: anything that trains (see the method files).
 
 Shapes: O output channels, C input channels, g = group_size, G = C / g groups, ... any others.
 """
+import contextlib
 import math
 
 import torch
@@ -172,6 +173,9 @@ def rtn(w, bits, group_size=-1, symmetric=False, mse=False):
     groups = _grouped(w, group_size)                                               # (O, G, g)
     scale, zero_point = affine_grid(groups, bits, symmetric, mse)                  # (O, G)
     q = affine_codes(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), bits).view(w.shape)
+    return _affine_result(q, scale, zero_point, bits, symmetric)
+
+def _affine_result(q, scale, zero_point, bits, symmetric):
     if symmetric:
         return (q - 2 ** (bits - 1)).to(torch.int8), scale, None
     return q.to(torch.uint8), scale, zero_point
@@ -199,7 +203,7 @@ def affine_grid(x, bits, symmetric=False, mse=False):
 
 def affine_codes(x, scale, zero_point, bits):
     """Codes 0..2^bits-1 of x, in x's dtype; scale and zero_point broadcast against x."""
-    return (x / scale + zero_point).round().clamp(0, 2**bits - 1)
+    return ((x / scale).round() + zero_point).clamp(0, 2**bits - 1)
 
 def dequantize(q, scale, zero_point=None, group_size=-1):
     """(q - zero_point) * scale: integers (O, C), scale and zero_point (O, G) -> floats (O, C)."""
@@ -215,6 +219,84 @@ def _grouped(w, group_size):
         raise ValueError(f"--group-size {group_size} does not divide {w.size(-1)} input channels; "
                          f"try {math.gcd(w.size(-1), 128)} or -1 (one scale per row)")
     return w.reshape(w.size(0), -1, g)
+
+def fake_quant_tokens(x, bits):
+    """Every token on its own symmetric grid, back as floats; the gradient goes straight through.
+
+    x (..., C): integers within +-(2^(bits-1) - 1) times the token's largest |x| over that.
+    """
+    h = x.detach().float()
+    scale = (h.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=EPS)  # (..., 1)
+    return ((h / scale).round() * scale).to(x.dtype) + (x - x.detach())
+
+# ---------------------------------------------------------------------------------------------
+# GPTQ (2210.17323) rounds a weight's columns from left to right, and after each moves the columns
+# still to come so that they make up for its error on the calibration inputs as well as they can.
+# With H = E[x x^T] + damping and the upper U of U^T U = H^-1 that step is exact: an error of
+# e = (w_i - w_hat_i) / U_ii moves the columns j > i by -e U_ij and costs the output e^2.
+
+LAZY_BLOCK = 128  # columns that are finished before the columns to their right are touched
+
+@contextlib.contextmanager
+def full_float32():
+    """Matrix products of float32 without TF32 inside the block, or inside a decorated function."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+@full_float32()
+@torch.no_grad()
+def gptq(w, hessian, bits, group_size=-1, symmetric=False, mse=False, act_order=False,
+         percdamp=0.01):
+    """w (O, C), hessian (C, C) = E[x x^T] over the inputs, in any unit -> as `rtn` returns it.
+
+    Groups take their grid from the weights as they stand when their turn comes. act_order: the
+    columns with the largest H_ii first; then a group's grid is that of the original weights, so
+    that it stays one group. percdamp: of the mean of H's diagonal, added to it. Raises
+    torch.linalg.LinAlgError where H is not positive definite even so.
+    """
+    w = w if w.dtype == torch.float64 else w.float()
+    groups, C = _grouped(w, group_size), w.size(1)                              # (O, G, g)
+    g, static = groups.size(-1), act_order or group_size == -1
+    scale, zero_point = affine_grid(groups, bits, symmetric, mse)                  # (O, G)
+    order = torch.arange(C, device=w.device)
+    if act_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+    h = hessian.to(w)[order][:, order]
+    dead = h.diagonal() == 0                           # inputs that were always zero
+    h.diagonal().add_(dead)
+    u, w, q = inverse_factor(h, percdamp), w[:, order].masked_fill_(dead, 0), torch.empty_like(w)
+    columns = _gptq_columns
+    if w.is_cuda and w.dtype == torch.float32:         # the same arithmetic, in one kernel
+        from kernels import gptq_columns as columns
+    step = LAZY_BLOCK if static else max(n for n in range(1, LAZY_BLOCK + 1) if g % n == 0)
+    for a in range(0, C, step):
+        b = min(a + step, C)
+        if not static and a % g == 0:                  # w holds every update of columns < a
+            grid = affine_grid(w[:, a:a + g], bits, symmetric, mse)
+            scale[:, a // g], zero_point[:, a // g] = grid
+        group = order[a:b] // g                                                    # (b - a,)
+        q[:, a:b], e = columns(w[:, a:b], u[a:b, a:b], scale[:, group], zero_point[:, group], bits)
+        w[:, b:] -= e @ u[a:b, b:]
+    return _affine_result(q[:, order.argsort()], scale, zero_point, bits, symmetric)
+
+def inverse_factor(hessian, percdamp=0.01):
+    """The upper U (C, C) with U^T U = (H + percdamp * mean(diag H) I)^-1, by GPTQ's own steps."""
+    h = hessian + torch.diag(percdamp * hessian.diagonal().mean().expand(len(hessian)))
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+
+def _gptq_columns(w, u, scale, zero_point, bits):
+    """The columns of one lazy block: w, scale, zero_point (O, n), u (n, n) -> codes, errors e."""
+    w, q, error = w.clone(), torch.empty_like(w), torch.empty_like(w)
+    for i in range(w.size(1)):
+        s, z = scale[:, i], zero_point[:, i]                                       # (O,)
+        q[:, i] = affine_codes(w[:, i], s, z, bits)
+        error[:, i] = (w[:, i] - (q[:, i] - z) * s) / u[i, i]
+        w[:, i:] -= error[:, i:i + 1] * u[i, i:]
+    return q, error
 
 # ---------------------------------------------------------------------------------------------
 # Packing: bits only, lossless.
@@ -253,9 +335,9 @@ def _powers(base, n, device):
 class QuantLinear(nn.Module):
     """y = x w_hat^T from packed codes: (..., C) -> (..., O). For inference; nothing to train.
 
-    spec, plain values that a checkpoint keeps: kind "affine" or "quest", bits, in_features,
-    signed (two's complement codes), group_size (affine; -1 is one scale a row), and for quest
-    a_bits (of the inputs; 16: not quantized), rotate, grid ("uniform", "fp4" or "sparse").
+    spec, plain values that a checkpoint keeps: kind "affine" or "quest", bits, a_bits (of the
+    inputs; 16: not quantized), in_features, signed (two's complement codes), group_size (affine;
+    -1 is one scale a row), and for quest rotate, grid ("uniform", "fp4" or "sparse").
     tensors: packed uint8, scale float32 (O, G), zero_point uint8 (O, G) where asymmetric, keep
     (sparse: one bit a pair), a_scale (a fixed scale of the inputs, instead of one a token).
     """
@@ -267,13 +349,13 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensors.get(name))
 
     @classmethod
-    def affine(cls, q, scale, zero_point, bits, group_size=-1):
-        """From what `rtn` returns."""
+    def affine(cls, q, scale, zero_point, bits, group_size=-1, a_bits=16):
+        """From what `rtn` or `gptq` returns."""
         tensors = dict(packed=pack(q, bits), scale=scale.float())
         if zero_point is not None:
             tensors["zero_point"] = zero_point.to(torch.uint8)
-        return cls(dict(kind="affine", bits=bits, in_features=q.size(1), group_size=group_size,
-                        signed=zero_point is None), tensors)
+        return cls(dict(kind="affine", bits=bits, a_bits=a_bits, in_features=q.size(1),
+                        group_size=group_size, signed=zero_point is None), tensors)
 
     @classmethod
     def quest(cls, w, bits, a_bits, grid="uniform", rotated=True, w_scale=None, a_scale=None):
@@ -302,12 +384,17 @@ class QuantLinear(nn.Module):
         keep = unpack(self.keep, 1, n // 2).bool().repeat_interleave(2, dim=-1)    # (O, C)
         return levels.new_zeros(keep.shape).masked_scatter(keep, levels)
 
+    def weight(self):
+        """The weight that the codes stand for, float32 (O, C) (affine)."""
+        s = self.spec
+        q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
+        return dequantize(q, self.scale, self.zero_point, s["group_size"])
+
     def forward(self, x):
         s = self.spec
         if s["kind"] == "affine":
-            q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
-            w = dequantize(q, self.scale, self.zero_point, s["group_size"])
-            return F.linear(x, w.to(x.dtype))
+            x = fake_quant_tokens(x, s["a_bits"]) if s["a_bits"] < 16 else x
+            return F.linear(x, self.weight().to(x.dtype))
         h, h_scale = rotate(x) if s["rotate"] else x.float(), None
         if s["a_bits"] < 16:
             grid = "fp4" if s["grid"] == "fp4" else "uniform"          # sparse: weights only

@@ -23,7 +23,7 @@ import quest
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = {"model.py": model, "quest.py": quest}
-TRAIN = "--smoke --data text.txt --vocab 300 --out out"
+TRAIN = "--data text.txt --vocab 300 --out out"
 TEXT = "".join(f"def f{i}(x): return {'self index value'.split()[i % 3]} + {i * i}\n"
                for i in range(800))
 KEYS = """method w_bits a_bits bpw group_size val_loss val_ppl bits_per_byte base_val_loss
@@ -322,3 +322,10 @@ def test_the_file_tables_line_counts_are_true(readme):
     assert rows
     for name, lines in rows:
         assert len((ROOT / name).read_text().splitlines()) == int(lines.replace(",", "")), name
+
+def test_smoke_runs_write_nothing_but_out_smoke(work, capsys):
+    before = {p: p.read_bytes() for p in pathlib.Path("out").iterdir() if p.is_file()}
+    status, out, err = call(capsys, f"quest.py --smoke {TRAIN}")
+    assert status == 0 and err == ""
+    assert before == {p: p.read_bytes() for p in pathlib.Path("out").iterdir() if p.is_file()}
+    assert pathlib.Path("out/smoke/quest-w4a4.pt").exists()
