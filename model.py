@@ -189,10 +189,19 @@ class LLaMA(nn.Module):
         x = self.embed(idx).to(self.dtype)                                 # (B, T, C)
         for block in self.blocks:
             x = block(x, cos, sin)
+        return self.predict(x, targets)
+
+    def predict(self, x, targets=None):
         logits = self.head(self.norm(x))                                   # (B, T, vocab)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def compile_parts(self):
+        """torch.compile of one block, which serves all blocks, and of the head with the loss."""
+        for block in self.blocks:
+            block.compile()
+        self.predict = torch.compile(self.predict)
 
     def linears(self):
         """(name, module) of the linears inside the blocks: all that any method quantizes."""
@@ -414,6 +423,7 @@ def batch(tokens, step, batch_size, seq_len, seed, device):
     return x[:, :-1].to(device), x[:, 1:].to(device)
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")              # no compiling for these shapes
 def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=32):
     """Mean loss over non-overlapping windows; every token but the first is scored once.
 
@@ -541,11 +551,12 @@ def train(model, data, args, path, status=lambda: ""):
     optimizer, losses, before = make_optimizer(model, args.lr), [], 0.0
     if args.resume:
         losses, before = resume(model, optimizer, args, data, path)
-    forward = torch.compile(model) if args.compile else model
+    if args.compile:
+        model.compile_parts()
     start = last_line = last_save = time.time()
     pending, line_step, saved = [], len(losses), len(losses)   # pending: still on the device
     for done in range(len(losses) + 1, args.steps + 1):
-        loss, gnorm = train_step(forward, optimizer, data, args, done - 1)
+        loss, gnorm = train_step(model, optimizer, data, args, done - 1)
         pending.append(loss + 0 * gnorm)               # NaN if the gradient is not finite
         look = args.eval_every and done % args.eval_every == 0
         save = look or STOP or done == args.steps or time.time() - last_save > 60
@@ -572,14 +583,14 @@ def train(model, data, args, path, status=lambda: ""):
     return {"seconds": before + time.time() - start, "losses": losses,
             "tokens": args.steps * args.batch_size * args.seq_len}
 
-def train_step(forward, optimizer, data, args, step):
+def train_step(model, optimizer, data, args, step):
     """One optimizer step over args.batch_size windows -> its loss and its gradient's norm."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args.steps, args.lr)
     x, y = batch(data.train, step, args.batch_size, args.seq_len, args.seed, args.device)
     total = 0.0
     for xs, ys in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
-        loss = forward(xs, ys)[1] / args.accumulate
+        loss = model(xs, ys)[1] / args.accumulate
         loss.backward()
         total = total + loss.detach()
     gnorm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
