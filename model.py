@@ -184,12 +184,15 @@ class LLaMA(nn.Module):
 
     def forward(self, idx, targets=None):
         """Ids (B, T) -> logits (B, T, vocab) and the mean loss in nats (None without targets)."""
-        c = self.config
-        cos, sin = rope_tables(idx.size(1), c.n_embd // c.n_head, c.rope_theta, idx.device)
+        cos, sin = self.rope(idx)                                          # (T, hs)
         x = self.embed(idx).to(self.dtype)                                 # (B, T, C)
         for block in self.blocks:
             x = block(x, cos, sin)
         return self.predict(x, targets)
+
+    def rope(self, idx):
+        c = self.config
+        return rope_tables(idx.size(1), c.n_embd // c.n_head, c.rope_theta, idx.device)
 
     def predict(self, x, targets=None):
         logits = self.head(self.norm(x))                                   # (B, T, vocab)
