@@ -38,8 +38,9 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from quantizers import QuantLinear, bits_per_weight
+from quantizers import QuantLinear, bits_per_weight, fake_quant_tokens
 
 class UsageError(ValueError):
     """A mistake of the user's. The message is one line: the value, the limit and the fix."""
@@ -71,6 +72,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied: bool = False           # the head shares the embedding's weights
+    a_bits: int = 16             # of what enters the linears, and of rotated queries and keys
+    kv_bits: int = 16            # of the keys and values as the linears return them
 
 Preset = collections.namedtuple(
     "Preset", "n_layer n_embd n_head n_hidden  lr  steps  batch_size accumulate seq_len")
@@ -125,20 +128,23 @@ def apply_rope(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.head_size = c.n_embd // c.n_head
+        self.head_size, self.config = c.n_embd // c.n_head, c
         self.wq = Linear(c.n_embd, c.n_head * self.head_size)
         self.wk = Linear(c.n_embd, c.n_kv_head * self.head_size)
         self.wv = Linear(c.n_embd, c.n_kv_head * self.head_size)
         self.wo = Linear(c.n_head * self.head_size, c.n_embd)
 
     def forward(self, x, cos, sin):
-        B, T, _ = x.shape
+        (B, T, _), quant = x.shape, fake_quant_tokens
+        a_bits, kv_bits = self.config.a_bits, self.config.kv_bits
+        q, k, v = apply_linears(quant(x, a_bits), self.wq, self.wk, self.wv)
         q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2)        # (B, nh or nkv, T, hs)
-                   for y in apply_linears(x, self.wq, self.wk, self.wv))
-        y = F.scaled_dot_product_attention(
-            apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, is_causal=True,
-            enable_gqa=q.size(1) != k.size(1))                             # (B, nh, T, hs)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))                # (B, T, C)
+                   for y in (q, quant(k, kv_bits), quant(v, kv_bits)))
+        q, k = (quant(apply_rope(y, cos, sin), a_bits) for y in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                           enable_gqa=q.size(1) != k.size(1))
+        y = quant(y, a_bits).transpose(1, 2)                               # (B, T, nh, hs)
+        return self.wo(y.reshape(B, T, -1))                                # (B, T, C)
 
 class MLP(nn.Module):
     def __init__(self, c):
@@ -146,10 +152,12 @@ class MLP(nn.Module):
         self.w_gate = Linear(c.n_embd, c.n_hidden)
         self.w_up = Linear(c.n_embd, c.n_hidden)
         self.w_down = Linear(c.n_hidden, c.n_embd)
+        self.config = c
 
     def forward(self, x):
-        gate, up = apply_linears(x, self.w_gate, self.w_up)                # (B, T, n_hidden)
-        return self.w_down(F.silu(gate) * up)                              # (B, T, C)
+        a_bits = self.config.a_bits
+        gate, up = apply_linears(fake_quant_tokens(x, a_bits), self.w_gate, self.w_up)
+        return self.w_down(fake_quant_tokens(F.silu(gate) * up, a_bits))   # (B, T, C)
 
 class Block(nn.Module):
     def __init__(self, c):
@@ -161,8 +169,17 @@ class Block(nn.Module):
         x = x + self.attn(self.attn_norm(x), cos, sin)
         return x + self.mlp(self.mlp_norm(x))
 
+def rerun(f, *inputs):
+    """f(*inputs), keeping the inputs alone for the backward pass, which computes f again."""
+    return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
+
 class LLaMA(nn.Module):
-    """Decoder-only transformer. `dtype` is that of the activations; the weights stay float32."""
+    """Decoder-only transformer. `dtype` is that of the activations; the weights stay float32.
+
+    lean = True saves memory: the backward pass computes each block, and the logits, once more.
+    """
+
+    lean = False
 
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
@@ -187,11 +204,19 @@ class LLaMA(nn.Module):
         cos, sin = rope_tables(idx.size(1), c.n_embd // c.n_head, c.rope_theta, idx.device)
         x = self.embed(idx).to(self.dtype)                                 # (B, T, C)
         for block in self.blocks:
-            x = block(x, cos, sin)
-        logits = self.head(self.norm(x))                                   # (B, T, vocab)
+            x = rerun(block, x, cos, sin) if self.lean else block(x, cos, sin)
+        x = self.norm(x)
+        if self.lean and targets is not None:          # never all logits in float32
+            parts = zip(x.flatten(0, 1).split(256), targets.flatten().split(256))
+            return None, sum(rerun(self.part_loss, *part) for part in parts) / targets.numel()
+        logits = self.head(x)                                              # (B, T, vocab)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def part_loss(self, x, targets):
+        """Sum of the losses at some positions: normed x (n, C), targets (n,)."""
+        return F.cross_entropy(self.head(x).float(), targets, reduction="sum")
 
     def linears(self):
         """(name, module) of the linears inside the blocks: all that any method quantizes."""
@@ -508,14 +533,15 @@ def make_optimizer(model, lr):
                "weight_decay": 0.1 * d} for d in (True, False)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
-def train(model, data, args, path, status=lambda: ""):
+def train(model, data, args, path, status=lambda: "", optimizer=None, schedule=learning_rate):
     """Train in place up to args.steps. The state goes to `path` every minute, at each look at the
     dev split, on Ctrl-C and at the end; --resume goes on from it, on a CPU bit for bit.
 
     status() gives the method's own number for the progress line. Returns {"seconds", "tokens",
     "losses": one float a step}. A loss that is not finite raises UsageError and saves nothing.
+    An optimizer of the method's own may give its groups a "peak" rate, instead of args.lr.
     """
-    optimizer, losses, before = make_optimizer(model, args.lr), [], 0.0
+    optimizer, losses, before = optimizer or make_optimizer(model, args.lr), [], 0.0
     if args.resume:
         losses, before = resume(model, optimizer, args, data, path)
     forward = torch.compile(model) if args.compile else model
@@ -523,7 +549,7 @@ def train(model, data, args, path, status=lambda: ""):
     pending, line_step, stop = [], len(losses), []     # pending: losses still on the device
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(1))      # finish the step first
     for done in range(len(losses) + 1, args.steps + 1):
-        loss, gnorm = train_step(forward, optimizer, data, args, done - 1)
+        loss, gnorm = train_step(forward, optimizer, data, args, done - 1, schedule)
         pending.append(loss + 0 * gnorm)               # NaN if the gradient is not finite
         look = args.eval_every and done % args.eval_every == 0
         save = look or stop or done == args.steps or time.time() - last_save > 60
@@ -550,10 +576,10 @@ def train(model, data, args, path, status=lambda: ""):
     return {"seconds": before + time.time() - start, "losses": losses,
             "tokens": args.steps * args.batch_size * args.seq_len}
 
-def train_step(forward, optimizer, data, args, step):
+def train_step(forward, optimizer, data, args, step, schedule=learning_rate):
     """One optimizer step over args.batch_size windows -> its loss and its gradient's norm."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args.steps, args.lr)
+        group["lr"] = schedule(step, args.steps, group.get("peak", args.lr))
     x, y = batch(data.train, step, args.batch_size, args.seq_len, args.seed, args.device)
     total = 0.0
     for xs, ys in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
@@ -610,9 +636,10 @@ def number(kind, low, high=math.inf):
         return value
     return parse
 
-def add_flags(p, trains=True):
-    """The flags that mean the same in every script. Where the default is None, `resolve` sets it."""
-    add = p.add_argument
+def add_flags(p, trains=True, **own):
+    """The flags that mean the same in every script. Where the default is None, `resolve` sets it;
+    `own` are the script's defaults for some of those, to be given to `resolve` as well."""
+    add, steps, lr = p.add_argument, own.get("steps", "from --size"), own.get("lr", "from --size")
     add("--data", help="text file, folder of .txt .md .py, or http(s) address "
                        "(default: the sources of Python's library)")
     add("--seq-len", type=number(int, 2), help="tokens a window (default: from --size)")
@@ -627,8 +654,8 @@ def add_flags(p, trains=True):
     add("--size", choices=tuple(PRESETS), default="tiny", help="preset (default: tiny)")
     add("--tied", action="store_true", help="one matrix for embedding and head")
     add("--vocab", default="1024", help="size of a BPE, or a tiktoken name (default: 1024)")
-    add("--steps", type=number(int, 1), help="optimizer steps (default: from --size)")
-    add("--lr", type=number(float, 1e-9, 10), help="peak learning rate (default: from --size)")
+    add("--steps", type=number(int, 1), help=f"optimizer steps (default: {steps})")
+    add("--lr", type=number(float, 1e-9, 10), help=f"peak learning rate (default: {lr})")
     add("--accumulate", type=number(int, 1), help="micro-batches a step (default: from --size)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
     add("--eval-every", type=number(int, 0), default=100,
@@ -637,7 +664,7 @@ def add_flags(p, trains=True):
     add("--resume", action="store_true", help="go on from the state saved in --out")
     add("--smoke", action="store_true", help="a few steps on little text, to see that all works")
 
-def resolve(args):
+def resolve(args, **own):
     """Fill in defaults, check what argparse cannot, choose device and dtype, seed torch."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -651,7 +678,7 @@ def resolve(args):
     torch.set_float32_matmul_precision("high" if cuda else "highest")
     if "size" not in args:
         return args
-    preset = PRESETS[args.size]._asdict() | (SMOKE if args.smoke else {})
+    preset = PRESETS[args.size]._asdict() | own | (SMOKE if args.smoke else {})
     for name in ("steps", "batch_size", "accumulate", "seq_len", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, preset[name])

@@ -203,6 +203,21 @@ def dequantize(q, scale, zero_point=None, group_size=-1):
         q = q - zero_point.to(scale.dtype).unsqueeze(-1)
     return (q * scale.unsqueeze(-1)).flatten(1)
 
+def fake_quant_tokens(x, bits):
+    """x (..., n) on an asymmetric grid per token, chosen from its own range; straight-through.
+
+    The range is widened to hold 0 and the zero point is an integer, so that 0 stays 0. At 16 bits x
+    comes back as it is.
+    """
+    if bits == 16:
+        return x
+    h = x.detach().float()
+    low, high = h.amin(-1, keepdim=True).clamp(max=0), h.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=EPS)                          # (..., 1)
+    zero_point = (-low / scale).round()
+    h = (affine_codes(h, scale, zero_point, bits) - zero_point) * scale
+    return h.to(x.dtype) + (x - x.detach())            # plus exactly 0, and x's gradient
+
 def _grouped(w, group_size):
     """(O, C) -> (O, G, g). Raises ValueError where g does not divide C."""
     g = w.size(-1) if group_size == -1 else group_size

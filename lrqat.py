@@ -1,0 +1,513 @@
+"""LR-QAT: quantization-aware training of a pre-trained LLaMA through low-rank adapters.
+
+    python lrqat.py --bits 2                    # trains every arm on the tiny base; one table
+    python lrqat.py --bits 2 --smoke            # every line of it in a few seconds
+    python lrqat.py --size 7B --init-base random --bits 4 --phi packed --steps 3 --seq-len 1024
+    python model.py eval out/lrqat-w2.pt        # the merged, packed result
+
+The third is 7B on one GPU: random weights prove bytes and speed, never quality.
+
+The idea:
+  1. Quantization-aware training pays for a gradient and two moments of every weight. Freeze the
+     weight instead, in units of its grid's step and in 0.5 to 4 bytes: phi(W0 / s0).
+  2. Train a rank-r product A B inside of the rounding, and the scale s outside of it:
+     W_hat = s (clip(round(phi(W0 / s0) + alpha/r A B)) - z). A B moves weights to other codes, so
+     that what it learned is in the codes; afterwards A and B go, and inference pays nothing.
+  3. Autograd would keep three dense tensors for each weight. Our function keeps x, the frozen
+     codes, A, B and s, which exist anyway, and builds the weight again in the backward pass.
+
+Paper: LR-QAT, Bondarenko et al. 2024 (arXiv 2406.06385); code: Qualcomm-AI-research/LR-QAT.
+Ours differs: s, A, B and the sum Z are float32 (bfloat16 scales do not move at the paper's rate of
+1e-5); 2 bits have a real asymmetric grid with a zero point z; "packed" is two codes a byte; the SVD
+start divides each row of A by its own scale; alpha and the rates suit a hundred steps. --a-bits
+also quantizes the norms' outputs, where the released code and its flags disagree. On a GPU, A B
+runs in TF32 like every float32 product here. Under --compile the compiler decides what is kept.
+Not here: a search for p or the rates; training a checkpoint whose dense form does not fit.
+
+Shapes: W (O, C) weights, A (O, r), B (r, C), G = C / g groups of inputs, s and z (O, G).
+"""
+import argparse
+import copy
+import math
+import os
+import time
+import types
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import quantizers
+from model import (PRESETS, LlamaConfig, LLaMA, Parser, UsageError, add_flags, batch, evaluate,
+                   finish, header, load_base, load_checkpoint, number, resolve, run,
+                   save_checkpoint, say, settings, show, train, train_step)
+from quantizers import EPS, GAUSSIAN_CLIP, QuantLinear, bits_per_weight, dequantize, unpack
+
+OWN = {"steps": 100, "lr": 1e-2}     # defaults; --lr is the peak rate of A and B
+ALPHA = 32.0                         # the paper: 1, for 10,000 steps
+SCALE_RATE, WEIGHT_RATE = 0.03, 0.03 # peak rates of s, and of W in the other arms, over --lr
+P = 3.0                              # norm of the range search; the paper tries 2 to 5
+PHI = {"fp32": (4, 8), "bf16": (2, 8), "fixed": (1, 7), "packed": (0.5, 4)}  # bytes, most bits
+WINDOWS = 512                        # of the validation split, for the table
+LIMIT = 24 * 2**30                   # bytes that the other arms of a --init random run get
+
+def parse_args(argv=None):
+    p = Parser(prog="lrqat.py", description="Low-rank quantization-aware training (LR-QAT).")
+    add = p.add_argument
+    add("--bits", type=number(int, 2, 8), default=2, help="of weights; 2: asymmetric (default: 2)")
+    add("--group-size", type=number(int, -1), default=-1, help="inputs a scale; -1: all (default)")
+    add("--phi", choices=tuple(PHI), default="fixed", help="format of the frozen weights; fixed: "
+        "int8 with --bits integer bits; packed: integers, two a byte (default: fixed)")
+    add("--rank", type=number(int, 1), default=32, help="of A and B (default: 32)")
+    add("--init", "--init-base", choices=("zero", "svd", "random"), default="zero",
+        help="A B starts at zero or as the SVD of the rounding error; random: zero, and the base "
+        "model is random codes of --size, for bytes and speed (default: zero)")
+    add("--a-bits", type=number(int, 2, 16), default=16, help="of activations, a grid a token; "
+        "16: not quantized (default: 16)")
+    add("--kv-bits", type=number(int, 2, 16), help="of keys and values (default: --a-bits)")
+    add("--memory-report", action="store_true", help="first, predicted against measured bytes")
+    add_flags(p, **OWN)
+    args = p.parse_args(argv)
+    args.kv_bits = args.kv_bits or args.a_bits
+    if args.bits > PHI[args.phi][1]:
+        raise UsageError(f"--phi {args.phi} holds at most {PHI[args.phi][1]} bits, not --bits "
+                         f"{args.bits}; try --phi bf16")
+    if args.init == "random" and args.model:
+        raise UsageError(f"--init random has no base model; leave --model {args.model} out")
+    return resolve(args, **OWN)
+
+def check_shapes(model, args):
+    """Raise UsageError for a rank, a group or a phi that some linear of the model cannot have."""
+    for name, linear in model.linears():
+        (O, C), g = linear.weight.shape, args.group_size
+        if args.rank > min(O, C):
+            problem, fix = f"--rank {args.rank} is above the least side", f"--rank {min(O, C, 32)}"
+        elif args.phi == "packed" and C % 2:
+            problem, fix = "--phi packed needs an even number of columns", "--phi fixed"
+        elif g != -1 and (g < 1 or C % g):
+            problem = f"--group-size {g} does not divide the columns"
+            fix = f"--group-size {math.gcd(C, 128)} or -1 (one scale per row)"
+        else:
+            continue
+        raise UsageError(f"{problem} of {name}, {O} x {C}; try {fix}")
+
+# ---- The method -------------------------------------------------------------------------------
+
+def limits(bits):
+    """The smallest and the largest code, signed."""
+    return -2 ** (bits - 1), 2 ** (bits - 1) - 1
+
+def to_grid(w, scale, zero_point):
+    """w / scale + zero_point: weights (O, C) in steps of the grid, not rounded."""
+    v = w.view(*scale.shape, -1) / scale.unsqueeze(-1)                             # (O, G, g)
+    return (v if zero_point is None else v + zero_point.unsqueeze(-1)).flatten(1)
+
+@torch.no_grad()
+def search_range(w, bits, group_size=-1, p=P):
+    """L_p grid search: w (O, C) -> scale (O, G), and zero_point int8 (O, G) at 2 bits, else None.
+
+    Of 100 shrunken ranges the one with the least sum of |w - w_hat|^p, the smallest if several.
+    """
+    groups = w.float().view(w.size(0), -1, w.size(1) if group_size == -1 else group_size)
+    (qmin, qmax), zero_point, best = limits(bits), None, math.inf
+    span, steps = groups.abs().amax(-1), qmax                                      # (O, G)
+    if bits == 2:                                      # a range that holds 0, which keeps a code
+        low = groups.amin(-1).clamp(max=0)
+        span, steps = groups.amax(-1).clamp(min=0) - low, qmax - qmin
+        zero_point = (qmin - (low / (span / steps).clamp(min=EPS)).round()).to(torch.int8)
+    scale = (span / steps).clamp(min=EPS)
+    for j in range(1, 101):
+        s = (span * (j / 100) / steps).clamp(min=EPS)
+        q = to_grid(w.float(), s, zero_point).round().clamp(qmin, qmax)
+        error = dequantize(q, s, zero_point, group_size).sub_(w).abs_().pow_(p)
+        error = error.view_as(groups).sum(-1)                                      # (O, G)
+        scale = torch.where(error < best, s, scale)
+        best = torch.minimum(error, torch.as_tensor(best, device=w.device))
+    return scale, zero_point
+
+def downcast(v, bits, phi):
+    """phi: v (O, C) in steps of the grid -> what is stored. Floats stay unclipped. Ties go to even.
+
+    fixed: int8, `bits` integer bits with the sign and 8 - bits fraction bits. packed: integers,
+    column 2j in the low half of a byte and 2j + 1 in the high half, each plus 8.
+    """
+    if phi in ("fp32", "bf16"):
+        return v.to(torch.float32 if phi == "fp32" else torch.bfloat16)
+    v = v.clamp(*limits(bits))                         # first: 8.2 * 16 would wrap around in int8
+    if phi == "fixed":
+        return (v * 2 ** (8 - bits)).round().to(torch.int8)
+    q = (v.round() + 8).to(torch.uint8)
+    return q[:, ::2] | q[:, 1::2] << 4                                             # (O, C/2)
+
+def latent(codes, A, B, bits, phi):
+    """Z = up(codes) + alpha/r A B in float32 (O, C), float64 where A is; A None: up(codes)."""
+    if phi == "packed":                                # minus 8, in two's complement
+        codes = (torch.stack((codes & 15, codes >> 4), -1) - 8).view(torch.int8).flatten(1)
+    step = 2.0 ** (bits - 8) if phi == "fixed" else 1.0
+    if A is None:
+        return codes.float() * step
+    A, B = (t if t.dtype == torch.float64 else t.float() for t in (A, B))
+    return (A @ B).mul_(ALPHA / A.size(1)).add_(codes, alpha=step)                 # in place
+
+def integers(codes, A, B, bits, phi):
+    """clip(round(Z)), the signed integers as floats (O, C). Training and merging both call this."""
+    return latent(codes, A, B, bits, phi).round_().clamp_(*limits(bits))
+
+class LRQATFunction(torch.autograd.Function):
+    """y = x W_hat^T: (..., C) -> (..., O). With D = dL/dW_hat = g^T x and M = [round(Z) in range]:
+
+        dL/dZ = s D M     dL/dA = alpha/r dL/dZ B^T     dL/dB = alpha/r A^T dL/dZ
+        dL/ds = the row's or group's sum of D (Q - z), the true derivative: s is outside alone.
+                LSQ, where it is inside too, subtracts M W/s from Q.
+    s and M are elementwise, so the dense D must exist, unlike in LoRA; but for one linear only.
+    """
+
+    @staticmethod
+    def forward(ctx, x, codes, A, B, scale, zero_point, bits, phi, group_size):
+        ctx.save_for_backward(x, codes, A, B, scale, zero_point)
+        ctx.how = bits, phi, group_size
+        q = integers(codes, A, B, bits, phi)
+        return F.linear(x, dequantize(q, scale, zero_point, group_size).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, g):
+        (x, codes, A, B, scale, zero_point), (bits, phi, group_size) = ctx.saved_tensors, ctx.how
+        gx = gA = gB = gs = None
+        z = latent(codes, A, B, bits, phi).round_()
+        q = z.clamp(*limits(bits))
+        q, inside = q.to(torch.int8), q == z                                       # (O, C)
+        del z
+        if ctx.needs_input_grad[0]:
+            gx = g @ dequantize(q, scale, zero_point, group_size).to(g.dtype)
+        D = (g.flatten(0, -2).t() @ x.flatten(0, -2)).to(scale.dtype)              # (O, C)
+        if ctx.needs_input_grad[4]:
+            gs = (D * q).view(*scale.shape, -1).sum(-1)                            # (O, G)
+            if zero_point is not None:
+                gs -= zero_point * D.view(*scale.shape, -1).sum(-1)
+        if A is not None:
+            D.mul_(inside).view(*scale.shape, -1).mul_(scale.unsqueeze(-1))        # now dL/dZ
+            c = ALPHA / A.size(1)
+            gA, gB = (D @ B.to(D.dtype).t()).mul_(c), (A.to(D.dtype).t() @ D).mul_(c)
+            gA, gB = gA.to(A.dtype), gB.to(B.dtype)
+        return gx, None, gA, gB, gs, None, None, None, None
+
+class LRQATLinear(nn.Module):
+    """A linear whose weight is frozen `codes`; A, B and `scale` learn, at rank 0 only `scale`."""
+
+    @torch.no_grad()
+    def __init__(self, w, scale, zero_point, bits, group_size, rank, phi, svd=False):
+        super().__init__()
+        w, self.how, self.A, self.B = w.float(), (bits, phi, group_size), None, None
+        v = to_grid(w, scale, zero_point)
+        if rank:                                       # one zero factor: A B = 0, and yet A learns
+            A = w.new_zeros(w.size(0), rank)
+            B = w.new_empty(rank, w.size(1)).uniform_(-1, 1) * w.size(1) ** -0.5
+            if svd:                                    # phi holds the rest: Z starts at W0 / s0 too
+                A, B = svd_start(w, v, scale, zero_point, rank, bits)
+                v = v - ALPHA / rank * A @ B
+            self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.scale = nn.Parameter(scale.clone())
+        self.register_buffer("zero_point", zero_point)
+        self.register_buffer("codes", downcast(v, bits, phi))
+
+    def forward(self, x):
+        return LRQATFunction.apply(x, self.codes, self.A, self.B, self.scale.clamp(min=EPS),
+                                   self.zero_point, *self.how)
+
+    @torch.no_grad()
+    def merge(self):
+        """(q, scale, zero_point) as `rtn` returns them: q int8, or uint8 with a zero_point."""
+        q, scale = integers(self.codes, self.A, self.B, *self.how[:2]), self.scale.clamp(min=EPS)
+        if self.zero_point is None:
+            return q.to(torch.int8), scale, None
+        low = limits(self.how[0])[0]
+        return (q - low).to(torch.uint8), scale, (self.zero_point - low).to(torch.uint8)
+
+def svd_start(w, v, scale, zero_point, rank, bits):
+    """A, B with alpha/r A B the best rank-r copy of the rounding error W - W_hat, in grid units.
+
+    Per channel: the error's SVD, then row i of A over s_i. With groups there is no such division,
+    and the SVD is of the error in grid units. (The paper's T = 1, before phi.)
+    """
+    q, rows = v.round().clamp(*limits(bits)), scale.size(1) == 1
+    error = w - dequantize(q, scale, zero_point) if rows else v - q                # (O, C)
+    U, S, V = torch.linalg.svd(error, full_matrices=False)
+    A = U[:, :rank] * S[:rank].sqrt() * (rank / ALPHA)                             # (O, r)
+    return A / scale if rows else A, S[:rank].sqrt().unsqueeze(1) * V[:rank]       # (r, C)
+
+class FullQATLinear(nn.Module):
+    """The main baseline, LSQ (1902.08153): W and s learn, and s is inside of the rounding too."""
+
+    def __init__(self, w, scale, zero_point, bits, group_size):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(w.clone()), nn.Parameter(scale.clone())
+        self.register_buffer("zero_point", zero_point)
+        self.how = bits, group_size
+
+    def forward(self, x):
+        (bits, group_size), scale = self.how, self.scale.clamp(min=EPS)
+        v = to_grid(self.weight, scale, self.zero_point)                           # (O, C)
+        q = (v + (v.round() - v).detach()).clamp(*limits(bits))
+        return F.linear(x, dequantize(q, scale, self.zero_point, group_size).to(x.dtype))
+
+def linear_schedule(step, steps, peak):
+    """Up from 0 over the first tenth of the steps, then down to 0 (the paper's)."""
+    warm = max(1, round(0.1 * steps))
+    return peak * (step / warm if step < warm else (steps - step) / (steps - warm))
+
+def make_optimizer(model, lr):
+    """AdamW over what learns, each kind at its own peak rate; weight decay for W alone."""
+    groups = []
+    for kind, share in {"A": 1, "B": 1, "scale": SCALE_RATE, "weight": WEIGHT_RATE}.items():
+        params = [p for n, p in model.named_parameters() if n.endswith(f".{kind}")]
+        params = [p for p in params if p.requires_grad]
+        if params:
+            decay = 0.1 if kind == "weight" else 0.0
+            groups.append({"params": params, "peak": share * lr, "weight_decay": decay})
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+# ---- The arms of the comparison: the same linears may learn in each, all else is frozen --------
+
+ARMS = ("dense", "dense, longer", "RTN", "GPTQ", "scales only (PEQA)", "full QAT (LSQ)",
+        "LR-QAT, s frozen", "LR-QAT")
+FIXED = ("dense", "RTN", "GPTQ")
+
+def convert(model, arm, args, weight, ranges):
+    """Turn the linears into those of the arm, one at a time; weight(linear) gives W (O, C) and
+    ranges(name, W) its scale and zero point."""
+    model.requires_grad_(False).train()
+    if not arm.startswith("dense"):
+        model.config.a_bits, model.config.kv_bits = args.a_bits, args.kv_bits
+    def make(name, linear):
+        w, linear.weight = weight(linear), None        # free the source before the next one
+        if arm.startswith("dense"):
+            linear.weight = nn.Parameter(w, requires_grad=arm not in FIXED)
+            return linear
+        grid = (*ranges(name, w), args.bits, args.group_size)
+        if arm == "full QAT (LSQ)":
+            return FullQATLinear(w, *grid)
+        rank, phi = (args.rank, args.phi) if arm.startswith("LR-QAT") else (0, "fp32")
+        layer = LRQATLinear(w, *grid, rank, phi, bool(rank) and args.init == "svd")
+        layer.scale.requires_grad_(arm not in ("RTN", "LR-QAT, s frozen"))
+        return layer
+    return model.replace_linears(make)
+
+@torch.no_grad()
+def gptq_model(model, data, args):
+    """GPTQ block by block, each on what the blocks before it, already quantized, feed it."""
+    x, _ = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)
+    for i in range(model.config.n_layer):
+        linears, hessians = [(n, m) for n, m in model.linears() if n.startswith(f"blocks.{i}.")], {}
+        def collect(m, inputs):
+            h = inputs[0].flatten(0, -2).float()                                   # (n, C)
+            hessians[m] = hessians.get(m, 0) + h.t() @ h / len(x)                  # (C, C)
+        hooks = [m.register_forward_pre_hook(collect) for _, m in linears]
+        for part in x.split(16):
+            model(part)
+        for hook in hooks:
+            hook.remove()
+        for name, m in linears:
+            bits, g = args.bits, args.group_size
+            q = quantizers.gptq(m.weight, hessians[m], bits, g, symmetric=bits > 2, mse=True)
+            model.set_submodule(name, QuantLinear.affine(*q, bits, g))
+    return model
+
+@torch.no_grad()
+def flipped(model):
+    """For the progress line: the share of integers that A B moved away from those of phi alone."""
+    layers = [m for m in model.modules() if isinstance(m, LRQATLinear) and m.A is not None]
+    moved = [integers(m.codes, m.A, m.B, *m.how[:2]) != integers(m.codes, None, None, *m.how[:2])
+             for m in layers]
+    share = sum(m.sum().item() for m in moved) / max(1, sum(m.numel() for m in moved))
+    return f" flipped {100 * share:.2f}% |" if layers else ""
+
+def compare(args):
+    """Train and evaluate every arm on the same tokens; print the table; pack LR-QAT's result."""
+    base, content, data = load_base(args)
+    if content["linears"]:
+        raise UsageError(f"--model {args.model} is packed; LR-QAT starts from a dense checkpoint")
+    check_shapes(base, args)
+    name = f"lrqat-w{args.bits}" + (f"a{args.a_bits}" if args.a_bits < 16 else "")
+    header(f"{name} | phi {args.phi}, rank {args.rank}", args, base, data)
+    val, rows, path = data.val[:WINDOWS * args.seq_len + 1], {}, os.path.join(args.out, name)
+    ranges = {n: search_range(m.weight, args.bits, args.group_size) for n, m in base.linears()}
+    def build(arm):
+        torch.manual_seed(args.seed)
+        return convert(copy.deepcopy(base), arm, args, lambda linear: linear.weight.detach(),
+                       lambda name, w: ranges[name])
+    if args.memory_report:
+        measure(build("LR-QAT"), args, data, ledger(base.config, args))
+    for arm in ARMS:
+        if arm == "GPTQ" and not hasattr(quantizers, "gptq"):
+            continue
+        model = gptq_model(build("dense"), data, args) if arm == "GPTQ" else build(arm)
+        learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        result = {"seconds": 0.0}
+        if learn:
+            say(f"--- {arm}: {learn} parameters learn")
+            state = f"{path}-arm{ARMS.index(arm)}.state"
+            own = argparse.Namespace(**vars(args))
+            own.resume = args.resume and os.path.exists(state)             # else: not begun yet
+            result = train(model, data, own, state, lambda: flipped(model),
+                           make_optimizer(model, args.lr), linear_schedule)
+        rows[arm] = evaluate(model.eval(), val, args.seq_len, data.tokenizer), learn, result
+        say(f"{arm} | {show(rows[arm][0])}")
+    rtn, dense = rows["RTN"][0]["loss"], rows["dense, longer"][0]["loss"]
+    say(f"\n{len(val) - 1:>7} val tokens     |   learn | val loss |     ppl | recovered | seconds")
+    for arm, (scores, learn, result) in rows.items():
+        share = 100 * (rtn - scores["loss"]) / (rtn - dense or math.nan)   # of what RTN lost
+        say(f"{arm:22} | {learn:7d} | {scores['loss']:8.4f} | {scores['ppl']:7.2f} | "
+            f"{share:8.1f}% | {result['seconds']:7.1f}")
+    report(args, model, data, path + ".pt", val, rows)
+
+def report(args, model, data, path, val, rows):
+    """Merge, pack, save, load; compare integers and loss with those of the training forward."""
+    trained, (scores, _, result) = {n: m.merge()[0] for n, m in model.linears()}, rows["LR-QAT"]
+    model.replace_linears(lambda _, m: QuantLinear.affine(*m.merge(), args.bits, args.group_size))
+    save_checkpoint(path, model, method="lrqat", settings=settings(args), tokenizer=data.spec,
+                    data=data.digest)
+    model, _ = load_checkpoint(path, args.device, model.dtype)
+    differ = sum((unpack(m.packed, args.bits, m.spec["in_features"], m.spec["signed"])
+                  != trained[n]).sum().item() for n, m in model.linears())
+    again = evaluate(model, val, args.seq_len, data.tokenizer)
+    bpw, weights = bits_per_weight(model)
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    params = sum(p.numel() for p in model.parameters()) + weights
+    say(f"\nmerged | {show(again)} | {differ} of {weights} integers differ, loss by "
+        f"{abs(again['loss'] - scores['loss']):.1e} | {bpw:.3f} bits per weight | {path}")
+    finish(args, "lrqat", model, again, result, w_bits=args.bits, a_bits=args.a_bits, bpw=bpw,
+           kv_bits=args.kv_bits, group_size=args.group_size, phi=args.phi, rank=args.rank,
+           init=args.init, base_val_loss=rows["dense"][0]["loss"], val_tokens=len(val) - 1,
+           params=params, bytes_dense=2 * params, bytes_packed=size,
+           arms={arm: round(row[0]["loss"], 6) for arm, row in rows.items()})
+
+# ---- Memory -----------------------------------------------------------------------------------
+
+def ledger(c, args):
+    """Predicted bytes at the peak of a lean step, by component, from shapes alone (LlamaConfig c).
+
+    activations: the blocks' inputs and the end's. temporaries: one block computed again, and the
+    backward pass of the largest linear: two float32, an int8, a mask and W_hat; or the loss of 256
+    tokens. e: bytes a value, n: tokens at a time.
+    """
+    e, n = 2 if args.dtype == "bfloat16" else 4, args.batch_size // args.accumulate * args.seq_len
+    L, d, f, kv = c.n_layer, c.n_embd, c.n_hidden, c.n_embd // c.n_head * c.n_kv_head
+    shapes = [(d, d), (kv, d), (kv, d), (d, d), (f, d), (f, d), (d, f)]            # (O, C)
+    scales = L * sum(O * (1 if args.group_size == -1 else C // args.group_size) for O, C in shapes)
+    weights, largest = L * sum(O * C for O, C in shapes), max(O * C for O, C in shapes)
+    learn = L * args.rank * sum(O + C for O, C in shapes) + scales
+    block = n * (8 * d + e * (4 * d + 2 * kv + 4 * f) + 4 * c.n_head)
+    linear = (12 if args.bits == 2 else 10) * largest + n * (e * f - 4 * d)
+    return {"frozen weights": int(weights * PHI[args.phi][0]) + (args.bits == 2) * scales
+            + (2 - c.tied) * c.vocab_size * d * e + 4 * d * (2 * L + 1),
+            "adapters": 4 * learn, "gradients": 4 * learn, "optimizer": 8 * learn,
+            "activations": n * d * (L * e + 4 + e) + 8 * (n + args.seq_len * d // c.n_head),
+            "temporaries": max(block + linear, min(n, 256) * c.vocab_size * (8 + e))}
+
+def tensor_bytes(tensors, seen=()):
+    """Bytes of the storages behind the tensors, each once, without those at addresses in `seen`."""
+    own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for address, size in own.items() if address not in seen)
+
+def measure(model, args, data, expected=None):
+    """Take args.steps steps -> bytes by component and tokens/s of all steps but the first.
+
+    activations: what autograd saves in one forward pass; temporaries: the rest of the peak that the
+    GPU's allocator saw. With the ledger `expected` the model is made lean, and both are printed.
+    """
+    cuda, optimizer, kept = args.device.startswith("cuda"), make_optimizer(model, args.lr), []
+    model.lean = model.lean or expected is not None
+    fixed = [*model.parameters(), *model.buffers()]
+    learn = [p for p in fixed if p.requires_grad]
+    found = {"frozen weights": tensor_bytes(t for t in fixed if not t.requires_grad),
+             "adapters": tensor_bytes(learn)}
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        other = torch.cuda.memory_allocated() - sum(found.values())
+    x, y = batch(data.train, 0, args.batch_size // args.accumulate, args.seq_len, 0, args.device)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = model(x, y)[1]
+    saved = tensor_bytes(kept, {t.untyped_storage().data_ptr() for t in fixed})
+    kept.clear()
+    loss.backward()
+    found["gradients"] = tensor_bytes(p.grad for p in learn)
+    optimizer.zero_grad(set_to_none=True)
+    forward, start = torch.compile(model) if args.compile else model, time.time()
+    for step in range(args.steps):
+        train_step(forward, optimizer, data, args, step, linear_schedule)[0].item()
+        start = time.time() if step == 0 < args.steps - 1 else start
+    speed = max(1, args.steps - 1) * args.batch_size * args.seq_len / (time.time() - start)
+    found["optimizer"] = tensor_bytes(t for s in optimizer.state.values() for t in s.values())
+    found["activations"] = saved
+    if cuda:
+        peak = torch.cuda.max_memory_allocated() - other
+        found |= {"temporaries": peak - sum(found.values()), "peak": peak}
+    for name, size in (expected | {"peak": sum(expected.values())} if expected else {}).items():
+        say(f"{name:15} | predicted {size:12d} bytes | " + (f"measured {found[name]:12d} | "
+            f"{found[name] / size:.3f}" if name in found else "measured on a GPU only"))
+    return found | {"tokens/s": speed}
+
+def random_model(arm, c, args):
+    """A model of random weights, made on the device, each linear at once in its final format."""
+    dtype = getattr(torch, args.dtype)
+    def grid(name, w):
+        shape = w.size(0), 1 if args.group_size == -1 else w.size(1) // args.group_size
+        scale = torch.full(shape, 0.02 * GAUSSIAN_CLIP[args.bits] / limits(args.bits)[1])
+        zero_point = torch.zeros(shape, dtype=torch.int8, device=args.device)
+        return scale.to(args.device), zero_point if args.bits == 2 else None
+    def normal(t):
+        return torch.randn(t.shape, device=args.device, dtype=dtype) * 0.02
+    with torch.device("meta"):
+        model = LLaMA(c, dtype)
+    check_shapes(model, args)
+    convert(model, arm, args, lambda linear: normal(linear.weight), grid)
+    for name, p in [(n, p) for n, p in model.named_parameters() if p.is_meta]:     # the rest
+        path, leaf = name.rsplit(".", 1)
+        new = normal(p) if p.dim() == 2 else torch.ones(p.shape, device=args.device)
+        setattr(model.get_submodule(path), leaf, nn.Parameter(new, requires_grad=False))
+    model.lean = args.size == "7B"
+    return model
+
+def random_run(args):
+    """Bytes and speed of LR-QAT, and of full QAT and dense training within 24 GiB, whose weights,
+    gradients and moments are in --dtype, as small as can be."""
+    p, cuda, results, start = PRESETS[args.size], args.device.startswith("cuda"), {}, time.time()
+    c = LlamaConfig(32000, p.n_layer, p.n_embd, p.n_head, p.n_head, p.n_hidden, args.seq_len,
+                    tied=args.tied)
+    if args.size == "7B" and not cuda:
+        raise UsageError(f"--size 7B needs a GPU; on a CPU this run would take about "
+                         f"{sum(ledger(c, args).values()) / 2**30:.0f} GiB and hours a step; "
+                         "try --size tiny")
+    data = types.SimpleNamespace(train=np.random.default_rng(args.seed).integers(0, 32000, 100_000))
+    say(f"{args.size} of random weights: bytes and speed, never quality | W{args.bits} "
+        f"phi {args.phi} rank {args.rank} | "
+        f"{args.batch_size // args.accumulate} x {args.seq_len} tokens at a time")
+    for arm in ("LR-QAT", "full QAT (LSQ)", "dense, longer"):
+        if cuda and arm != "LR-QAT":
+            total = torch.cuda.get_device_properties(args.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, LIMIT / total))
+            torch.cuda.empty_cache()
+        expected = ledger(c, args) if arm == "LR-QAT" and args.size == "7B" else None
+        try:
+            results[arm] = measure(random_model(arm, copy.copy(c), args), args, data, expected)
+        except torch.OutOfMemoryError:
+            if arm == "LR-QAT":
+                raise
+            results[arm] = None
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
+        reserved = torch.cuda.max_memory_reserved() / 2**30 if cuda else math.nan
+        say(f"{arm} | peak {peak:.2f} GiB, reserved {reserved:.2f} | " + (
+            f"{results[arm]['tokens/s']:.0f} tokens/s" if results[arm] else
+            f"does not fit in {LIMIT / 2**30:.0f} GiB: out of memory"))
+    finish(args, "lrqat-random", nn.Module(), dict.fromkeys(("loss", "ppl", "bits_per_byte")),
+           {"tokens": args.steps * args.batch_size * args.seq_len, "seconds": time.time() - start},
+           w_bits=args.bits, phi=args.phi, rank=args.rank, size=args.size, results=results,
+           params=None, bytes_dense=None, bpw=None)
+
+def main():
+    args = parse_args()
+    random_run(args) if args.init == "random" else compare(args)
+
+if __name__ == "__main__":
+    run(main)
