@@ -24,6 +24,9 @@ also quantizes the norms' outputs, where the released code and its flags disagre
 runs in TF32 like every float32 product here. Under --compile the compiler decides what is kept.
 Not here: a search for p or the rates; training a checkpoint whose dense form does not fit.
 
+Printed: learn, parameters that learn. recovered, the share of the loss between RTN and dense
+training of the same length that an arm wins back. flipped, integers that A B moved to other codes.
+
 Shapes: W (O, C) weights, A (O, r), B (r, C), G = C / g groups of inputs, s and z (O, G).
 """
 import argparse
@@ -60,9 +63,8 @@ def parse_args(argv=None):
     add("--phi", choices=tuple(PHI), default="fixed", help="format of the frozen weights; fixed: "
         "int8 with --bits integer bits; packed: integers, two a byte (default: fixed)")
     add("--rank", type=number(int, 1), default=32, help="of A and B (default: 32)")
-    add("--init", "--init-base", choices=("zero", "svd", "random"), default="zero",
-        help="A B starts at zero or as the SVD of the rounding error; random: zero, and the base "
-        "model is random codes of --size, for bytes and speed (default: zero)")
+    add("--init", "--init-base", choices=("zero", "svd", "random"), default="zero", help="start of "
+        "A B: zero, or the rounding error's SVD; random: zero, on random codes (default: zero)")
     add("--a-bits", type=number(int, 2, 16), default=16, help="of activations, a grid a token; "
         "16: not quantized (default: 16)")
     add("--kv-bits", type=number(int, 2, 16), help="of keys and values (default: --a-bits)")
@@ -79,18 +81,16 @@ def parse_args(argv=None):
 
 def check_shapes(model, args):
     """Raise UsageError for a rank, a group or a phi that some linear of the model cannot have."""
-    for name, linear in model.linears():
-        (O, C), g = linear.weight.shape, args.group_size
-        if args.rank > min(O, C):
-            problem, fix = f"--rank {args.rank} is above the least side", f"--rank {min(O, C, 32)}"
-        elif args.phi == "packed" and C % 2:
-            problem, fix = "--phi packed needs an even number of columns", "--phi fixed"
-        elif g != -1 and (g < 1 or C % g):
-            problem = f"--group-size {g} does not divide the columns"
-            fix = f"--group-size {math.gcd(C, 128)} or -1 (one scale per row)"
-        else:
-            continue
-        raise UsageError(f"{problem} of {name}, {O} x {C}; try {fix}")
+    rank, g = args.rank, args.group_size
+    for name, (O, C) in ((name, linear.weight.shape) for name, linear in model.linears()):
+        for wrong, problem, fix in (
+                (rank > min(O, C), f"--rank {rank} is above a side", f"--rank {min(O, C, 32)}"),
+                (args.phi == "packed" and C % 2, "--phi packed needs an even number of columns",
+                 "--phi fixed"),
+                (g == 0 or g > 0 and C % g, f"--group-size {g} does not divide the columns",
+                 f"--group-size {math.gcd(C, 128)}, or -1 (one scale per row)")):
+            if wrong:
+                raise UsageError(f"{problem} of {name}, {O} x {C}; try {fix}")
 
 # ---- The method -------------------------------------------------------------------------------
 
@@ -142,8 +142,8 @@ def downcast(v, bits, phi):
 
 def latent(codes, A, B, bits, phi):
     """Z = up(codes) + alpha/r A B in float32 (O, C), float64 where A is; A None: up(codes)."""
-    if phi == "packed":                                # minus 8, in two's complement
-        codes = (torch.stack((codes & 15, codes >> 4), -1) - 8).view(torch.int8).flatten(1)
+    if phi == "packed":
+        codes = (torch.stack((codes & 15, codes >> 4), -1).to(torch.int8) - 8).flatten(1)
     step = 2.0 ** (bits - 8) if phi == "fixed" else 1.0
     if A is None:
         return codes.float() * step
@@ -296,7 +296,8 @@ def convert(model, arm, args, weight, ranges):
 @torch.no_grad()
 def gptq_model(model, data, args):
     """GPTQ block by block, each on what the blocks before it, already quantized, feed it."""
-    x, _ = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)
+    x, _ = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)  # the calibration
+    model.config.a_bits, model.config.kv_bits = args.a_bits, args.kv_bits
     for i in range(model.config.n_layer):
         linears, hessians = [(n, m) for n, m in model.linears() if n.startswith(f"blocks.{i}.")], {}
         def collect(m, inputs):
@@ -450,14 +451,13 @@ def measure(model, args, data, expected=None):
 
 def random_model(arm, c, args):
     """A model of random weights, made on the device, each linear at once in its final format."""
-    dtype = getattr(torch, args.dtype)
-    def grid(name, w):
-        shape = w.size(0), 1 if args.group_size == -1 else w.size(1) // args.group_size
-        scale = torch.full(shape, 0.02 * GAUSSIAN_CLIP[args.bits] / limits(args.bits)[1])
-        zero_point = torch.zeros(shape, dtype=torch.int8, device=args.device)
-        return scale.to(args.device), zero_point if args.bits == 2 else None
+    dtype, bits = getattr(torch, args.dtype), args.bits
     def normal(t):
         return torch.randn(t.shape, device=args.device, dtype=dtype) * 0.02
+    def grid(name, w):                                 # no search: the weights are Gaussian
+        G, clip = 1 if args.group_size == -1 else w.size(1) // args.group_size, GAUSSIAN_CLIP[bits]
+        scale = w.new_full((w.size(0), G), 0.02 * clip / limits(bits)[1], dtype=torch.float32)
+        return scale, torch.zeros_like(scale, dtype=torch.int8) if bits == 2 else None
     with torch.device("meta"):
         model = LLaMA(c, dtype)
     check_shapes(model, args)
@@ -466,6 +466,8 @@ def random_model(arm, c, args):
         path, leaf = name.rsplit(".", 1)
         new = normal(p) if p.dim() == 2 else torch.ones(p.shape, device=args.device)
         setattr(model.get_submodule(path), leaf, nn.Parameter(new, requires_grad=False))
+    if c.tied:
+        model.head.weight = model.embed.weight
     model.lean = args.size == "7B"
     return model
 
@@ -475,10 +477,10 @@ def random_run(args):
     p, cuda, results, start = PRESETS[args.size], args.device.startswith("cuda"), {}, time.time()
     c = LlamaConfig(32000, p.n_layer, p.n_embd, p.n_head, p.n_head, p.n_hidden, args.seq_len,
                     tied=args.tied)
+    need = sum(ledger(c, args).values()) / 2**30
     if args.size == "7B" and not cuda:
-        raise UsageError(f"--size 7B needs a GPU; on a CPU this run would take about "
-                         f"{sum(ledger(c, args).values()) / 2**30:.0f} GiB and hours a step; "
-                         "try --size tiny")
+        raise UsageError(f"--size 7B needs a GPU; on a CPU it would take about {need:.1f} GiB and "
+                         "hours; try --size tiny")
     data = types.SimpleNamespace(train=np.random.default_rng(args.seed).integers(0, 32000, 100_000))
     say(f"{args.size} of random weights: bytes and speed, never quality | W{args.bits} "
         f"phi {args.phi} rank {args.rank} | "
@@ -495,15 +497,16 @@ def random_run(args):
             if arm == "LR-QAT":
                 raise
             results[arm] = None
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
-        reserved = torch.cuda.max_memory_reserved() / 2**30 if cuda else math.nan
-        say(f"{arm} | peak {peak:.2f} GiB, reserved {reserved:.2f} | " + (
-            f"{results[arm]['tokens/s']:.0f} tokens/s" if results[arm] else
-            f"does not fit in {LIMIT / 2**30:.0f} GiB: out of memory"))
+        line = f"{results[arm]['tokens/s']:.0f} tokens/s" if results[arm] else (
+            f"out of memory: does not fit in {LIMIT / 2**30:.0f} GiB")
+        if cuda:
+            line += (f" | peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated, "
+                     f"{torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved")
+        say(f"{arm} | {line}")
     finish(args, "lrqat-random", nn.Module(), dict.fromkeys(("loss", "ppl", "bits_per_byte")),
            {"tokens": args.steps * args.batch_size * args.seq_len, "seconds": time.time() - start},
-           w_bits=args.bits, phi=args.phi, rank=args.rank, size=args.size, results=results,
-           params=None, bytes_dense=None, bpw=None)
+           w_bits=args.bits, bpw=None, params=None, bytes_dense=None, phi=args.phi, rank=args.rank,
+           size=args.size, results=results)
 
 def main():
     args = parse_args()
