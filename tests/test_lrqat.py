@@ -5,6 +5,7 @@ with hand-made tables, or with what autograd and the allocator of storages reall
 """
 import copy
 import hashlib
+import json
 import math
 import sys
 import types
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import lrqat
 import model as trunk
+import quantizers
 from lrqat import (ALPHA, PHI, FullQATLinear, LRQATFunction, LRQATLinear, convert, downcast,
                    integers, latent, ledger, limits, linear_schedule, make_optimizer, measure,
                    search_range, svd_start, tensor_bytes, to_grid)
@@ -626,6 +628,51 @@ def test_activation_bits_reach_every_site_and_kv_bits_only_keys_and_values(monke
     m(torch.randint(0, 64, (1, 8)))
     attention = [(8, 3, 32), (4, 3, 16), (4, 3, 16), (8, 4, 8), (8, 4, 8), (8, 4, 8)]
     assert sites == (attention + [(8, 3, 32), (8, 3, 48)]) * 2
+
+# ---- The script ---------------------------------------------------------------------------------
+
+def test_script_compares_all_arms_packs_and_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = "".join(f"def f{i}(x):\n    return x + {i * i}\n\n" for i in range(3000))
+    (tmp_path / "text.txt").write_text(text)
+    data = trunk.load_data(str(tmp_path / "text.txt"), "300", 32)
+    base = LLaMA(LlamaConfig(data.tokenizer.n_vocab, 2, 32, 4, 4, 48, 32))
+    trunk.save_checkpoint(str(tmp_path / "base.pt"), base, tokenizer=data.spec, data=data.digest,
+                          method="dense", settings={"data": data.name, "vocab": "300"})
+    hessians = []
+    def gptq(w, hessian, bits, group_size, symmetric, mse):
+        hessians.append((tuple(hessian.shape), hessian.trace().item() > 0))
+        return quantizers.rtn(w, bits, group_size, symmetric, mse)
+    monkeypatch.setattr(quantizers, "gptq", gptq, raising=False)
+    monkeypatch.setattr(lrqat, "WINDOWS", 8)
+    flags = ("--bits 2 --group-size 16 --rank 4 --init svd --a-bits 8 --kv-bits 4 --memory-report "
+             "--steps 3 --batch-size 4 --seq-len 32 --device cpu")
+    argv = ["lrqat.py", *flags.split(), "--model", str(tmp_path / "base.pt"), "--out", str(tmp_path)]
+    rows = []
+    for more in ([], ["--resume"]):
+        monkeypatch.setattr(sys, "argv", argv + more)
+        trunk.run(lrqat.main)
+        out = capsys.readouterr().out
+        assert "merged" in out and " 0 of 17408 integers differ, loss by 0.0e+00" in out
+        rows.append(json.loads(out.strip().splitlines()[-1]))
+    assert list(rows[0]["arms"]) == list(lrqat.ARMS) and rows[0]["arms"] == rows[1]["arms"]
+    assert len(hessians) == 2 * 14 and set(hessians) == {((32, 32), True), ((48, 48), True)}
+    assert "resumed" in out and out.count("predicted") == 7
+    m, content = trunk.load_checkpoint(str(tmp_path / "lrqat-w2a8.pt"))
+    loss = trunk.evaluate(m, data.val[:8 * 32 + 1], 32)["loss"]
+    assert abs(loss - rows[0]["val_loss"]) < 1e-6 and content["config"]["kv_bits"] == 4
+
+def test_random_run_needs_no_base_and_reports_three_arms(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(trunk.PRESETS, "tiny", trunk.PRESETS["tiny"]._replace(n_layer=1))
+    flags = ("--init-base random --bits 4 --phi packed --rank 4 --steps 2 --batch-size 2 "
+             "--accumulate 2 --seq-len 8 --device cpu --out")
+    monkeypatch.setattr(sys, "argv", ["lrqat.py", *flags.split(), str(tmp_path)])
+    trunk.run(lrqat.main)
+    row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    ours, full = row["results"]["LR-QAT"], row["results"]["full QAT (LSQ)"]
+    assert row["val_loss"] is None and "dense, longer" in row["results"]
+    assert ours["frozen weights"] + 3 * ours["adapters"] < full["adapters"] + full["frozen weights"]
+    assert ours["tokens/s"] > 0
 
 # ---- Bad input ----------------------------------------------------------------------------------
 
