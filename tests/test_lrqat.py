@@ -647,7 +647,8 @@ def test_script_compares_all_arms_packs_and_resumes(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(lrqat, "WINDOWS", 8)
     flags = ("--bits 2 --group-size 16 --rank 4 --init svd --a-bits 8 --kv-bits 4 --memory-report "
              "--steps 3 --batch-size 4 --seq-len 32 --device cpu")
-    argv = ["lrqat.py", *flags.split(), "--model", str(tmp_path / "base.pt"), "--out", str(tmp_path)]
+    argv = ["lrqat.py", *flags.split(), "--model", str(tmp_path / "base.pt")]
+    argv += ["--out", str(tmp_path)]
     rows = []
     for more in ([], ["--resume"]):
         monkeypatch.setattr(sys, "argv", argv + more)
