@@ -18,9 +18,11 @@ Shapes: B sequences, T tokens each, C = n_embd, nh = n_head, nkv = n_kv_head, hs
 """
 import argparse
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import heapq
+import http.client
 import json
 import math
 import os
@@ -57,8 +59,7 @@ def progress(items, label):
             last = time.time()
             say(f"{label} {i}/{len(items)} | eta {(last - start) / i * (len(items) - i):.0f}s")
 
-# ---------------------------------------------------------------------------------------------
-# The model
+# ---- The model --------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class LlamaConfig:
@@ -72,13 +73,13 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied: bool = False           # the head shares the embedding's weights
-    a_bits: int = 16             # of what enters the linears, and of rotated queries and keys
+    a_bits: int = 16             # of the linears' inputs, and of rotated queries and keys
     kv_bits: int = 16            # of the keys and values as the linears return them
 
 Preset = collections.namedtuple(
     "Preset", "n_layer n_embd n_head n_hidden  lr  steps  batch_size accumulate seq_len")
 PRESETS = {  # 30M to 800M: QuEST's shapes, peak learning rates and steps of 512 x 512 tokens
-    "tiny": Preset(3, 256, 4, 768, 4e-3, 700, 16, 1, 128),
+    "tiny": Preset(3, 256, 4, 768, 2e-3, 400, 16, 1, 128),
     "30M": Preset(6, 640, 5, 1792, 1.2e-3, 11444, 512, 8, 512),
     "50M": Preset(7, 768, 6, 2048, 1.2e-3, 19073, 512, 8, 512),
     "100M": Preset(8, 1024, 8, 2816, 6e-4, 38146, 512, 16, 512),
@@ -125,6 +126,10 @@ def apply_rope(x, cos, sin):
     a, b = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
+def quantized(x, bits):
+    """Activations, a token (of a head) at a time; 16 bits: not quantized."""
+    return fake_quant_tokens(x, bits, symmetric=False)
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -135,15 +140,14 @@ class Attention(nn.Module):
         self.wo = Linear(c.n_head * self.head_size, c.n_embd)
 
     def forward(self, x, cos, sin):
-        (B, T, _), quant = x.shape, fake_quant_tokens
-        a_bits, kv_bits = self.config.a_bits, self.config.kv_bits
-        q, k, v = apply_linears(quant(x, a_bits), self.wq, self.wk, self.wv)
+        (B, T, _), a_bits, kv_bits = x.shape, self.config.a_bits, self.config.kv_bits
+        q, k, v = apply_linears(quantized(x, a_bits), self.wq, self.wk, self.wv)
         q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2)        # (B, nh or nkv, T, hs)
-                   for y in (q, quant(k, kv_bits), quant(v, kv_bits)))
-        q, k = (quant(apply_rope(y, cos, sin), a_bits) for y in (q, k))
+                   for y in (q, quantized(k, kv_bits), quantized(v, kv_bits)))
+        q, k = (quantized(apply_rope(y, cos, sin), a_bits) for y in (q, k))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                            enable_gqa=q.size(1) != k.size(1))
-        y = quant(y, a_bits).transpose(1, 2)                               # (B, T, nh, hs)
+        y = quantized(y, a_bits).transpose(1, 2)                           # (B, T, nh, hs)
         return self.wo(y.reshape(B, T, -1))                                # (B, T, C)
 
 class MLP(nn.Module):
@@ -156,8 +160,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         a_bits = self.config.a_bits
-        gate, up = apply_linears(fake_quant_tokens(x, a_bits), self.w_gate, self.w_up)
-        return self.w_down(fake_quant_tokens(F.silu(gate) * up, a_bits))   # (B, T, C)
+        gate, up = apply_linears(quantized(x, a_bits), self.w_gate, self.w_up)
+        return self.w_down(quantized(F.silu(gate) * up, a_bits))           # (B, T, C)
 
 class Block(nn.Module):
     def __init__(self, c):
@@ -175,9 +179,7 @@ def rerun(f, *inputs):
 
 class LLaMA(nn.Module):
     """Decoder-only transformer. `dtype` is that of the activations; the weights stay float32.
-
-    lean = True saves memory: the backward pass computes each block, and the logits, once more.
-    """
+    lean = True saves memory: the backward pass computes each block, and the logits, once more."""
 
     lean = False
 
@@ -207,16 +209,13 @@ class LLaMA(nn.Module):
             x = rerun(block, x, cos, sin) if self.lean else block(x, cos, sin)
         x = self.norm(x)
         if self.lean and targets is not None:          # never all logits in float32
+            loss = lambda x, y: F.cross_entropy(self.head(x).float(), y, reduction="sum")
             parts = zip(x.flatten(0, 1).split(256), targets.flatten().split(256))
-            return None, sum(rerun(self.part_loss, *part) for part in parts) / targets.numel()
+            return None, sum(rerun(loss, *part) for part in parts) / targets.numel()
         logits = self.head(x)                                              # (B, T, vocab)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-    def part_loss(self, x, targets):
-        """Sum of the losses at some positions: normed x (n, C), targets (n,)."""
-        return F.cross_entropy(self.head(x).float(), targets, reduction="sum")
 
     def linears(self):
         """(name, module) of the linears inside the blocks: all that any method quantizes."""
@@ -234,7 +233,7 @@ class LLaMA(nn.Module):
         """Append n sampled tokens to idx (B, T); temperature 0 takes the most likely one."""
         for _ in range(n):
             logits = self(idx[:, -self.config.seq_len:])[0][:, -1].float()         # (B, vocab)
-            if temperature == 0:
+            if temperature < 1e-6:
                 token = logits.argmax(-1, keepdim=True)                            # (B, 1)
             else:
                 if top_k:
@@ -245,8 +244,8 @@ class LLaMA(nn.Module):
             idx = torch.cat((idx, token), dim=1)
         return idx
 
-# ---------------------------------------------------------------------------------------------
-# Tokenizer. PATTERN cuts text into words with their space, short numbers, signs and white space.
+# ---- Tokenizer --------------------------------------------------------------------------------
+# Words with their space, numbers of up to three digits, signs, white space: merges stay inside.
 PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\w\s]|_)+|\s*[\r\n]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"            # stands after every document
 
@@ -306,8 +305,7 @@ def make_tokenizer(spec):
         raise UsageError(f"--vocab {spec}: tiktoken could not fetch it ({type(e).__name__}); "
                          "try a size such as --vocab 1024") from None
 
-# ---------------------------------------------------------------------------------------------
-# Data
+# ---- Data -------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Data:
@@ -331,21 +329,23 @@ def load_data(source=None, vocab="1024", seq_len=128, spec=None, limit=None):
     """
     docs, name = read_documents(source, limit)
     digest = hashlib.sha256("\0".join(docs).encode()).hexdigest()
-    if len(docs) < 40:                                 # few files: by position, else by file
-        text, docs = END.join(docs), [""] * 40
-        a, b = int(len(text) * 0.90), int(len(text) * 0.95)
-        docs[0], docs[19], docs[39] = text[:a], text[a:b], text[b:]
-    parts = {"train": [d for i, d in enumerate(docs) if i % 20 != 19],
-             "dev": docs[19::40], "val": docs[39::40]}
-    key = hashlib.sha256(json.dumps([digest, vocab, spec, PATTERN]).encode()).hexdigest()[:24]
+    if len(docs) >= 40:                                # by file: none is in two parts
+        parts = {"train": [d for i, d in enumerate(docs) if i % 20 != 19],
+                 "dev": docs[19::40], "val": docs[39::40]}
+    else:                                              # few files: the end of each is held out
+        cuts = [(d, len(d) * 18 // 20, len(d) * 19 // 20) for d in docs]
+        parts = {"train": [d[:a] for d, a, b in cuts], "dev": [d[a:b] for d, a, b in cuts],
+                 "val": [d[b:] for d, a, b in cuts]}
+    sizes = {part: sum(map(len, texts)) for part, texts in parts.items()}
+    key = json.dumps([digest, sizes, vocab, spec, PATTERN])
+    key = hashlib.sha256(key.encode()).hexdigest()[:24]
     cache = cache_dir() / f"{key}.npz"
-    if cache.exists():
+    try:
         with np.load(cache) as f:
             arrays, spec = {part: f[part] for part in parts}, json.loads(str(f["spec"]))
-    else:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):    # not there, or damaged
         arrays, spec = tokenize(parts, vocab, spec)
         try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
             temporary = cache.with_suffix(f".{os.getpid()}.npz")
             np.savez(temporary, **arrays, spec=json.dumps(spec))
             temporary.replace(cache)
@@ -359,11 +359,14 @@ def load_data(source=None, vocab="1024", seq_len=128, spec=None, limit=None):
 
 def cache_dir():
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(home) / "nanobit"
+    path = pathlib.Path(home, "nanobit")
+    with contextlib.suppress(OSError):                 # whoever writes there reports it
+        path.mkdir(parents=True, exist_ok=True)
+    return path
 
 def tokenize(parts, vocab, spec=None):
     """{part: documents} -> ({part: ids}, tokenizer spec); END follows every document."""
-    if spec is None and vocab.lstrip("-").isdigit():
+    if spec is None and vocab.isdecimal():
         if int(vocab) < 257:
             raise UsageError(f"--vocab {vocab} is too small: the 256 bytes and {END} need 257")
         start, size = time.time(), sum(map(len, parts["train"]))
@@ -372,21 +375,23 @@ def tokenize(parts, vocab, spec=None):
         spec = [t.decode("latin-1") for t in tokens]
     enc = make_tokenizer(spec or vocab)
     ids = {part: [np.zeros(0, np.uint16 if enc.n_vocab <= 2**16 else np.uint32)] for part in parts}
-    chunks = [(part, docs[i:i + 64]) for part, docs in parts.items() for i in range(0, len(docs), 64)]
+    chunks = [(part, docs[i:i + 64]) for part, docs in parts.items()
+              for i in range(0, len(docs), 64)]
     for part, docs in progress(chunks, "data: tokenizing"):
-        for doc in enc.encode_ordinary_batch([d for d in docs if d], num_threads=os.cpu_count()):
+        for doc in enc.encode_ordinary_batch(list(filter(None, docs)), num_threads=os.cpu_count()):
             ids[part].append(np.array(doc + [enc.eot_token], ids[part][0].dtype))
     return {part: np.concatenate(a) for part, a in ids.items()}, spec or vocab
 
 def read_documents(source, limit=None):
     """Texts in the sorted order of their paths, and the source's name."""
-    name, root = source, pathlib.Path(source or sysconfig.get_path("stdlib"))
     if source is None:
-        name = f"Python {platform.python_version()}'s library"
-    elif source.startswith(("http://", "https://")):
-        root = download(source)
-    if not root.exists():
-        raise UsageError(f"--data {name}: no such file or folder")
+        root, name = sysconfig.get_path("stdlib"), f"Python {platform.python_version()}'s library"
+    else:
+        web = source.lower().startswith(("http://", "https://"))
+        root, name = download(source) if web else source, source
+    root = pathlib.Path(root)
+    if not name or not root.exists():
+        raise UsageError(f"--data {name!r}: no such file or folder")
     files, other, docs = [root], [], []
     if root.is_dir():
         out = set() if source else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
@@ -414,14 +419,14 @@ def download(url):
     path = cache_dir() / (hashlib.sha256(url.encode()).hexdigest()[:24] + ".txt")
     if not path.exists():
         say(f"data: downloading {url}")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
             with urllib.request.urlopen(url, timeout=30) as r:
                 temporary.write_bytes(r.read())
             temporary.replace(path)
-        except (OSError, ValueError) as e:             # no network, a time-out, a full disk
-            raise UsageError(f"--data {url}: {getattr(e, 'reason', e)}") from None
+        except (OSError, ValueError, http.client.HTTPException) as e:      # also: a full disk
+            temporary.unlink(missing_ok=True)
+            raise UsageError(f"--data {url}: {getattr(e, 'reason', None) or e}") from None
     return path
 
 def batch(tokens, step, batch_size, seq_len, seed, device):
@@ -441,7 +446,8 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=32):
     device, n = next(model.parameters()).device, len(tokens) - 1
     ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     full, total = n // seq_len, 0.0
-    windows = [(i * seq_len, min(batch_size, full - i), seq_len) for i in range(0, full, batch_size)]
+    windows = [(i * seq_len, min(batch_size, full - i), seq_len)
+               for i in range(0, full, batch_size)]
     if n % seq_len:
         windows.append((full * seq_len, 1, n % seq_len))                   # the short last one
     for i, b, t in progress(windows, "evaluating"):
@@ -454,8 +460,7 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=32):
         scores["bits_per_byte"] = float(total) / math.log(2) / len(text)
     return scores
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints: tensors and plain values only
+# ---- Checkpoints: tensors and plain values only -----------------------------------------------
 
 def save_checkpoint(path, model, **content):
     """Write {format, config, linears, model, **content} to a temporary name, then rename it."""
@@ -464,6 +469,7 @@ def save_checkpoint(path, model, **content):
                "linears": linears, "model": model.state_dict(), **content}
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as f:
             torch.save(content, f)
             f.flush()
@@ -472,10 +478,11 @@ def save_checkpoint(path, model, **content):
     except (OSError, RuntimeError) as e:               # torch turns a short write into the latter
         if os.path.exists(temporary):
             os.remove(temporary)
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise UsageError(f"cannot write {path}: {reason}; free space or choose another --out") from e
+        e = e if isinstance(e, OSError) else e.__context__ or e
+        raise UsageError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; "
+                         "free space or choose another --out") from None
 
-def read_checkpoint(path, device="cpu"):
+def read_checkpoint(path):
     """The content that save_checkpoint wrote. Raises UsageError for anything else."""
     if not os.path.isfile(path):
         raise UsageError(f"{path}: " + ("a folder, not a checkpoint" if os.path.isdir(path)
@@ -483,26 +490,28 @@ def read_checkpoint(path, device="cpu"):
     try:
         with zipfile.ZipFile(path) as z:               # torch.load itself verifies no checksum
             damaged = z.testzip()
-        content = None if damaged else torch.load(path, map_location=device, weights_only=True)
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:      # a damaged or foreign file may fail in any way: refused in all
         raise UsageError(f"{path} is damaged or not a checkpoint ({type(e).__name__})") from None
     if damaged:
         raise UsageError(f"{path} is damaged: the checksum of {damaged} is wrong")
-    if not isinstance(content, dict) or content.get("format") != "nanobit-1":
-        raise UsageError(f"{path} was not written by this project")
+    fields = {f.name for f in dataclasses.fields(LlamaConfig)}
+    if not isinstance(content, dict) or content.get("format") != "nanobit-1" or not (
+            {"config", "linears", "model"} <= set(content) and set(content["config"]) == fields):
+        raise UsageError(f"{path} was not written by this version of this project")
     return content
 
 def load_checkpoint(path, device="cpu", dtype=torch.float32):
     """(model, content) of a dense or packed checkpoint. Raises UsageError."""
-    content = read_checkpoint(path, device)
+    content = read_checkpoint(path)
     if "tokenizer" not in content:
         raise UsageError(f"{path} is a training state for --resume; use the .pt file beside it")
-    model = LLaMA(LlamaConfig(**content["config"]), dtype).to(device)
+    model, state = LLaMA(LlamaConfig(**content["config"]), dtype), content["model"]
     for name, spec in content["linears"].items():
         model.set_submodule(name, QuantLinear(spec, {
-            k.rsplit(".", 1)[1]: v for k, v in content["model"].items() if k.startswith(name + ".")}))
-    load_weights(model, content["model"], path)
-    return model.eval(), content
+            k.rsplit(".", 1)[1]: v for k, v in state.items() if k.startswith(name + ".")}))
+    load_weights(model, state, path)
+    return model.to(device).eval(), content
 
 def load_weights(model, state, path):
     """load_state_dict, naming in one line the first tensor that does not fit."""
@@ -514,8 +523,7 @@ def load_weights(model, state, path):
                              "use the --size and the method that wrote it")
     model.load_state_dict(state)
 
-# ---------------------------------------------------------------------------------------------
-# Training: one recipe for the dense model and for QuEST
+# ---- Training: one recipe for the dense model and for QuEST -----------------------------------
 
 def learning_rate(step, steps, peak):
     """Cosine up from peak/100 over the first tenth of the steps, then cosine down to peak/10."""
@@ -527,34 +535,46 @@ def learning_rate(step, steps, peak):
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * t))
 
 def make_optimizer(model, lr):
-    """AdamW; weight decay for what the blocks' linears own, not for embedding, head and norms."""
+    """AdamW; weight decay for what the blocks' linears own (with LSQ, as in the QuEST authors'
+    runs, also its steps), not for embedding, head and norms."""
     decay = {id(p) for _, m in model.linears() for p in m.parameters()}
     groups = [{"params": [p for p in model.parameters() if (id(p) in decay) == d],
                "weight_decay": 0.1 * d} for d in (True, False)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
-def train(model, data, args, path, status=lambda: "", optimizer=None, schedule=learning_rate):
+STOP = []  # not empty once Ctrl-C was pressed
+
+@contextlib.contextmanager
+def finish_step_on_ctrl_c():
+    STOP.clear()
+    handler = signal.signal(signal.SIGINT, lambda *_: STOP.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+@finish_step_on_ctrl_c()
+def train(model, data, args, path, status=lambda: "", optimizer=None):
     """Train in place up to args.steps. The state goes to `path` every minute, at each look at the
     dev split, on Ctrl-C and at the end; --resume goes on from it, on a CPU bit for bit.
 
     status() gives the method's own number for the progress line. Returns {"seconds", "tokens",
     "losses": one float a step}. A loss that is not finite raises UsageError and saves nothing.
-    An optimizer of the method's own may give its groups a "peak" rate, instead of args.lr.
+    A method's own optimizer may have a `schedule`, and groups with a "peak" rate, not args.lr.
     """
     optimizer, losses, before = optimizer or make_optimizer(model, args.lr), [], 0.0
     if args.resume:
         losses, before = resume(model, optimizer, args, data, path)
     forward = torch.compile(model) if args.compile else model
     start = last_line = last_save = time.time()
-    pending, line_step, stop = [], len(losses), []     # pending: losses still on the device
-    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(1))      # finish the step first
+    pending, line_step, saved = [], len(losses), len(losses)   # pending: still on the device
     for done in range(len(losses) + 1, args.steps + 1):
-        loss, gnorm = train_step(forward, optimizer, data, args, done - 1, schedule)
+        loss, gnorm = train_step(forward, optimizer, data, args, done - 1)
         pending.append(loss + 0 * gnorm)               # NaN if the gradient is not finite
         look = args.eval_every and done % args.eval_every == 0
-        save = look or stop or done == args.steps or time.time() - last_save > 60
+        save = look or STOP or done == args.steps or time.time() - last_save > 60
         if save or done == 1 or time.time() - last_line > 10:
-            losses += check_finite(torch.stack(pending).tolist(), len(losses), path)
+            losses += check_finite(torch.stack(pending).tolist(), len(losses), saved, path)
             pending, ms = [], (time.time() - last_line) / (done - line_step) * 1e3
             speed, eta = args.batch_size * args.seq_len / ms, (args.steps - done) * ms / 1e3
             say(f"step {done:>4}/{args.steps} | loss {losses[-1]:.4f} | "
@@ -564,20 +584,21 @@ def train(model, data, args, path, status=lambda: "", optimizer=None, schedule=l
         if look:
             part = data.dev[: 64 * args.seq_len + 1]
             dev = evaluate(model, part, args.seq_len)["loss"]
-            say(f"step {done:>4}/{args.steps} | dev loss {dev:.4f} nats/token, {len(part) - 1} tokens")
+            say(f"step {done:>4}/{args.steps} | dev loss {dev:.4f} nats/token "
+                f"on {len(part) - 1} tokens")
         if save:
             save_checkpoint(path, model, settings=settings(args), data=data.digest, losses=losses,
                             optimizer=optimizer.state_dict(), seconds=before + time.time() - start)
-            last_line = last_save = time.time()
-        if stop:
+            saved, last_line, last_save = done, time.time(), time.time()
+        if STOP:
             say(f"interrupted: {path} holds step {done}; go on with the same command and --resume")
             raise SystemExit(130)
-    signal.signal(signal.SIGINT, handler)
     return {"seconds": before + time.time() - start, "losses": losses,
             "tokens": args.steps * args.batch_size * args.seq_len}
 
-def train_step(forward, optimizer, data, args, step, schedule=learning_rate):
+def train_step(forward, optimizer, data, args, step):
     """One optimizer step over args.batch_size windows -> its loss and its gradient's norm."""
+    schedule = getattr(optimizer, "schedule", learning_rate)
     for group in optimizer.param_groups:
         group["lr"] = schedule(step, args.steps, group.get("peak", args.lr))
     x, y = batch(data.train, step, args.batch_size, args.seq_len, args.seed, args.device)
@@ -591,17 +612,17 @@ def train_step(forward, optimizer, data, args, step, schedule=learning_rate):
     optimizer.zero_grad(set_to_none=True)
     return total, gnorm
 
-def check_finite(losses, first, path):
+def check_finite(losses, first, saved, path):
     for i, loss in enumerate(losses, first + 1):
         if not math.isfinite(loss):
-            kept = f"{path} keeps the last good state" if os.path.exists(path) else "nothing saved"
+            kept = f"{path} holds step {saved}" if saved else "nothing was saved before"
             raise UsageError(f"the loss or its gradient is not finite at step {i}; {kept}; "
                              "try a lower --lr")
     return losses
 
 def resume(model, optimizer, args, data, path):
     """Load model and optimizer from `path` -> (losses so far, seconds so far)."""
-    content = read_checkpoint(path, args.device)
+    content = read_checkpoint(path)
     if "optimizer" not in content:
         raise UsageError(f"{path} holds no training state to resume")
     old = content["settings"]
@@ -616,8 +637,7 @@ def resume(model, optimizer, args, data, path):
     say(f"resumed {path} at step {len(content['losses'])}/{args.steps}")
     return content["losses"], content["seconds"]
 
-# ---------------------------------------------------------------------------------------------
-# Command line, shared by all scripts
+# ---- Command line, shared by all scripts ------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):                          # one line, without argparse's usage
@@ -636,60 +656,66 @@ def number(kind, low, high=math.inf):
         return value
     return parse
 
-def add_flags(p, trains=True, **own):
-    """The flags that mean the same in every script. Where the default is None, `resolve` sets it;
-    `own` are the script's defaults for some of those, to be given to `resolve` as well."""
-    add, steps, lr = p.add_argument, own.get("steps", "from --size"), own.get("lr", "from --size")
-    add("--data", help="text file, folder of .txt .md .py, or http(s) address "
-                       "(default: the sources of Python's library)")
-    add("--seq-len", type=number(int, 2), help="tokens a window (default: from --size)")
-    add("--batch-size", type=number(int, 1), help="windows a step (default: from --size)")
-    add("--seed", type=number(int, 0), default=0, help="weights, data order, sampling (default: 0)")
+def add_flags(p, data=True, trains=True):
+    """The flags that mean the same in every script. Where the default is None, resolve sets it."""
+    add = p.add_argument
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
+        help="of weights, data order and sampling (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     add("--dtype", choices=("float32", "bfloat16"),
         help="of activations; weights stay float32 (default: bfloat16 on cuda, else float32)")
+    if data:
+        add("--data", help="text file, folder of .txt .md .py, or http(s) address "
+                           "(default: the sources of Python's library)")
+        add("--seq-len", type=number(int, 2), help="tokens a window (default: as in training)")
+        add("--batch-size", type=number(int, 1), help="windows a step (default: from --size)")
     if not trains:
         return p.set_defaults(vocab="1024", smoke=False)
     add("--model", help="dense checkpoint to start from (default: random weights)")
     add("--size", choices=tuple(PRESETS), default="tiny", help="preset (default: tiny)")
     add("--tied", action="store_true", help="one matrix for embedding and head")
     add("--vocab", default="1024", help="size of a BPE, or a tiktoken name (default: 1024)")
-    add("--steps", type=number(int, 1), help=f"optimizer steps (default: {steps})")
-    add("--lr", type=number(float, 1e-9, 10), help=f"peak learning rate (default: {lr})")
+    add("--steps", type=number(int, 1), help="optimizer steps (default: from --size)")
+    add("--lr", type=number(float, 1e-9, 10), help="peak learning rate (default: from --size)")
     add("--accumulate", type=number(int, 1), help="micro-batches a step (default: from --size)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
     add("--eval-every", type=number(int, 0), default=100,
         help="steps between looks at the dev split; 0: never (default: 100)")
     add("--out", default="out", help="folder of checkpoints and results.jsonl (default: out)")
     add("--resume", action="store_true", help="go on from the state saved in --out")
-    add("--smoke", action="store_true", help="a few steps on little text, to see that all works")
+    add("--smoke", action="store_true",
+        help="a few steps on little text into OUT/smoke, to see that all works")
 
-def resolve(args, **own):
+def resolve(args):
     """Fill in defaults, check what argparse cannot, choose device and dtype, seed torch."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(args.device).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("neither cpu, cuda nor mps")
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as e:
         raise UsageError(f"--device {args.device} is not available here "
-                         f"({str(e).splitlines()[0]}); try --device cpu") from None
+                         f"({str(e).splitlines()[0][:80]}); try --device cpu") from None
     cuda = args.device.startswith("cuda")
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high" if cuda else "highest")
     if "size" not in args:
         return args
-    preset = PRESETS[args.size]._asdict() | own | (SMOKE if args.smoke else {})
+    if args.smoke:                                     # never in the place of a real result
+        args.out = os.path.join(args.out, "smoke")
+    preset = PRESETS[args.size]._asdict() | (SMOKE if args.smoke else {})
     for name in ("steps", "batch_size", "accumulate", "seq_len", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, preset[name])
     if args.batch_size % args.accumulate:
         raise UsageError(f"--batch-size {args.batch_size} is not a multiple of "
                          f"--accumulate {args.accumulate}")
-    try:
-        os.makedirs(args.out, exist_ok=True)
-        open(os.path.join(args.out, "results.jsonl"), "a").close()
-    except OSError as e:
-        raise UsageError(f"--out {args.out} cannot be written: {e.strerror}") from None
+    folder = pathlib.Path(args.out).absolute()
+    while not folder.exists():                         # made later, by the first checkpoint
+        folder = folder.parent
+    if not args.out or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"--out {args.out or repr('')}: {folder} is not a writable folder")
     return args
 
 def settings(args):
@@ -698,20 +724,21 @@ def settings(args):
 
 def load_training_data(args, content=None):
     """The Data of --data and --vocab, or, unless --data is given, of a checkpoint's content."""
-    old = content["settings"] if content else {}
-    data = load_data(args.data or old.get("data"), old.get("vocab") or args.vocab, args.seq_len,
-                     spec=content and content["tokenizer"],
-                     limit=60 if (old.get("smoke") and not args.data) or args.smoke else None)
-    if content and data.digest != content["data"]:
+    old = content.get("settings", {}) if content else {}
+    smoke = args.smoke or (old.get("smoke") and args.data is None)
+    data = load_data(old.get("data") if args.data is None else args.data, args.vocab, args.seq_len,
+                     spec=content and content["tokenizer"], limit=30 if smoke else None)
+    if content and data.digest != content.get("data"):
         say(f"note: {data.name} is not the text that this checkpoint was trained on")
     return data
 
 def load_base(args):
-    """(model, content, data) of the dense --model, else of OUT/base.pt: trained first if missing."""
+    """(model, content, data) of --model, else of OUT/base.pt, which is trained first if missing."""
     path = args.model or os.path.join(args.out, "base.pt")
     if not args.model and not os.path.exists(path):
         say(f"there is no {path} yet: training it first, as `python model.py` does")
-        flags = {n: getattr(args, n) for n in ("data", "vocab", "size", "device", "dtype", "out")}
+        flags = {n: getattr(args, n) for n in ("data", "vocab", "size", "device", "dtype")}
+        flags["out"] = os.path.dirname(args.out) if args.smoke else args.out
         pretrain([f"--{n}={v}" for n, v in flags.items() if v] + ["--smoke"] * args.smoke)
     model, content = load_checkpoint(path, args.device, getattr(torch, args.dtype))
     args.seq_len = args.seq_len or model.config.seq_len
@@ -719,16 +746,19 @@ def load_base(args):
 
 def new_model(args, data):
     """The LLaMA of --size with random weights, or --model, on the device and in training mode."""
+    p = PRESETS[args.size]
+    config = LlamaConfig(data.tokenizer.n_vocab, p.n_layer, p.n_embd, p.n_head, p.n_head,
+                         p.n_hidden, args.seq_len, tied=args.tied)
     if not args.model:
-        p = PRESETS[args.size]
-        config = LlamaConfig(data.tokenizer.n_vocab, p.n_layer, p.n_embd, p.n_head, p.n_head,
-                             p.n_hidden, args.seq_len, tied=args.tied)
         return LLaMA(config, getattr(torch, args.dtype)).to(args.device)
     model, content = load_checkpoint(args.model, args.device, getattr(torch, args.dtype))
     if content["linears"]:
         raise UsageError(f"--model {args.model} is packed; training needs a dense checkpoint")
     if content["tokenizer"] != data.spec:
         raise UsageError(f"--model {args.model} has another tokenizer than this --data and --vocab")
+    if dataclasses.replace(model.config, seq_len=args.seq_len) != config:
+        raise UsageError(f"--model {args.model} has another shape than --size {args.size}"
+                         f"{' --tied' * args.tied}; give the flags that made it")
     return model.train()
 
 def header(title, args, model, data):
@@ -751,8 +781,12 @@ def finish(args, method, model, scores, result, **more):
            "tokens": result["tokens"], "seconds": result["seconds"], "device": args.device,
            "seed": args.seed, **more, "command": " ".join(["python", *sys.argv])}
     line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
-    with open(os.path.join(args.out, "results.jsonl"), "a") as f:
-        f.write(line + "\n")
+    path = os.path.join(args.out, "results.jsonl")
+    try:
+        with open(path, "a") as f:
+            f.write(line + "\n")
+    except OSError as e:
+        raise UsageError(f"cannot write {path}: {e.strerror}; the row: {line}") from None
     say(line)
 
 def show(scores):
@@ -765,6 +799,9 @@ def run(main):
         main()
     except UsageError as e:
         print(f"error: {e}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except torch.OutOfMemoryError:
         print(f"error: out of memory after {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; "
               "raise --accumulate or lower --batch-size", file=sys.stderr)
@@ -790,7 +827,7 @@ def pretrain(argv):
 
 def eval_checkpoint(argv):
     p = Parser(prog="model.py eval", description="Loss of a checkpoint on the validation split.")
-    p.add_argument("checkpoint")
+    p.add_argument("checkpoint", help="a .pt file, dense or packed")
     add_flags(p, trains=False)
     args = resolve(p.parse_args(argv))
     model, content = load_checkpoint(args.checkpoint, args.device, getattr(torch, args.dtype))
@@ -810,18 +847,18 @@ def sample_text(model, tokenizer, prompt, n, seed, temperature=0.8, top_k=50):
 
 def sample_checkpoint(argv):
     p = Parser(prog="model.py sample", description="Text from a checkpoint, dense or packed.")
-    p.add_argument("checkpoint")
+    p.add_argument("checkpoint", help="a .pt file, dense or packed")
     p.add_argument("--prompt", default="", help="text to go on from (default: a new document)")
     p.add_argument("--tokens", type=number(int, 1), default=200, help="how many (default: 200)")
-    p.add_argument("--temperature", type=number(float, 0), default=0.8,
+    p.add_argument("--temperature", type=number(float, 0, 100), default=0.8,
                    help="0 takes the most likely token (default: 0.8)")
     p.add_argument("--top-k", type=number(int, 1), default=50,
                    help="choose among so many tokens (default: 50)")
-    add_flags(p, trains=False)
+    add_flags(p, data=False, trains=False)
     args = resolve(p.parse_args(argv))
     model, content = load_checkpoint(args.checkpoint, args.device, getattr(torch, args.dtype))
-    say(sample_text(model, make_tokenizer(content["tokenizer"]), args.prompt, args.tokens, args.seed,
-                    args.temperature, args.top_k))
+    say(sample_text(model, make_tokenizer(content["tokenizer"]), args.prompt, args.tokens,
+                    args.seed, args.temperature, args.top_k))
 
 def main():
     commands = {"eval": eval_checkpoint, "sample": sample_checkpoint}

@@ -1,16 +1,17 @@
 """Quantizers: the number grids, the packing and the packed linear layer that all methods share.
 
   1. A grid turns floats into small integers `q` and a few real numbers.
-     affine:  w_hat = (q - zero_point) * scale     `rtn`, one scale a row or a group of inputs
+     affine:  w_hat = (q - zero_point) * scale     `rtn` and `gptq`, one scale a row or a group
      QuEST:   h_hat = (q + 1/2) * scale            `quest_codes`, on Hadamard-rotated rows
   2. `pack` lays the integers side by side, `bits` bits each; `unpack` is its exact inverse.
   3. `QuantLinear` holds packed integers and scales, and multiplies with them.
 
-Papers: QuEST (arXiv 2502.05003) for the Gaussian grids and the rotation; the affine grid is that
-of GPTQ's code (2210.17323). Not here: anything that trains (see the method files).
+Papers: QuEST (arXiv 2502.05003) for the Gaussian grids and the rotation; GPTQ (2210.17323) and
+its code for the affine grid. Not here: anything that trains (see the method files).
 
 Shapes: O output channels, C input channels, g = group_size, G = C / g groups, ... any others.
 """
+import contextlib
 import math
 
 import torch
@@ -24,6 +25,7 @@ EPS = 1e-8  # the smallest clip: a row of zeros gets codes of about zero and a l
 # nearly Gaussian, so that one constant clip fits them all.
 
 _SIGNS = {}  # made once, so that torch.compile sees a constant
+WIDE_MM = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm has out_dtype
 
 def _signs(n, device, dtype):
     """sqrt(n) * hadamard(n): entries +-1, exact in every format, also in TF32 and bfloat16."""
@@ -35,20 +37,24 @@ def _signs(n, device, dtype):
     return _SIGNS[n, device, dtype]
 
 def hadamard(n):
-    """Orthonormal Sylvester matrix, float32 (n, n), n a power of two: symmetric, its own inverse."""
+    """Orthonormal Sylvester matrix, float32 (n, n), n a power of two; it is its own inverse."""
     if n < 1 or n & (n - 1):
         raise ValueError(f"a Sylvester-Hadamard matrix needs a power of two, not {n}")
     return _signs(n, torch.device("cpu"), torch.float32) * n**-0.5
 
-def rotate(x, block=128):
-    """Block-diagonal Hadamard transform of the last dimension, in float32 or float64: (..., C).
+def rotate(x, block=128, dtype=torch.float32):
+    """Block-diagonal Hadamard transform of the last dimension (..., C), in dtype; float64 stays.
 
     The block is the largest power of two <= `block` that divides C. It is orthonormal and its own
-    inverse, so rotate(x) @ rotate(w).T == x @ w.T. Differentiable.
+    inverse, so rotate(x) @ rotate(w).T == x @ w.T. Differentiable (bfloat16 on a GPU: in bfloat16).
     """
     n = math.gcd(x.size(-1), block)
-    x = x if x.dtype == torch.float64 else x.float()
-    return (x.reshape(-1, n) @ _signs(n, x.device, x.dtype) * n**-0.5).view(x.shape)
+    if WIDE_MM and x.is_cuda and x.dtype == torch.bfloat16 and dtype == torch.float32:
+        signs = _signs(n, x.device, x.dtype)           # exact products, float32 sums and result
+        return (torch.mm(x.reshape(-1, n), signs, out_dtype=dtype) * n**-0.5).view(x.shape)
+    x = x if x.dtype == torch.float64 else x.to(dtype)
+    signs = _signs(n, x.device, x.dtype)               # the factor below is alpha: a free pass
+    return torch.addmm(signs[0], x.reshape(-1, n), signs, beta=0, alpha=n**-0.5).view(x.shape)
 
 # ---------------------------------------------------------------------------------------------
 # QuEST's grid: N even levels over [-clip, clip] times the row's root mean square, with the clip
@@ -57,10 +63,10 @@ def rotate(x, block=128):
 # Exact minimizers of E (g - Q(g))^2, g ~ N(0, 1). The authors' own constants stop at their
 # optimizer's tolerance. 1.58 stands for log2(3) bits: the three levels -1, 0, 1.
 GAUSSIAN_CLIP = {
-    1: 0.7978845608, 1.58: 1.2240063425, 2: 1.4935300205, 3: 2.0510680148, 4: 2.5140045864,
-    5: 2.9161512464, 6: 3.2779847972, 7: 3.6110972001, 8: 3.9222044900,
+    1: 0.7978845608, 1.58: 1.2240063619, 2: 1.4935300289, 3: 2.0510680451, 4: 2.5140045915,
+    5: 2.9161512493, 6: 3.2779847974, 7: 3.6110971963, 8: 3.9222044167,
 }
-FP4_CLIP = 2.92247856  # the same for E2M1: magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6, stored times two
+FP4_CLIP = 2.9224750714  # the same for E2M1: magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6, stored times two
 FP4_CODES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # by 4-bit index
 
 def num_levels(bits):
@@ -104,7 +110,7 @@ def quest_codes(h, bits, grid="uniform", scale=None):
     if bits == 1.58:
         return u.round().clamp(-1, 1), scale, u
     half = num_levels(bits) // 2
-    return u.floor().clamp(-half, half - 1), scale, u
+    return u.floor().clamp_(-half, half - 1), scale, u
 
 def keep_two_of_four(h):
     """The sparse pattern (QuEST section 4.4): of the 4 pairs in 8 inputs keep the 2 longest.
@@ -139,7 +145,7 @@ class _PassTrusted(torch.autograd.Function):
 def quest_fake_quant(x, bits):
     """The values of quest_quantize as floats, in the rotated domain (..., C), differentiable: the
     gradient to x is the upstream one times the trust mask, rotated back (QuEST algorithm 1)."""
-    h = rotate(x)
+    h = rotate(x if x.dtype == torch.float64 else x.float())
     q, scale, u = quest_codes(h.detach(), bits)
     return _PassTrusted.apply(h, (q + code_offset(bits)) * scale, u.abs() <= trust_limit(bits))
 
@@ -151,13 +157,13 @@ def code_linear(x, x_scale, w, w_scale, dtype):
     Training and packed inference both call this, so that they agree.
     """
     y = F.linear(x.to(dtype), w.to(dtype)) * w_scale.view(-1)                      # (..., O)
-    return (y if x_scale is None else y * x_scale).to(dtype)
+    return (y if x_scale is None else y.mul_(x_scale)).to(dtype)
 
 # ---------------------------------------------------------------------------------------------
 # The affine grid and round-to-nearest.
 
 def rtn(w, bits, group_size=-1, symmetric=False, mse=False):
-    """Round to nearest, the baseline of every table: w (O, C) -> q (O, C), scale, zero_point (O, G).
+    """Round to nearest, the baseline of every table: w (O, C) -> q (O, C), scale and zero (O, G).
 
     asymmetric: q uint8 in 0..2^bits-1 over the range of the row or group, widened to hold 0.
     symmetric:  q int8 in -2^(bits-1)..2^(bits-1)-1, zero_point None. As in GPTQ's code one step
@@ -167,6 +173,9 @@ def rtn(w, bits, group_size=-1, symmetric=False, mse=False):
     groups = _grouped(w, group_size)                                               # (O, G, g)
     scale, zero_point = affine_grid(groups, bits, symmetric, mse)                  # (O, G)
     q = affine_codes(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), bits).view(w.shape)
+    return _affine_result(q, scale, zero_point, bits, symmetric)
+
+def _affine_result(q, scale, zero_point, bits, symmetric):
     if symmetric:
         return (q - 2 ** (bits - 1)).to(torch.int8), scale, None
     return q.to(torch.uint8), scale, zero_point
@@ -194,7 +203,7 @@ def affine_grid(x, bits, symmetric=False, mse=False):
 
 def affine_codes(x, scale, zero_point, bits):
     """Codes 0..2^bits-1 of x, in x's dtype; scale and zero_point broadcast against x."""
-    return (x / scale + zero_point).round().clamp(0, 2**bits - 1)
+    return ((x / scale).round() + zero_point).clamp(0, 2**bits - 1)
 
 def dequantize(q, scale, zero_point=None, group_size=-1):
     """(q - zero_point) * scale: integers (O, C), scale and zero_point (O, G) -> floats (O, C)."""
@@ -203,21 +212,6 @@ def dequantize(q, scale, zero_point=None, group_size=-1):
         q = q - zero_point.to(scale.dtype).unsqueeze(-1)
     return (q * scale.unsqueeze(-1)).flatten(1)
 
-def fake_quant_tokens(x, bits):
-    """x (..., n) on an asymmetric grid per token, chosen from its own range; straight-through.
-
-    The range is widened to hold 0 and the zero point is an integer, so that 0 stays 0. At 16 bits x
-    comes back as it is.
-    """
-    if bits == 16:
-        return x
-    h = x.detach().float()
-    low, high = h.amin(-1, keepdim=True).clamp(max=0), h.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / (2**bits - 1)).clamp(min=EPS)                          # (..., 1)
-    zero_point = (-low / scale).round()
-    h = (affine_codes(h, scale, zero_point, bits) - zero_point) * scale
-    return h.to(x.dtype) + (x - x.detach())            # plus exactly 0, and x's gradient
-
 def _grouped(w, group_size):
     """(O, C) -> (O, G, g). Raises ValueError where g does not divide C."""
     g = w.size(-1) if group_size == -1 else group_size
@@ -225,6 +219,95 @@ def _grouped(w, group_size):
         raise ValueError(f"--group-size {group_size} does not divide {w.size(-1)} input channels; "
                          f"try {math.gcd(w.size(-1), 128)} or -1 (one scale per row)")
     return w.reshape(w.size(0), -1, g)
+
+def fake_quant_tokens(x, bits, symmetric=True):
+    """Every token on its own grid, back as floats; the gradient goes straight through.
+
+    x (..., C), symmetric: integers within +-(2^(bits-1) - 1) times the token's largest |x| over
+    that. Else: 2^bits codes over the token's range, widened to hold 0, and an integer zero point,
+    so that 0 stays 0. At 16 bits x comes back as it is.
+    """
+    if bits == 16:
+        return x
+    h = x.detach().float()
+    if symmetric:
+        scale = (h.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=EPS)  # (..., 1)
+        h = (h / scale).round() * scale
+    else:
+        low, high = h.amin(-1, keepdim=True).clamp(max=0), h.amax(-1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / (2**bits - 1)).clamp(min=EPS)                      # (..., 1)
+        zero_point = (-low / scale).round()
+        h = (affine_codes(h, scale, zero_point, bits) - zero_point) * scale
+    return h.to(x.dtype) + (x - x.detach())
+
+# ---------------------------------------------------------------------------------------------
+# GPTQ (2210.17323) rounds a weight's columns from left to right, and after each moves the columns
+# still to come so that they make up for its error on the calibration inputs as well as they can.
+# With H = E[x x^T] + damping and the upper U of U^T U = H^-1 that step is exact: an error of
+# e = (w_i - w_hat_i) / U_ii moves the columns j > i by -e U_ij and costs the output e^2.
+
+LAZY_BLOCK = 128  # columns that are finished before the columns to their right are touched
+
+@contextlib.contextmanager
+def full_float32():
+    """Matrix products of float32 without TF32 inside the block, or inside a decorated function."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+@full_float32()
+@torch.no_grad()
+def gptq(w, hessian, bits, group_size=-1, symmetric=False, mse=False, act_order=False,
+         percdamp=0.01):
+    """w (O, C), hessian (C, C) = E[x x^T] over the inputs, in any unit -> as `rtn` returns it.
+
+    Groups take their grid from the weights as they stand when their turn comes. act_order: the
+    columns with the largest H_ii first; then a group's grid is that of the original weights, so
+    that it stays one group. percdamp: of the mean of H's diagonal, added to it. Raises
+    torch.linalg.LinAlgError where H is not positive definite even so.
+    """
+    w = w if w.dtype == torch.float64 else w.float()
+    groups, C = _grouped(w, group_size), w.size(1)                              # (O, G, g)
+    g, static = groups.size(-1), act_order or group_size == -1
+    scale, zero_point = affine_grid(groups, bits, symmetric, mse)                  # (O, G)
+    order = torch.arange(C, device=w.device)
+    if act_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+    h = hessian.to(w)[order][:, order]
+    dead = h.diagonal() == 0                           # inputs that were always zero
+    h.diagonal().add_(dead)
+    u, w, q = inverse_factor(h, percdamp), w[:, order].masked_fill_(dead, 0), torch.empty_like(w)
+    columns = _gptq_columns
+    if w.is_cuda and w.dtype == torch.float32:         # the same arithmetic, in one kernel
+        from kernels import gptq_columns as columns
+    step = LAZY_BLOCK if static else max(n for n in range(1, LAZY_BLOCK + 1) if g % n == 0)
+    for a in range(0, C, step):
+        b = min(a + step, C)
+        if not static and a % g == 0:                  # w holds every update of columns < a
+            grid = affine_grid(w[:, a:a + g], bits, symmetric, mse)
+            scale[:, a // g], zero_point[:, a // g] = grid
+        group = order[a:b] // g                                                    # (b - a,)
+        q[:, a:b], e = columns(w[:, a:b], u[a:b, a:b], scale[:, group], zero_point[:, group], bits)
+        w[:, b:] -= e @ u[a:b, b:]
+    return _affine_result(q[:, order.argsort()], scale, zero_point, bits, symmetric)
+
+def inverse_factor(hessian, percdamp=0.01):
+    """The upper U (C, C) with U^T U = (H + percdamp * mean(diag H) I)^-1, by GPTQ's own steps."""
+    h = hessian + torch.diag(percdamp * hessian.diagonal().mean().expand(len(hessian)))
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+
+def _gptq_columns(w, u, scale, zero_point, bits):
+    """The columns of one lazy block: w, scale, zero_point (O, n), u (n, n) -> codes, errors e."""
+    w, q, error = w.clone(), torch.empty_like(w), torch.empty_like(w)
+    for i in range(w.size(1)):
+        s, z = scale[:, i], zero_point[:, i]                                       # (O,)
+        q[:, i] = affine_codes(w[:, i], s, z, bits)
+        error[:, i] = (w[:, i] - (q[:, i] - z) * s) / u[i, i]
+        w[:, i:] -= error[:, i:i + 1] * u[i, i:]
+    return q, error
 
 # ---------------------------------------------------------------------------------------------
 # Packing: bits only, lossless.
@@ -263,9 +346,9 @@ def _powers(base, n, device):
 class QuantLinear(nn.Module):
     """y = x w_hat^T from packed codes: (..., C) -> (..., O). For inference; nothing to train.
 
-    spec, plain values that a checkpoint keeps: kind "affine" or "quest", bits, in_features,
-    signed (two's complement codes), group_size (affine; -1 is one scale a row), and for quest
-    a_bits (of the inputs; 16: not quantized), rotate, grid ("uniform", "fp4" or "sparse").
+    spec, plain values that a checkpoint keeps: kind "affine" or "quest", bits, a_bits (of the
+    inputs; 16: not quantized), in_features, signed (two's complement codes), group_size (affine;
+    -1 is one scale a row), and for quest rotate, grid ("uniform", "fp4" or "sparse").
     tensors: packed uint8, scale float32 (O, G), zero_point uint8 (O, G) where asymmetric, keep
     (sparse: one bit a pair), a_scale (a fixed scale of the inputs, instead of one a token).
     """
@@ -277,20 +360,20 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensors.get(name))
 
     @classmethod
-    def affine(cls, q, scale, zero_point, bits, group_size=-1):
-        """From what `rtn` returns."""
+    def affine(cls, q, scale, zero_point, bits, group_size=-1, a_bits=16):
+        """From what `rtn` or `gptq` returns."""
         tensors = dict(packed=pack(q, bits), scale=scale.float())
         if zero_point is not None:
             tensors["zero_point"] = zero_point.to(torch.uint8)
-        return cls(dict(kind="affine", bits=bits, in_features=q.size(1), group_size=group_size,
-                        signed=zero_point is None), tensors)
+        return cls(dict(kind="affine", bits=bits, a_bits=a_bits, in_features=q.size(1),
+                        group_size=group_size, signed=zero_point is None), tensors)
 
     @classmethod
     def quest(cls, w, bits, a_bits, grid="uniform", rotated=True, w_scale=None, a_scale=None):
         """QuEST codes of the weight w (O, C); the scales follow from the rows unless given."""
         h = rotate(w) if rotated else w
         q, scale, _ = quest_codes(h, bits, grid, w_scale)
-        tensors = dict(scale=scale.expand(w.size(0), 1).contiguous(), a_scale=a_scale)
+        tensors = dict(scale=scale.view(-1, 1), a_scale=a_scale)
         if grid == "fp4":                              # +-0..12 -> sign bit, 3 bits of magnitude
             magnitudes = torch.tensor(FP4_CODES[1:8], device=q.device)
             q = (q.abs().unsqueeze(-1) >= magnitudes).sum(-1) + 8 * (q < 0)
@@ -312,12 +395,17 @@ class QuantLinear(nn.Module):
         keep = unpack(self.keep, 1, n // 2).bool().repeat_interleave(2, dim=-1)    # (O, C)
         return levels.new_zeros(keep.shape).masked_scatter(keep, levels)
 
+    def weight(self):
+        """The weight that the codes stand for, float32 (O, C) (affine)."""
+        s = self.spec
+        q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
+        return dequantize(q, self.scale, self.zero_point, s["group_size"])
+
     def forward(self, x):
         s = self.spec
         if s["kind"] == "affine":
-            q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
-            w = dequantize(q, self.scale, self.zero_point, s["group_size"])
-            return F.linear(x, w.to(x.dtype))
+            x = fake_quant_tokens(x, s["a_bits"]) if s["a_bits"] < 16 else x
+            return F.linear(x, self.weight().to(x.dtype))
         h, h_scale = rotate(x) if s["rotate"] else x.float(), None
         if s["a_bits"] < 16:
             grid = "fp4" if s["grid"] == "fp4" else "uniform"          # sparse: weights only

@@ -26,7 +26,6 @@ import os
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from model import (Parser, UsageError, add_flags, batch, evaluate, finish, header, load_checkpoint,
                    load_training_data, new_model, resolve, run, sample_text, save_checkpoint, say,
@@ -59,16 +58,17 @@ def parse_args(argv=None):
     p = Parser(prog="quest.py", description="Train with quantized weights and activations (QuEST).")
     p.add_argument("--bits", type=bits, default=4, help="of the weights, 1, 1.58 (three levels), "
                    "2 to 8, or 16: the dense control (default: 4)")
-    p.add_argument("--a-bits", type=bits, help="of the activations, 16: weights only (default: --bits)")
+    p.add_argument("--a-bits", type=bits,
+                   help="of the activations; 16: weights only (default: --bits)")
     p.add_argument("--quantizer", choices=tuple(QUANTIZERS), default="quest",
                    help="quest, or a baseline: trust (no Hadamard), clip and ste (no trust mask "
                    "either), lsq (learned step) (default: quest)")
     p.add_argument("--grid", choices=("uniform", "fp4", "sparse"), default="uniform",
-                   help="fp4: E2M1 levels; sparse: 2 of 4 pairs of weights are kept (default: uniform)")
+                   help="fp4: E2M1 levels; sparse: keep 2 of 4 pairs of weights (default: uniform)")
     add_flags(p)
     args = p.parse_args(argv)
     args.a_bits = args.a_bits or args.bits
-    if args.bits == 16 and (args.a_bits < 16 or args.quantizer != "quest" or args.grid != "uniform"):
+    if args.bits == 16 and (args.a_bits, args.quantizer, args.grid) != (16, "quest", "uniform"):
         raise UsageError("--bits 16 is the dense control; leave --a-bits, --quantizer, --grid out")
     if args.grid == "fp4" and (args.bits, args.a_bits) not in ((4, 4), (4, 16)):
         raise UsageError(f"--grid fp4 has 4 bits; --bits {args.bits} --a-bits {args.a_bits} do not")
@@ -95,11 +95,12 @@ def quantize_operand(v, bits, grid, quantizer):
         h = h.to(v.dtype)
         return h, None, (h, None, None)
     q, scale, u = quest_codes(h, bits, grid)
-    levels, trusted, keep = q + code_offset(bits, grid), u.abs() <= limit(bits, grid), None
+    trusted, keep = u.abs() <= limit(bits, grid), None
+    codes, levels = q.to(torch.int8), q.add_(code_offset(bits, grid))
     if grid == "sparse":                               # a pruned value is 0, trusted within half
         keep = keep_two_of_four(h)                     # a step of it
         levels, trusted = levels * keep, trusted & (keep | (u.abs() <= 0.5))
-    return levels, scale, (q.to(torch.int8), trusted, keep)
+    return levels, scale, (codes, trusted, keep)
 
 class QuestFunction(torch.autograd.Function):
     """y = x_hat w_hat^T with QuEST's gradient (paper, algorithm 1): x (B, C), w (O, C) -> (B, O).
@@ -107,37 +108,44 @@ class QuestFunction(torch.autograd.Function):
     forward:   x_h = x H,  w_h = w H,  x_hat and w_hat their nearest grid values
                y = (q_x + 1/2) (q_w + 1/2)^T * s_x s_w^T
     backward:  g_x = (M_x * (g w_hat)) H,   g_w = (M_w * (g^T x_hat)) H,   M the trust masks
-    Kept in between: int8 codes, boolean masks, one scale a row. No float copy of x or w.
+    Kept in between: int8 codes, boolean masks, one scale a row; no float copy of x or w (except
+    the rotated x where only weights are quantized).
+    Several weights may share x: its codes are made once and a tuple of results comes back.
     """
 
     @staticmethod
-    def forward(ctx, x, w, bits, a_bits, grid, quantizer):
+    def forward(ctx, x, bits, a_bits, grid, quantizer, *weights):
         a_grid = "fp4" if grid == "fp4" else "uniform"                     # sparse: weights only
         x_levels, x_scale, (x_q, x_trusted, _) = quantize_operand(x, a_bits, a_grid, quantizer)
-        w_levels, w_scale, (w_q, w_trusted, keep) = quantize_operand(w, bits, grid, quantizer)
-        if TRUST is not None:
-            TRUST.append((w_trusted, x_trusted))
-        ctx.save_for_backward(x_q, x_trusted, x_scale, w_q, w_trusted, w_scale, keep)
+        saved, ys = [x_q, x_trusted, x_scale], []
+        for w in weights:
+            w_levels, w_scale, w_saved = quantize_operand(w, bits, grid, quantizer)
+            ys.append(code_linear(x_levels, x_scale, w_levels, w_scale, x.dtype))
+            saved += [*w_saved, w_scale]
+            if TRUST is not None:
+                TRUST.append((w_saved[1], x_trusted))
+        ctx.save_for_backward(*saved)
         ctx.x_offset, ctx.w_offset = code_offset(a_bits, a_grid), code_offset(bits, grid)
         ctx.rotated, ctx.dtype = QUANTIZERS[quantizer][0], x.dtype
-        return code_linear(x_levels, x_scale, w_levels, w_scale, x.dtype)
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx, g):
-        x_q, x_trusted, x_scale, w_q, w_trusted, w_scale, keep = ctx.saved_tensors
-        w_levels = w_q.to(ctx.dtype) + ctx.w_offset                        # (O, C)
-        if keep is not None:
-            w_levels = w_levels * keep
-        gx = (g * w_scale.view(-1)).to(ctx.dtype) @ w_levels               # (B, C)
-        if x_scale is None:                                                # weights only
-            gw = g.t() @ x_q                                               # (O, C)
-        else:
-            gw = (g * x_scale).to(ctx.dtype).t() @ (x_q.to(ctx.dtype) + ctx.x_offset)
-            gx = gx * x_trusted
-        gw = gw * w_trusted
+    def backward(ctx, *gs):
+        x_q, x_trusted, x_scale, *saved = ctx.saved_tensors
+        x_hat = x_q if x_scale is None else ((x_q + ctx.x_offset) * x_scale).to(ctx.dtype)
+        gx, gws = 0, []
+        for g, w_q, w_trusted, keep, w_scale in zip(gs, *(saved[i::4] for i in range(4))):
+            w_hat = (w_q + ctx.w_offset) * w_scale                         # (O, C)
+            if keep is not None:
+                w_hat = w_hat * keep
+            gx = gx + g @ w_hat.to(ctx.dtype)                              # (B, C)
+            gw = (g.t() @ x_hat) * w_trusted.to(ctx.dtype)                 # (O, C)
+            gws.append((rotate(gw) if ctx.rotated else gw).float())
+        if x_trusted is not None:
+            gx = gx * x_trusted.to(ctx.dtype)          # a CPU is slow at float times bool
         if ctx.rotated:
-            gx, gw = rotate(gx), rotate(gw)
-        return gx.to(ctx.dtype), gw.float(), None, None, None, None
+            gx = rotate(gx, dtype=ctx.dtype)
+        return gx, None, None, None, None, *gws
 
 class QuestLinear(nn.Module):
     """A linear with quantized weights and inputs; `weight` is the float32 master (O, C)."""
@@ -151,10 +159,9 @@ class QuestLinear(nn.Module):
 
     @staticmethod
     def fused(x, linears):
-        """[linear(x) for each], quantizing x once. Exact: every row of w has its own scale."""
-        w = linears[0].weight if len(linears) == 1 else torch.cat([m.weight for m in linears])
-        y = QuestFunction.apply(x.reshape(-1, x.size(-1)), w, *linears[0].how)
-        return y.view(*x.shape[:-1], -1).split([m.weight.size(0) for m in linears], dim=-1)
+        """[linear(x) for each], quantizing x once."""
+        ys = QuestFunction.apply(x.flatten(0, -2), *linears[0].how, *[m.weight for m in linears])
+        return [y.view(*x.shape[:-1], -1) for y in ys]
 
     @torch.no_grad()
     def packed(self):
@@ -173,10 +180,10 @@ class LsqLinear(QuestLinear):
         self.a_step = nn.Parameter(torch.ones_like(self.w_step))           # see lsq_calibrate
 
     def forward(self, x):
-        _, a_bits, _, _ = self.how
-        x_hat = x if a_bits == 16 else lsq_fake_quant(x.float(), self.a_step, a_bits)
-        w_hat = lsq_fake_quant(self.weight, self.w_step, self.how[0])
-        return F.linear(x_hat.to(x.dtype), w_hat.to(x.dtype))
+        bits, a_bits, _, _ = self.how
+        w, w_step = lsq_levels(self.weight, self.w_step, bits)
+        h, a_step = (x, None) if a_bits == 16 else lsq_levels(x.float(), self.a_step, a_bits)
+        return code_linear(h, a_step, w, w_step, x.dtype)
 
     @torch.no_grad()
     def packed(self):
@@ -188,15 +195,15 @@ def lsq_first_step(x, bits):
     """2 mean|x| / sqrt(qmax), where qmax is taken as 1 at 1 bit: it would be 0."""
     return 2 * x.float().abs().mean() / max(num_levels(bits) // 2 - 1, 1) ** 0.5
 
-def lsq_fake_quant(x, step, bits):
-    """(floor(x / step) clipped + 1/2) * step; straight through the floor inside the clip."""
+def lsq_levels(x, step, bits):
+    """(levels, step): floor(x / step) clipped, plus 1/2; straight through inside the clip."""
     half = num_levels(bits) // 2
-    if TRUST is not None:
-        TRUST.append(((x / step).abs() <= half,) * 2)
-    scale = (x.numel() * max(half - 1, 1)) ** -0.5     # LSQ's gradient scale of the step
-    step = step * scale + (step - step * scale).detach()
-    v = (x / step - 0.5).clamp(-half, half - 1)
-    return (v + ((v + 0.5).floor() - v).detach() + 0.5) * step
+    scale = (x.numel() * max(half - 1, 1)) ** -0.5     # LSQ's scale of the step's gradient only
+    step = step.detach() + (step * scale - (step * scale).detach())
+    u = x / step
+    v = (u - 0.5).clamp(-half, half - 1)               # carries the gradient
+    q = u.detach().floor().clamp(-half, half - 1)      # carries the value
+    return v + (q - v).detach() + 0.5, step
 
 @torch.no_grad()
 def lsq_calibrate(model, x):
@@ -212,12 +219,15 @@ def lsq_calibrate(model, x):
 def trust_status(model, x):
     """The trusted shares of weights and inputs over all linears, for the progress line."""
     global TRUST
-    TRUST = []
+    TRUST, text = [], ""
     model(x)
-    masks, TRUST = TRUST, None
-    shares = [sum(m.sum().item() for m in side if m is not None)
-              / max(1, sum(m.numel() for m in side if m is not None)) for side in zip(*masks)]
-    return "".join(f" {name} {100 * share:.1f}%" for name, share in zip(("trust w", "a"), shares) if share)
+    for name, masks in zip(("trust w", "a"), zip(*TRUST)):
+        masks = [m for m in masks if m is not None]    # there are none of unquantized inputs
+        if masks:
+            share = sum(m.sum().item() for m in masks) / sum(m.numel() for m in masks)
+            text += f" {name} {100 * share:.1f}%"
+    TRUST = None
+    return text and text + " |"
 
 # ---------------------------------------------------------------------------------------------
 
@@ -237,16 +247,15 @@ def main():
     x, _ = batch(data.train, 0, min(args.batch_size, 8), args.seq_len, args.seed, args.device)
     if args.quantizer == "lsq":
         lsq_calibrate(model, x)
-    status = (lambda: "") if args.bits == 16 else (lambda: f"{trust_status(model, x[:2])} |")
-    result = train(model, data, args, f"{path}.state", status)
+    result = train(model, data, args, f"{path}.state", lambda: trust_status(model, x[:2]))
     scores = evaluate(model.eval(), data.val, args.seq_len, data.tokenizer)
-    say(f"trained | {show(scores)} | {len(data.val) - 1} tokens, "
-        f"{result['tokens'] / sum(p.numel() for p in model.parameters()):.2f} trained per parameter")
-    report(args, model, data, path, scores, result, base)
-
-def report(args, model, data, path, scores, result, base):
-    """Pack, save, load again, evaluate and sample what was loaded; print the result row."""
     params = sum(p.numel() for p in model.parameters())
+    say(f"trained | {show(scores)} | {len(data.val) - 1} tokens, after "
+        f"{result['tokens'] / params:.2f} training tokens a parameter")
+    report(args, model, data, path, scores, result, base, params)
+
+def report(args, model, data, path, scores, result, base, params):
+    """Pack, save, load again, evaluate and sample what was loaded; print the result row."""
     if args.bits < 16:
         model.replace_linears(lambda name, linear: linear.packed())
     save_checkpoint(path, model, method=args.quantizer if args.bits < 16 else "dense",

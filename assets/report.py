@@ -1,0 +1,105 @@
+"""The table and the figures of the README from result rows.
+
+    python assets/report.py                        # assets/results.jsonl, the committed rows
+    python assets/report.py out/results.jsonl      # the rows of your own runs
+
+Every script appends one JSON line a run to OUT/results.jsonl. Here the runs that differ by nothing
+but the seed become one line: mean and standard deviation over seeds, and the paired difference to
+the dense runs of the same seeds, size and tokens. With matplotlib installed the figures are drawn
+beside this file when the rows are the committed ones.
+"""
+import collections
+import json
+import pathlib
+import statistics
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+COLORS = {"quest": "#0b6e4f", "trust": "#3a86c8", "clip": "#8d6cab", "lsq": "#d1495b",
+          "ste": "#e69f00"}
+
+def read_rows(paths):
+    lines = (line for path in paths for line in pathlib.Path(path).read_text().splitlines())
+    return [json.loads(line) for line in lines if line.strip()]
+
+def setting(row):
+    """What identifies a run apart from its seed."""
+    return (row.get("size", "tiny"), row["tokens"], row["method"], row.get("grid") or "uniform",
+            row["w_bits"], row["a_bits"], row["group_size"])
+
+def mean_std(values):
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+def summarize(rows):
+    """[(setting, rows, mean and std of val_loss, the same of its difference to dense or None)]."""
+    groups = collections.defaultdict(dict)
+    for row in rows:
+        groups[setting(row)][row["seed"]] = row        # a repeated seed: the last run counts
+    dense = {(*key[:2], seed): row["val_loss"] for key, runs in groups.items()
+             if key[2] == "dense" for seed, row in runs.items()}
+    table = []
+    for key, runs in groups.items():
+        paired = [row["val_loss"] - dense[*key[:2], seed] for seed, row in runs.items()
+                  if (*key[:2], seed) in dense]
+        table.append((key, list(runs.values()), mean_std([r["val_loss"] for r in runs.values()]),
+                      mean_std(paired) if paired else None))
+    return sorted(table, key=lambda line: (line[0][:2], -line[0][4], -line[0][5], line[2][0]))
+
+def print_table(table):
+    print("| method | grid | W bits | A bits | bits/weight | tokens | seeds | val loss | "
+          "minus dense | ppl | bits/byte | seconds |")
+    print("|---" * 12 + "|")
+    for (size, tokens, method, grid, w, a, group), runs, loss, gap in table:
+        average = {k: statistics.mean(r[k] for r in runs)
+                   for k in ("bpw", "val_ppl", "bits_per_byte", "seconds")}
+        minus = "" if gap is None or method == "dense" else f"{gap[0]:+.3f} ± {gap[1]:.3f}"
+        print(f"| {method} | {grid} | {w} | {a} | {average['bpw']:.2f} | {tokens / 1e6:.2f}M | "
+              f"{len(runs)} | {loss[0]:.3f} ± {loss[1]:.3f} | {minus} | "
+              f"{average['val_ppl']:.2f} | {average['bits_per_byte']:.3f} | "
+              f"{average['seconds']:.0f} |")
+
+def draw_quest(table, path):
+    """Loss over dense for QuEST and its baselines by bit-width."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = collections.defaultdict(list)
+    for (size, tokens, method, grid, w, a, group), runs, loss, gap in table:
+        if size == "tiny" and grid == "uniform" and w == a and w < 16 and gap and method in COLORS:
+            lines[method].append((w, *gap))
+    fig, ax = plt.subplots(figsize=(7.2, 4.2), dpi=160)
+    names = {"quest": "QuEST", "trust": "QuEST without Hadamard", "clip": "clipped gradient",
+             "lsq": "LSQ, learned step", "ste": "straight-through"}
+    for i, (method, name) in enumerate(names.items()):
+        if lines[method]:
+            bits, gaps, stds = zip(*sorted(lines[method]))
+            places = [[1, 1.58, 2, 3, 4, 8].index(b) + 0.07 * (i - 2) for b in bits]
+            ax.errorbar(places, gaps, stds, label=name, color=COLORS[method], marker="o", ms=4,
+                        lw=1.4 if method == "quest" else 1.0, capsize=2.5)
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set_xticks(range(6), ["1", "1.58", "2", "3", "4", "8"])
+    ax.set_xlabel("bits of weights and activations")
+    ax.set_ylabel("validation loss above the dense model (nats/token)")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", alpha=0.3)
+    ax.legend(frameon=False)
+    fig.tight_layout()
+    fig.savefig(path)
+    print(f"drawn: {path}")
+
+def main():
+    paths = sys.argv[1:] or [HERE / "results.jsonl"]
+    missing = [p for p in paths if not pathlib.Path(p).exists()]
+    if missing:
+        print(f"error: no such file: {missing[0]}; give a results.jsonl", file=sys.stderr)
+        raise SystemExit(2)
+    table = summarize(read_rows(paths))
+    print_table(table)
+    if not sys.argv[1:]:
+        try:
+            draw_quest(table, HERE / "quest.png")
+        except ModuleNotFoundError:
+            print("matplotlib is not installed (pip install -e '.[plot]'): no figures drawn")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,388 @@
+"""Norm Tweaking: repair a quantized LLaMA by retraining nothing but its norms' weights.
+
+    python normtweak.py --bits 2                # RTN and GPTQ, without and with the tweak
+    python normtweak.py --bits 2 --smoke        # every line of it in a few seconds
+    python normtweak.py --bits 4 --a-bits 8     # activations too, with SmoothQuant folded in
+    python normtweak.py --model out/gptq-w2.pt --teacher out/base.pt    # codes that exist already
+
+The idea:
+  1. The float model writes its own calibration text: a frequent first token, a few greedy ones,
+     then samples up to full length.
+  2. Quantize block after block, by round to nearest or by GPTQ. That shifts mean and spread of
+     the channels of a block's output.
+  3. Before the next block, train this block's two norm weights by Adam, one pass, so that mean
+     and variance of every channel match the float block's on the same input. Codes and scales do
+     not move, and the norms stay float32: the result is as small and as fast as before.
+
+Paper: Norm Tweaking, Li et al. 2024 (arXiv 2309.02784), without official code. Hosts: GPTQ
+(2210.17323), SmoothQuant (2211.10438). Generating from a start token is LLM-QAT's (2305.17888).
+Ours differs: start tokens are restricted to frequent tokens, the paper's to frequent languages;
+calibration runs in float32; SmoothQuant's peaks are those of the quantized stream; `--solver
+closed` is not in the paper. Not here: LayerNorm, or correcting what earlier blocks did wrong (the
+float block sees the quantized stream too, so each block answers for its own error only).
+
+Shapes: N windows of T tokens, B of them a step; C channels; O outputs of a linear.
+"""
+import copy
+import os
+import time
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import (Parser, UsageError, add_flags, apply_linears, apply_rope, batch, evaluate,
+                   finish, header, load_base, load_checkpoint, number, progress, resolve,
+                   rope_tables, run, save_checkpoint, say, settings)
+from quantizers import (QuantLinear, bits_per_weight, dequantize, fake_quant_tokens, full_float32,
+                        gptq, rtn)
+
+ORDER = (("attn.wk", "attn.wv", "attn.wq"), ("attn.wo",),        # GPTQ's "true sequential" order:
+         ("mlp.w_up", "mlp.w_gate"), ("mlp.w_down",))            # each sees what is quantized
+NORMS = (("attn_norm", ORDER[0]), ("mlp_norm", ORDER[2]))        # and the linears that they feed
+LR_SCALE = 1.0                # the learning rate grows by up to this share of it over the blocks
+START_SHARE = 0.9             # first tokens: the most frequent ones, this share of the text
+GREEDY, TOP_K = 4, 50         # then so many most likely ones; the others are drawn from TOP_K
+
+def parse_args(argv=None):
+    p = Parser(prog="normtweak.py", description="Quantize, then tweak the norms (Norm Tweaking).")
+    add = p.add_argument
+    add("--bits", type=number(int, 1, 8), default=2, help="of the weights, 1 to 8 (default: 2)")
+    add("--group-size", type=number(int, -1), default=-1,
+        help="input channels that share one scale; -1: one scale a row (default: -1)")
+    add("--symmetric", action="store_true", help="grids without zero points")
+    add("--a-bits", type=int, choices=(4, 8, 16), default=16,
+        help="of the linears' inputs, one scale a token; 16: not quantized (default: 16)")
+    add("--smooth", type=number(float, 0, 1),
+        help="SmoothQuant's alpha, with --a-bits 8 or 4 (default: 0.5)")
+    add("--loss", choices=tuple(LOSSES), default="paper", help="what the tweak lowers: paper "
+        "(channel means and variances), code (the authors' form), mse, kl (default: paper)")
+    add("--solver", choices=("adam", "closed"), default="adam",
+        help="closed: least squares instead of --loss and --lr (default: adam)")
+    add("--calib", choices=("self", "data", "random"), default="self",
+        help="calibration: text by the model, training text, random tokens (default: self)")
+    add("--teacher", help="dense checkpoint of a packed --model, whose codes stay as they are")
+    add_flags(p)
+    # A step is one window, so --steps is the size of the calibration set. The paper takes 128
+    # windows of 2048 tokens and searches lr from 1e-5 up; few and short windows need more. Of
+    # 3e-4, 1e-3, 3e-3 and 1e-2 this lr left 2-bit RTN the lowest loss on the dev split.
+    p.set_defaults(batch_size=1, accumulate=1, lr=3e-3, seq_len=0)
+    args = p.parse_args(argv)
+    args.steps = args.steps or (4 if args.smoke else 64)
+    if args.resume:
+        raise UsageError("--resume has nothing to go on from: normtweak.py keeps no state")
+    if args.smooth is not None and args.a_bits == 16:
+        raise UsageError(f"--smooth {args.smooth} is for quantized activations; add --a-bits 8")
+    if args.teacher and not args.model:
+        raise UsageError(f"--teacher {args.teacher} needs the packed checkpoint as --model")
+    args.smooth = 0.5 if args.smooth is None else args.smooth
+    return resolve(args)
+
+# ---- The losses: a block's float output f and quantized output q, (B, T, C) each -> a scalar.
+# Equal outputs have a gradient of exactly zero, so that Adam does not move at all.
+
+def channel_loss(f, q):
+    """The paper's: |difference of means| + |difference of variances| a channel, over tokens."""
+    f, q = f.flatten(0, -2), q.flatten(0, -2)                              # (B T, C)
+    return ((f.mean(0) - q.mean(0)).abs() + (f.var(0) - q.var(0)).abs()).mean()
+
+def code_loss(f, q):
+    """The authors' scripts': squared differences of means and of standard deviations, summed."""
+    f, q = f.flatten(0, -2), q.flatten(0, -2)
+    std_f, std_q = (f.var(0) + 1e-6).sqrt(), (q.var(0) + 1e-6).sqrt()      # finite slope at 0
+    return (f.mean(0) - q.mean(0)).square().sum() + (std_f - std_q).square().sum()
+
+def kl_loss(f, q):
+    """KL(softmax f || softmax q) over the channels of a token, mean over tokens."""
+    log_f = f - f.logsumexp(-1, keepdim=True)
+    return (q.logsumexp(-1) + (log_f.exp() * (log_f - q)).sum(-1)).mean()
+
+LOSSES = {"paper": channel_loss, "code": code_loss, "kl": kl_loss,
+          "mse": lambda f, q: F.mse_loss(q, f)}
+
+# ---- Calibration tokens -----------------------------------------------------------------------
+
+def calibration(model, data, args):
+    """Token ids (N, T) of --calib. The validation split is never touched."""
+    n = args.steps * args.batch_size
+    if args.calib == "data":
+        return batch(data.train, 0, n, args.seq_len, args.seed, args.device)[0]
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    draw = dict(generator=generator, device=args.device)
+    if args.calib == "random":
+        return torch.randint(data.tokenizer.n_vocab, (n, args.seq_len), **draw)
+    allowed = frequent_tokens(data).to(args.device)
+    start = allowed[torch.randint(len(allowed), (n, 1), **draw)]           # (N, 1)
+    chunks = start.split(max(1, 2**15 // args.seq_len))                    # bounds the cache
+    return torch.cat([generate(model, ids, args.seq_len, data.tokenizer.eot_token, generator)
+                      for ids in progress(chunks, "calibration: generating")])
+
+def frequent_tokens(data):
+    """The fewest ids that make up START_SHARE of the training text; END is not one of them."""
+    counts = np.bincount(data.train, minlength=data.tokenizer.n_vocab)
+    counts[data.tokenizer.eot_token] = 0
+    order = np.argsort(-counts, kind="stable")
+    n = np.searchsorted(counts[order].cumsum(), START_SHARE * counts.sum()) + 1
+    return torch.from_numpy(order[:n])
+
+def rope(model, ids):
+    c = model.config
+    return rope_tables(ids.size(1), c.n_embd // c.n_head, c.rope_theta, ids.device)
+
+@torch.no_grad()
+def generate(model, ids, n, end, generator):
+    """Continue (N, 1) start tokens to full length (N, n): GREEDY likeliest ones, then samples.
+
+    END is never chosen, and ids stay ids: text would be cut into other tokens on the way back.
+    """
+    c = model.config
+    cache = torch.empty(c.n_layer, 2, len(ids), c.n_kv_head, n, c.n_embd // c.n_head,
+                        dtype=model.dtype, device=ids.device)              # keys, values
+    while ids.size(1) < n:
+        logits = next_logits(model, ids, cache).float()                    # (N, vocab)
+        logits[:, end] = -torch.inf
+        values, tokens = logits.topk(min(TOP_K, logits.size(-1) - 1))      # (N, TOP_K)
+        choice = torch.multinomial(values.softmax(-1), 1, generator=generator)
+        if ids.size(1) <= GREEDY:
+            choice = torch.zeros_like(choice)
+        ids = torch.cat((ids, tokens.gather(1, choice)), dim=1)
+    return ids
+
+def next_logits(model, ids, cache):
+    """model(ids)[0][:, -1], given that `cache` holds keys and values of all tokens but the last."""
+    t = ids.size(1)
+    cos, sin = (table[-1:] for table in rope(model, ids))                  # (1, hs)
+    x = model.embed(ids[:, -1:]).to(model.dtype)                           # (N, 1, C)
+    for block, (keys, values) in zip(model.blocks, cache):
+        a = block.attn
+        q, k, v = (y.view(len(ids), 1, -1, a.head_size).transpose(1, 2)    # (N, heads, 1, hs)
+                   for y in apply_linears(block.attn_norm(x), a.wq, a.wk, a.wv))
+        keys[:, :, t - 1:t], values[:, :, t - 1:t] = apply_rope(k, cos, sin), v
+        y = F.scaled_dot_product_attention(
+            apply_rope(q, cos, sin), keys[:, :, :t], values[:, :, :t],
+            enable_gqa=q.size(1) != k.size(1))                             # (N, nh, 1, hs)
+        x = x + a.wo(y.transpose(1, 2).reshape(len(ids), 1, -1))
+        x = x + block.mlp(block.mlp_norm(x))
+    return model.head(model.norm(x))[:, 0]
+
+# ---- The hosts: RTN, GPTQ, and SmoothQuant in front of either. `windows` are the inputs (B, T, C)
+# of a block, which come from the quantized blocks before it; `tables` are the rotary ones.
+
+class FrozenLinear(nn.Module):
+    """A packed linear with its weight spelled out in floats: differentiable in its input."""
+
+    def __init__(self, packed):
+        super().__init__()
+        self.packed, self.a_bits = packed, packed.spec["a_bits"]
+        self.register_buffer("weight", packed.weight())                    # (O, C)
+
+    def forward(self, x):
+        x = fake_quant_tokens(x, self.a_bits) if self.a_bits < 16 else x
+        return F.linear(x, self.weight.to(x.dtype))
+
+def swap(block, kind, make):
+    """Put make(module) in the place of every module of a kind."""
+    for name, module in list(block.named_modules()):
+        if isinstance(module, kind):
+            block.set_submodule(name, make(module))
+
+def collect_hessians(block, names, windows, tables, a_bits=16):
+    """{name: (E[x x^T] (C, C), max|x| (C,))} of the named linears' inputs x, over all tokens."""
+    found, tokens = {}, dict.fromkeys(names, 0)
+    def see(name, x):
+        x = fake_quant_tokens(x, a_bits) if a_bits < 16 else x             # (B T, C)
+        h, peak = found.get(name, (x.new_zeros(x.size(1), x.size(1)), x.new_zeros(())))
+        before, tokens[name] = tokens[name], tokens[name] + len(x)         # a running mean
+        found[name] = (h.mul_(before / tokens[name]).addmm_(x.t(), x, alpha=1 / tokens[name]),
+                       torch.maximum(x.abs().amax(0), peak))
+    hooks = [block.get_submodule(name).register_forward_pre_hook(
+        lambda _, inputs, name=name: see(name, inputs[0].flatten(0, -2))) for name in names]
+    for x in windows:
+        block(x, *tables)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+def smooth(block, windows, tables, alpha):
+    """SmoothQuant: divide each norm's weight by s and multiply the columns it feeds, in place.
+
+    s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), over all calibration tokens and all rows that read
+    channel j. The function stays the same; the inputs' outliers move into the weights.
+    """
+    found = collect_hessians(block, [names[0] for _, names in NORMS], windows, tables)
+    for norm, names in NORMS:
+        weights = [block.get_submodule(name).weight for name in names]     # (O, C) each
+        w_peak = torch.cat(weights).abs().amax(0).clamp(min=1e-5)          # (C,)
+        s = (found[names[0]][1] ** alpha / w_peak ** (1 - alpha)).clamp(min=1e-5)
+        for weight in weights:
+            weight.mul_(s)
+        getattr(block, norm).weight.div_(s)
+
+def quantize_block(block, windows, tables, args, host, label):
+    """Replace the linears by FrozenLinears in ORDER; GPTQ reports the output error of each."""
+    how = dict(bits=args.bits, group_size=args.group_size, symmetric=args.symmetric)
+    report = []
+    for names in ORDER:
+        if host == "gptq":                             # one input, one Hessian
+            h, _ = collect_hessians(block, names[:1], windows, tables, args.a_bits)[names[0]]
+        for name in names:
+            w = block.get_submodule(name).weight
+            codes = rtn(w, **how)
+            if host == "gptq":
+                lost = output_error(w, dequantize(*codes, args.group_size), h)
+                try:
+                    codes = gptq(w, h, act_order=True, **how)
+                except torch.linalg.LinAlgError:
+                    raise UsageError(
+                        f"{label}{name}: the Hessian of {sum(x[..., 0].numel() for x in windows)} "
+                        "calibration tokens is not positive definite; give more with --steps, or "
+                        "another --calib") from None
+                left = output_error(w, dequantize(*codes, args.group_size), h)
+                report.append(f"{name.split('.')[1]} {100 * lost:.1f} -> {100 * left:.1f}")
+            block.set_submodule(name, FrozenLinear(
+                QuantLinear.affine(*codes, args.bits, args.group_size, args.a_bits)))
+    if report:
+        say(f"{label}% of output lost, rtn -> gptq | " + " | ".join(report))
+
+def output_error(w, w_hat, h):
+    """E|(w_hat - w) x|^2 / E|w x|^2, given h = E[x x^T]."""
+    return (((w_hat - w) @ h * (w_hat - w)).sum() / (w @ h * w).sum()).item()
+
+# ---- The tweak --------------------------------------------------------------------------------
+
+@torch.enable_grad()
+def tweak_by_adam(block, windows, targets, tables, loss, lr, passes=1):
+    """Train the two norm weights (C,): one step of a fresh Adam a window and pass."""
+    weights = [getattr(block, norm).weight.requires_grad_() for norm, _ in NORMS]
+    optimizer = torch.optim.Adam(weights, lr=lr)
+    for x, target in passes * list(zip(windows, targets)):
+        LOSSES[loss](target, block(x, *tables)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for weight in weights:
+        weight.requires_grad_(False)
+
+@torch.no_grad()
+def tweak_by_least_squares(block, float_block, windows, tables, ridge=0.01):
+    """Multiply each norm's weight by the s (C,) that brings the linears it feeds closest to float.
+
+    min_s sum_l E|W_l r x - Q_l s x|^2 + ridge * mean(diag A) |s - 1|^2 over the linears l, with x
+    the norm's output and r the float norm's weight over this one's. Its normal equations A s = b:
+    A = H * sum_l Q_l^T Q_l,  b = diag(H sum_l r W_l^T Q_l),  H = E[x x^T].
+    """
+    for norm, names in NORMS:
+        h = collect_hessians(block, names[:1], windows, tables)[names[0]][0].double()
+        gamma = getattr(block, norm).weight
+        r = (getattr(float_block, norm).weight / gamma).double()           # (C,)
+        qs = [block.get_submodule(name).weight.double() for name in names]  # (O, C) each
+        ws = [float_block.get_submodule(name).weight.double() * r for name in names]
+        A = h * sum(q.t() @ q for q in qs)                                 # (C, C)
+        b = (h * sum(q.t() @ w for q, w in zip(qs, ws))).sum(1)            # (C,)
+        damp = ridge * A.diagonal().mean()
+        gamma.mul_(torch.linalg.solve(A + damp * torch.eye(len(b)).to(A), b + damp))
+
+@full_float32()
+@torch.no_grad()
+def compress(student, teacher, ids, args, host=None, tweak=True, passes=1):
+    """Quantize `student` block by block in place and tweak its norms; `teacher` is the dense model.
+
+    host: "rtn", "gptq", or None where the student's linears are packed already. Returns one pair
+    a block, the mean channel loss of a window before and after the tweak.
+    """
+    student.requires_grad_(False)
+    losses, L, tables = [], len(student.blocks), rope(student, ids)
+    windows = student.embed(ids).float().split(args.batch_size)            # (B, T, C) each
+    for i, (block, float_block) in enumerate(zip(student.blocks, teacher.blocks)):
+        targets = [float_block(x, *tables) for x in windows]               # of the quantized stream
+        if host and args.a_bits < 16:
+            smooth(block, windows, tables, args.smooth)
+        if host:
+            quantize_block(block, windows, tables, args, host, f"block {i + 1}/{L} | ")
+        else:
+            swap(block, QuantLinear, FrozenLinear)
+        before = mean_loss(targets, [block(x, *tables) for x in windows])
+        if tweak and args.solver == "adam":
+            lr = args.lr * (1 + LR_SCALE * i / L)      # grows, as the stream's error does
+            tweak_by_adam(block, windows, targets, tables, args.loss, lr, passes)
+        elif tweak:
+            tweak_by_least_squares(block, float_block, windows, tables)
+        windows = [block(x, *tables) for x in windows]                     # with the final norms
+        losses.append((before, mean_loss(targets, windows)))
+        swap(block, FrozenLinear, lambda linear: linear.packed)
+    return losses
+
+def mean_loss(targets, outputs):
+    return (sum(map(channel_loss, targets, outputs)) / len(targets)).item()
+
+# ---- The run ----------------------------------------------------------------------------------
+
+def load_models(args):
+    """(student, teacher, data); the student is None unless --model is packed."""
+    student, path = None, args.model
+    if args.teacher:
+        student, content = load_checkpoint(path, args.device, getattr(torch, args.dtype))
+        specs = list(content["linears"].values())
+        if {spec["kind"] for spec in specs} != {"affine"}:
+            raise UsageError(f"--model {path} has no packed affine linears; --teacher is for those")
+        args.bits, args.a_bits, args.group_size, args.symmetric = (
+            specs[0][k] for k in ("bits", "a_bits", "group_size", "signed"))
+        args.model = args.teacher
+    teacher, content, data = load_base(args)
+    dense, args.model = args.model or os.path.join(args.out, "base.pt"), path
+    if content["linears"]:
+        raise UsageError(f"{dense} is packed already; give the dense checkpoint as --model, or as "
+                         "--teacher to tweak only the norms of a packed --model")
+    if student and student.config != teacher.config:
+        raise UsageError(f"--teacher {dense} is not what {path} was made from: {teacher.config} "
+                         f"there, {student.config} here")
+    for name, linear in teacher.linears():
+        if args.group_size == 0 or linear.in_features % abs(args.group_size):
+            raise UsageError(f"--group-size {args.group_size} does not divide the "
+                             f"{linear.in_features} input channels of {name}; try 64 or -1")
+    for name in ("data", "vocab", "smoke"):            # `model.py eval` reads the same text by it
+        setattr(args, name, getattr(args, name) or content["settings"].get(name))
+    return student, teacher, data
+
+def main():
+    args = parse_args()
+    student, teacher, data = load_models(args)
+    header(f"normtweak | W{args.bits}A{args.a_bits}", args, teacher, data)
+    start = time.time()
+    ids = calibration(teacher, data, args)                                 # (N, T)
+    say(f"calibration: {args.calib}, {len(ids)} windows of {ids.size(1)} tokens | "
+        f"{time.time() - start:.1f} s | {data.tokenizer.decode(ids[0, :32].tolist())!r} ...")
+    if ids.numel() < teacher.config.n_hidden:
+        say(f"warning: {ids.numel()} calibration tokens cannot tell {teacher.config.n_hidden} "
+            "inputs of a layer apart; give more with --steps")
+    base = evaluate(teacher, data.val, args.seq_len, data.tokenizer)
+    values, rows = {"dense": round(base["loss"], 6)}, [line("dense", base, 16)]
+    for host in ("packed",) if student else ("rtn", "gptq"):
+        for tweak in (False, True):
+            name, begin = host + "-tweak" * tweak, time.time()
+            model = copy.deepcopy(student or teacher)
+            losses = compress(model, teacher, ids, args, None if student else host, tweak)
+            seconds, (bpw, _) = time.time() - begin, bits_per_weight(model)
+            path = os.path.join(args.out, f"{name}-w{args.bits}.pt")
+            save_checkpoint(path, model, method=name, settings=settings(args),
+                            tokenizer=data.spec, data=data.digest)
+            scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
+            say(f"{name} | val loss {scores['loss']:.4f} | {seconds:.1f} s | saved {path}")
+            values[name] = round(scores["loss"], 6)
+            rows.append(line(name, scores, bpw, seconds, losses))
+    say("method       | val loss |     ppl |   bpw | seconds | channel loss of each block\n"
+        + "\n".join(rows))
+    params = sum(p.numel() for p in teacher.parameters())
+    finish(args, "normtweak", model, scores, {"tokens": ids.numel(), "seconds": seconds},
+           w_bits=args.bits, a_bits=args.a_bits, group_size=args.group_size, bpw=bpw,
+           params=params, bytes_dense=2 * params, base_val_loss=base["loss"], val_losses=values,
+           bytes_packed=sum(t.numel() * t.element_size() for t in model.state_dict().values()),
+           symmetric=args.symmetric, solver=args.solver, loss=args.loss, calib=args.calib)
+
+def line(name, scores, bpw, seconds=0.0, losses=()):
+    """One row of the final table."""
+    return (f"{name:<12} | {scores['loss']:8.4f} | {scores['ppl']:7.2f} | {bpw:5.2f} | "
+            f"{seconds:7.1f} | " + "  ".join(f"{a:.4f} -> {b:.4f}" for a, b in losses))
+
+if __name__ == "__main__":
+    run(main)

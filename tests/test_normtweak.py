@@ -1,0 +1,501 @@
+"""normtweak.py against closed forms, finite differences in float64, explicit least squares and
+recomputation by hand, on a LLaMA of three blocks with grouped-query attention."""
+import copy
+import json
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as trunk
+import normtweak as nt
+from model import LLaMA, LlamaConfig, UsageError, save_checkpoint
+from quantizers import QuantLinear, fake_quant_tokens
+
+CONFIG = LlamaConfig(vocab_size=300, n_layer=3, n_embd=32, n_head=4, n_kv_head=2, n_hidden=48, seq_len=24)
+NORM = re.compile(r"blocks\.\d+\.(attn|mlp)_norm\.weight")
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    model = LLaMA(CONFIG).eval().requires_grad_(False)
+    for name, p in model.named_parameters():           # far from the init: uneven norms, live blocks
+        p.mul_(5) if p.dim() == 2 else p.add_(0.3 * torch.randn(p.shape))
+    return model
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("".join(f"line {i * i} of {i}: def f{i}(x): return x + {i}\n"
+                                             for i in range(3000)))
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("XDG_CACHE_HOME", str(folder))
+        return trunk.load_data(str(folder / "text.txt"), "300", 24)
+
+@pytest.fixture
+def options(tmp_path):
+    def make(*argv):
+        args = nt.parse_args(["--out", str(tmp_path), "--steps", "8", "--seq-len", "24", *argv])
+        return args
+    return make
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(300, (8, 24), generator=torch.Generator().manual_seed(1))
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """The trunk computes norms and rotary positions by x.float(); let that keep float64."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else x.to(torch.float32))
+
+def compress(teacher, ids, args, host="rtn", tweak=True, student=None, **more):
+    model = copy.deepcopy(student or teacher)
+    return model, nt.compress(model, teacher, ids, args, host, tweak, **more)
+
+def same(a, b):
+    return {k for k, v in a.state_dict().items() if torch.equal(v, b.state_dict()[k])}
+
+def different(a, b):
+    return a.state_dict().keys() - same(a, b)
+
+# ---- losses -----------------------------------------------------------------------------------
+
+def test_channel_loss_by_hand():
+    """Unbiased variances over tokens, absolute differences, mean over channels."""
+    f, q = torch.tensor([[1.0, 2, 3], [4, 5, 6]]), torch.tensor([[1.0, 9, 3], [8, 5, 6]])
+    assert nt.channel_loss(f, q).item() == pytest.approx((2 + 3.5 + 0 + 20 + 3.5 + 0) / 3)
+    x = torch.randn(50, 2).double()
+    assert nt.channel_loss(x, x + torch.tensor([3.0, 4.0])).item() == pytest.approx(3.5)
+    assert nt.channel_loss(x, x + torch.tensor([2.0, -2.0])).item() == pytest.approx(2.0)
+
+def test_channel_loss_sees_statistics_of_channels_only():
+    f, q = torch.randn(3, 20, 5).double(), torch.randn(3, 20, 5).double()
+    shuffled = q.flatten(0, 1)[torch.randperm(60)].view(3, 20, 5)
+    torch.testing.assert_close(nt.channel_loss(f, q), nt.channel_loss(f, shuffled))
+    assert nt.channel_loss(f, f.flatten(0, 1)[torch.randperm(60)]) < 1e-14
+    assert nt.channel_loss(f, q) > 0.01
+    assert (nt.channel_loss(f, q.flip(-1)) - nt.channel_loss(f, q)).abs() > 1e-3
+
+def test_code_mse_and_kl_losses_by_their_formulas():
+    f, q = torch.randn(2, 30, 6).double(), torch.randn(2, 30, 6).double()
+    a, b = f.numpy().reshape(60, 6), q.numpy().reshape(60, 6)
+    std = [np.sqrt(x.var(0, ddof=1) + 1e-6) for x in (a, b)]
+    code = ((a.mean(0) - b.mean(0)) ** 2).sum() + ((std[0] - std[1]) ** 2).sum()
+    assert nt.LOSSES["code"](f, q).item() == pytest.approx(code)
+    assert nt.LOSSES["mse"](f, q).item() == pytest.approx(((a - b) ** 2).mean())
+    kl = F.kl_div(q.log_softmax(-1), f.log_softmax(-1), reduction="none", log_target=True)
+    assert nt.LOSSES["kl"](f, q).item() == pytest.approx(kl.sum(-1).mean().item())
+
+@pytest.mark.parametrize("loss", nt.LOSSES)
+def test_gradient_of_each_loss_equals_central_differences(loss):
+    g = torch.Generator().manual_seed(0)
+    f, q = (torch.randn(9, 4, generator=g, dtype=torch.float64) for _ in "fq")
+    q.requires_grad_()
+    nt.LOSSES[loss](f, q).backward()
+    numeric, h = torch.empty_like(q), 1e-6
+    for i in range(9):
+        for j in range(4):
+            step = torch.zeros_like(q)
+            step[i, j] = h
+            numeric[i, j] = (nt.LOSSES[loss](f, q + step) - nt.LOSSES[loss](f, q - step)).item() / (2 * h)
+    torch.testing.assert_close(q.grad, numeric, rtol=1e-6, atol=1e-9)
+
+def test_gradient_of_the_channel_loss_in_closed_form():
+    f, q = torch.randn(9, 4).double(), torch.randn(9, 4).double().requires_grad_()
+    nt.channel_loss(f, q).backward()
+    mean = -(f.mean(0) - q.mean(0)).sign() / (9 * 4)
+    spread = -(f.var(0) - q.var(0)).sign() * 2 * (q - q.mean(0)) / (8 * 4)
+    torch.testing.assert_close(q.grad, mean + spread)
+
+@pytest.mark.parametrize("loss", nt.LOSSES)
+def test_equal_outputs_have_no_gradient_at_all(loss):
+    f = torch.randn(2, 12, 16)
+    f[..., 3] = 1.0                                    # a channel without variance
+    q = f.clone().requires_grad_()
+    nt.LOSSES[loss](f, q).backward()
+    assert (q.grad == 0).all()
+
+# ---- the tweak --------------------------------------------------------------------------------
+
+def test_learning_rate_grows_linearly_over_the_blocks(teacher, ids, options, monkeypatch):
+    rates = []
+    monkeypatch.setattr(nt, "tweak_by_adam", lambda *args: rates.append(args[5]))
+    compress(teacher, ids, options("--lr", "1e-3"))
+    assert rates[0] == 1e-3
+    assert rates == pytest.approx([1e-3 * (1 + nt.LR_SCALE * i / 3) for i in range(3)])
+
+def test_gradient_of_a_norm_through_the_block_equals_central_differences(teacher, ids, options, in_float64):
+    model, _ = compress(teacher, ids, options("--bits", "3"), tweak=False)
+    float_block, block = copy.deepcopy(teacher.blocks[1]).double(), model.blocks[1]
+    nt.swap(block, QuantLinear, nt.FrozenLinear)
+    block.double()
+    x = torch.randn(1, 24, 32).double()
+    rope = [t.double() for t in trunk.rope_tables(24, 8, 1e4, "cpu")]
+    for norm in (block.attn_norm, block.mlp_norm):
+        weight = norm.weight.requires_grad_()
+        loss = lambda: nt.channel_loss(float_block(x, *rope), block(x, *rope))
+        grad, = torch.autograd.grad(loss(), weight)
+        weight.requires_grad_(False)
+        for c in (0, 7, 31):
+            sides = []
+            for h in (1e-6, -2e-6):
+                weight[c] += h
+                sides.append(loss().item())
+            weight[c] += 1e-6
+            assert grad[c].item() == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-5, abs=1e-9)
+
+def test_first_step_is_the_learning_rate_and_all_steps_are_bounded(teacher, ids, options):
+    """Adam's first step is lr * sign(g); no step is above lr * 0.1 / sqrt(0.001)."""
+    args = options("--lr", "1e-3")
+    plain, _ = compress(teacher, ids[:1], args, tweak=False)
+    one, _ = compress(teacher, ids[:1], args)
+    move = (one.blocks[0].attn_norm.weight - plain.blocks[0].attn_norm.weight).abs()
+    torch.testing.assert_close(move, torch.full_like(move, 1e-3), rtol=2e-3, atol=0)
+    many, _ = compress(teacher, ids, args)
+    for i in range(3):
+        for name, _ in nt.NORMS:
+            move = (getattr(many.blocks[i], name).weight - getattr(teacher.blocks[i], name).weight).abs()
+            assert 1e-4 < move.max() <= 3.17 * 1e-3 * (1 + nt.LR_SCALE * i / 3) * len(ids)
+
+@pytest.mark.parametrize("loss", nt.LOSSES)
+def test_a_model_that_is_not_quantized_does_not_move(teacher, ids, options, loss):
+    model, losses = compress(teacher, ids, options("--loss", loss, "--lr", "0.1"), host=None)
+    assert not different(model, teacher) and losses == [(0.0, 0.0)] * 3
+
+@pytest.mark.parametrize("host", ["rtn", "gptq"])
+def test_without_a_learning_rate_the_host_is_reproduced(teacher, ids, options, host):
+    args = options("--bits", "2")
+    plain, _ = compress(teacher, ids, args, host, tweak=False)
+    args.lr = 0.0
+    assert not different(compress(teacher, ids, args, host)[0], plain)
+
+@pytest.mark.parametrize("solver", ["adam", "closed"])
+def test_exactly_two_vectors_a_block_change(teacher, ids, options, solver):
+    """Codes, scales, zero points, embedding, head and the last norm are bit-identical; the norms
+    stay float32, and most entries differ also after a trip through a file."""
+    args = options("--bits", "2", "--solver", solver)
+    plain, _ = compress(teacher, ids, args, tweak=False)
+    model, _ = compress(teacher, ids, args)
+    changed = different(model, plain)
+    assert len(changed) == 6 and all(NORM.fullmatch(k) for k in changed)
+    path = f"{args.out}/m.pt"
+    save_checkpoint(path, model, tokenizer=["x"])
+    loaded, _ = trunk.load_checkpoint(path)
+    for k in changed:
+        assert loaded.state_dict()[k].dtype == torch.float32
+        assert (loaded.state_dict()[k] != plain.state_dict()[k]).float().mean() > 0.5
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert all(isinstance(m, QuantLinear) for _, m in model.linears())
+
+def test_teacher_sees_the_quantized_stream_and_the_final_norms_make_the_next_input(
+        teacher, ids, options, monkeypatch):
+    seen, tweak = [], nt.tweak_by_adam
+    def spy(block, windows, targets, rope, *rest):
+        tweak(block, windows, targets, rope, *rest)
+        seen.append((copy.deepcopy(block), windows, targets, rope))
+    monkeypatch.setattr(nt, "tweak_by_adam", spy)
+    compress(teacher, ids, options("--bits", "2", "--lr", "0.01"))
+    float_stream = teacher.embed(ids).split(1)
+    for i, (block, windows, targets, rope) in enumerate(seen):
+        for x, target in zip(windows, targets):
+            assert torch.equal(target, teacher.blocks[i](x, *rope))
+        if i:
+            before, inputs, _, _ = seen[i - 1]
+            assert all(torch.equal(x, before(y, *rope)) for x, y in zip(windows, inputs))
+            assert not torch.equal(windows[0], float_stream[0])
+        float_stream = [teacher.blocks[i](x, *rope) for x in float_stream]
+    assert len(seen) == 3
+
+@pytest.mark.parametrize("host", ["rtn", "gptq"])
+def test_channel_loss_of_every_block_falls_at_two_bits(teacher, ids, options, host):
+    _, losses = compress(teacher, ids, options("--bits", "2", "--lr", "3e-3"), host)
+    assert all(after < before for before, after in losses), losses
+
+def test_same_seed_same_norms_and_the_order_of_windows_matters(teacher, ids, options):
+    args = options("--bits", "2")
+    a, b, c = (compress(teacher, x, args)[0] for x in (ids, ids, ids.flip(0)))
+    assert not different(a, b) and len(different(a, c)) == 6
+
+def test_more_passes_take_more_steps(teacher, ids, options):
+    args = options("--bits", "2")
+    a, _ = compress(teacher, ids, args, passes=2)
+    b, _ = compress(teacher, torch.cat((ids, ids)), args)
+    assert torch.equal(a.blocks[0].attn_norm.weight, b.blocks[0].attn_norm.weight)
+
+def test_closed_form_is_the_least_squares_solution(teacher, ids, options, in_float64):
+    """Against torch.linalg.lstsq on the explicit design matrix; no ridge, so it never gets worse."""
+    model, _ = compress(teacher, ids, options("--bits", "2"), tweak=False)
+    block, float_block = copy.deepcopy(model.blocks[0]), copy.deepcopy(teacher.blocks[0]).double()
+    nt.swap(block, QuantLinear, nt.FrozenLinear)
+    block.double()
+    block.attn_norm.weight.mul_(1.1)                   # norms may differ before the tweak as well
+    windows = list(torch.randn(4, 2, 24, 32).double())
+    rope = [t.double() for t in trunk.rope_tables(24, 8, 1e4, "cpu")]
+    names = nt.ORDER[0]
+    x = block.attn_norm(torch.cat(windows)).flatten(0, 1)                  # (n, C)
+    x_float = float_block.attn_norm(torch.cat(windows)).flatten(0, 1)
+    q = torch.cat([block.get_submodule(n).weight for n in names])          # (O, C)
+    w = torch.cat([float_block.get_submodule(n).weight for n in names])
+    target = x_float @ w.T                                                 # (n, O)
+    design = (x[:, None] * q).flatten(0, 1)                                # (n O, C)
+    s = torch.linalg.lstsq(design, target.flatten()[:, None]).solution[:, 0]
+    gamma = block.attn_norm.weight.clone()
+    nt.tweak_by_least_squares(block, float_block, windows, rope, ridge=0.0)
+    torch.testing.assert_close(block.attn_norm.weight, gamma * s, rtol=1e-6, atol=1e-9)
+    cost = lambda scale: (design @ scale - target.flatten()).square().sum()
+    assert cost(block.attn_norm.weight / gamma) < cost(torch.ones_like(s))
+    hidden = block.mlp_norm.weight / float_block.mlp_norm.weight
+    assert (hidden != 1).all() and hidden.isfinite().all()
+
+# ---- hosts ------------------------------------------------------------------------------------
+
+def test_hessian_is_the_second_moment_however_tokens_are_split(teacher, ids):
+    x, rope = teacher.embed(ids), nt.rope(teacher, ids)
+    block, inputs = teacher.blocks[0], {}
+    hooks = [block.get_submodule(name).register_forward_pre_hook(
+        lambda m, i, name=name: inputs.update({name: i[0].flatten(0, -2)})) for name in sum(nt.ORDER, ())]
+    block(x, *rope)
+    for hook in hooks:
+        hook.remove()
+    for size, a_bits in ((1, 16), (3, 16), (8, 16), (8, 4)):
+        for name, h in nt.collect_hessians(block, inputs, x.split(size), rope, a_bits).items():
+            h, peak = h
+            v = inputs[name] if a_bits == 16 else fake_quant_tokens(inputs[name], 4)
+            v = v.double()
+            torch.testing.assert_close(h.double(), v.T @ v / len(v), rtol=1e-5, atol=1e-5)
+            assert torch.equal(peak.double(), v.abs().amax(0))
+
+@pytest.mark.parametrize("extra", [(), ("--a-bits", "8")])
+def test_gptq_sees_what_is_quantized_before_it(teacher, ids, options, monkeypatch, extra):
+    """Order k, v, q, o, up, gate, down; each Hessian is that of the smoothed block with everything
+    before already quantized, recomputed here from the finished block."""
+    calls, quantize = [], nt.gptq
+    def spy(w, h, **kwargs):
+        assert kwargs["act_order"]
+        calls.append((w.clone(), h.clone()))
+        return quantize(w, h, **kwargs)
+    monkeypatch.setattr(nt, "gptq", spy)
+    args = options("--bits", "3", *extra)
+    model, _ = compress(teacher, ids, args, "gptq", tweak=False)
+    names = sum(nt.ORDER, ())
+    reference = copy.deepcopy(teacher)
+    x, rope = reference.embed(ids), nt.rope(reference, ids)
+    if extra:
+        nt.smooth(reference.blocks[0], x.split(1), rope, args.smooth)
+    for i, name in enumerate(names):
+        block = copy.deepcopy(reference.blocks[0])
+        for earlier in names[:i]:
+            if earlier not in next(group for group in nt.ORDER if name in group):
+                done = model.blocks[0].get_submodule(earlier)
+                block.set_submodule(earlier, nt.FrozenLinear(done))
+        w, h = calls[i]
+        assert torch.equal(w, block.get_submodule(name).weight)
+        expected = nt.collect_hessians(block, [name], x.split(1), rope, args.a_bits)[name][0]
+        torch.testing.assert_close(h, expected)
+    assert len(calls) == 7 * 3
+
+def test_gptq_report_has_the_output_error_of_every_linear(teacher, ids, options, capsys):
+    compress(teacher, ids, options("--bits", "3"), "gptq", tweak=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "output lost" in line]
+    assert len(lines) == 3
+    for line in lines:
+        pairs = re.findall(r"(\w+) ([\d.]+) -> ([\d.]+)", line)
+        assert [name for name, _, _ in pairs] == ["wk", "wv", "wq", "wo", "w_up", "w_gate", "w_down"]
+        assert all(float(after) <= float(before) for _, before, after in pairs)
+    w, w_hat, x = torch.randn(4, 6), torch.randn(4, 6), torch.randn(50, 6)
+    expected = ((x @ (w_hat - w).T).square().sum() / (x @ w.T).square().sum()).item()
+    assert nt.output_error(w, w_hat, x.T @ x / 50) == pytest.approx(expected, rel=1e-5)
+
+def test_a_hessian_that_is_not_positive_definite_names_layer_tokens_and_fix(teacher, ids, options):
+    broken = copy.deepcopy(teacher)
+    broken.blocks[1].mlp_norm.weight.mul_(1e25)        # x x^T overflows
+    with pytest.raises(UsageError, match=r"block 2/3 \| mlp.w_up: the Hessian of 192 calibration "
+                                         r"tokens is not positive definite.*--steps"):
+        compress(broken, ids, options("--bits", "3"), "gptq")
+
+def smooth_all(model, ids, alpha):
+    x, rope = model.embed(ids), nt.rope(model, ids)
+    for block in model.blocks:
+        with torch.no_grad():
+            nt.smooth(block, x.split(3), rope, alpha)
+        x = block(x, *rope)
+
+def test_smoothing_keeps_the_function(teacher, ids, in_float64):
+    for alpha in (0.0, 0.5, 1.0):
+        model, reference = (copy.deepcopy(teacher).double() for _ in "ab")
+        model.dtype = reference.dtype = torch.float64
+        smooth_all(model, ids, alpha)
+        a, b = model(ids)[0], reference(ids)[0]
+        assert (a - b).norm() < 1e-12 * b.norm()
+        kept = same(model, reference)
+        assert {k for k in kept if "blocks" in k} == {
+            f"blocks.{i}.{n}.weight" for i in range(3) for n in ("attn.wo", "mlp.w_down")}
+
+def test_smoothing_takes_peaks_over_all_readers_and_tokens(teacher, ids, in_float64):
+    """alpha 0: the columns' peaks become 1; alpha 1: those of the norms' outputs do."""
+    model = copy.deepcopy(teacher).double()
+    smooth_all(model, ids, 0.0)
+    for block in model.blocks:
+        for _, names in nt.NORMS:
+            peak = torch.stack([block.get_submodule(n).weight.abs().amax(0) for n in names]).amax(0)
+            torch.testing.assert_close(peak, torch.ones_like(peak))
+    model, peaks = copy.deepcopy(teacher).double(), []
+    smooth_all(model, ids, 1.0)
+    x, rope = model.embed(ids), nt.rope(model, ids)
+    for block in model.blocks:
+        for name, _ in nt.NORMS:
+            getattr(block, name).register_forward_hook(
+                lambda m, i, y: peaks.append(y.abs().amax((0, 1))))
+        x = block(x, *rope)
+    torch.testing.assert_close(torch.stack(peaks), torch.ones(6, 32).double(), rtol=1e-5, atol=0)
+
+def test_quantized_activations_let_the_gradient_through(teacher, ids, options):
+    args = options("--bits", "4", "--a-bits", "8")
+    model, _ = compress(teacher, ids, args, tweak=False)
+    assert all(m.spec["a_bits"] == 8 for _, m in model.linears())
+    block = model.blocks[0]
+    nt.swap(block, QuantLinear, nt.FrozenLinear)
+    x, rope = model.embed(ids), nt.rope(model, ids)
+    weights = [block.attn_norm.weight.requires_grad_(), block.mlp_norm.weight.requires_grad_()]
+    for grad in torch.autograd.grad(nt.channel_loss(teacher.blocks[0](x, *rope), block(x, *rope)), weights):
+        assert (grad != 0).float().mean() > 0.9
+
+def test_frozen_linear_equals_the_packed_one(teacher, ids, options):
+    for extra in ((), ("--a-bits", "4"), ("--symmetric", "--group-size", "16")):
+        model, _ = compress(teacher, ids, options("--bits", "3", *extra), tweak=False)
+        packed, x = model.blocks[0].mlp.w_down, torch.randn(2, 5, 48)
+        assert torch.equal(nt.FrozenLinear(packed)(x), packed(x))
+
+# ---- calibration ------------------------------------------------------------------------------
+
+def test_cached_logits_equal_those_of_the_whole_window(teacher, ids):
+    cache = [[torch.empty(8, 2, 24, 8) for _ in "kv"] for _ in range(3)]
+    expected = teacher(ids)[0]
+    for t in range(1, 25):
+        logits = nt.next_logits(teacher, ids[:, :t], cache)
+        torch.testing.assert_close(logits, expected[:, t - 1], rtol=1e-4, atol=1e-4)
+
+def test_self_calibration_follows_the_rule(teacher, data, options):
+    """Frequent start, GREEDY likeliest tokens, samples of the TOP_K, full length, no END, no val."""
+    args = options("--seed", "3")
+    train_only = types.SimpleNamespace(train=data.train, tokenizer=data.tokenizer)
+    out = nt.calibration(teacher, train_only, args)
+    end, allowed = data.tokenizer.eot_token, nt.frequent_tokens(data)
+    assert out.shape == (8, 24) and (out != end).all()
+    assert torch.isin(out[:, 0], allowed).all()
+    logits = teacher(out)[0]
+    logits[..., end] = -torch.inf
+    rank = (logits[:, :-1] > logits[:, :-1].gather(-1, out[:, 1:, None])).sum(-1)  # 0: likeliest
+    assert (rank[:, :nt.GREEDY] == 0).all()
+    assert (rank < nt.TOP_K).all() and (rank[:, nt.GREEDY:] > 0).any()
+    assert torch.equal(out, nt.calibration(teacher, train_only, args))
+    assert not torch.equal(out, nt.calibration(teacher, train_only, options("--seed", "4")))
+
+def test_start_tokens_are_the_fewest_that_cover_the_share(data):
+    counts = np.bincount(data.train, minlength=300)
+    counts[data.tokenizer.eot_token] = 0
+    allowed = nt.frequent_tokens(data).numpy()
+    others = np.setdiff1d(np.arange(300), allowed)
+    assert counts[allowed].sum() >= nt.START_SHARE * counts.sum()
+    assert counts[allowed].sum() - counts[allowed].min() < nt.START_SHARE * counts.sum()
+    assert counts[allowed].min() >= counts[others].max()
+
+def test_data_calibration_is_training_text_and_random_is_uniform(teacher, data, options):
+    train_only = types.SimpleNamespace(train=data.train, tokenizer=data.tokenizer)
+    text = "," + ",".join(map(str, data.train.tolist())) + ","
+    for window in nt.calibration(teacher, train_only, options("--calib", "data")).tolist():
+        assert "," + ",".join(map(str, window)) + "," in text
+    out = nt.calibration(teacher, train_only, options("--calib", "random", "--steps", "500"))
+    assert out.shape == (500, 24) and out.min() == 0 and out.max() == 299
+    assert np.bincount(out.flatten(), minlength=300).std() < 10            # sqrt(40) = 6.3
+
+# ---- command line -----------------------------------------------------------------------------
+
+@pytest.fixture
+def base(teacher, data, tmp_path):
+    path = str(tmp_path / "base.pt")
+    save_checkpoint(path, teacher, method="dense", tokenizer=data.spec, data=data.digest,
+                    settings={"data": data.name, "vocab": "300", "smoke": False})
+    return path
+
+def call(monkeypatch, capsys, main, *argv):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
+    main()
+    return capsys.readouterr().out
+
+@pytest.mark.parametrize("extra", [("--bits", 2), ("--bits", 4, "--a-bits", 8, "--group-size", 16),
+                                   ("--bits", 3, "--symmetric", "--solver", "closed")])
+def test_saved_checkpoints_evaluate_to_the_reported_loss(base, tmp_path, monkeypatch, capsys, extra):
+    out = call(monkeypatch, capsys, nt.main, "--model", base, "--out", tmp_path, "--steps", 4,
+               "--seq-len", 24, *extra)
+    row = json.loads(out.splitlines()[-1])
+    assert row == json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
+    assert list(row["val_losses"]) == ["dense", "rtn", "rtn-tweak", "gptq", "gptq-tweak"]
+    assert row["base_val_loss"] == row["val_losses"]["dense"]
+    for name, loss in list(row["val_losses"].items())[1:]:
+        path = tmp_path / f"{name}-w{extra[1]}.pt"
+        line = call(monkeypatch, capsys, lambda: trunk.eval_checkpoint([str(path), "--seq-len", "24"]))
+        assert float(line.split("loss ")[-1]) == pytest.approx(loss, abs=1e-4)
+    table = [line for line in out.splitlines() if re.match(r"[\w-]+ +\| +\d\.\d{4} \|", line)]
+    assert len(table) == 5 and table[-1].count("->") == 3
+
+def test_a_packed_model_keeps_its_codes(base, tmp_path, monkeypatch, capsys):
+    common = ("--out", tmp_path, "--steps", 4, "--seq-len", 24)
+    call(monkeypatch, capsys, nt.main, "--model", base, "--bits", 2, "--group-size", 16, *common)
+    out = call(monkeypatch, capsys, nt.main, "--model", tmp_path / "rtn-w2.pt", "--teacher", base, *common)
+    row = json.loads(out.splitlines()[-1])
+    assert list(row["val_losses"]) == ["dense", "packed", "packed-tweak"]
+    assert (row["w_bits"], row["group_size"]) == (2, 16)
+    load = lambda name: trunk.load_checkpoint(str(tmp_path / name))[0]
+    assert not different(load("packed-w2.pt"), load("rtn-w2.pt"))
+    assert not different(load("packed-tweak-w2.pt"), load("rtn-tweak-w2.pt"))  # RTN then tweak, either way
+
+def test_few_calibration_tokens_are_said(base, tmp_path, monkeypatch, capsys):
+    out = call(monkeypatch, capsys, nt.main, "--model", base, "--out", tmp_path, "--steps", 1,
+               "--seq-len", 24)
+    assert "warning: 24 calibration tokens cannot tell 48 inputs" in out
+
+@pytest.mark.parametrize("argv, message", [
+    (["--bits", "9"], "9 is not int from 1 to 8"),
+    (["--bits", "0"], "0 is not int from 1 to 8"),
+    (["--group-size", "20", "--model", "BASE"], "--group-size 20 does not divide the 32 input channels"),
+    (["--group-size", "0", "--model", "BASE"], "--group-size 0 does not divide"),
+    (["--a-bits", "3"], "invalid choice: 3"),
+    (["--smooth", "0.5"], "add --a-bits 8"),
+    (["--smooth", "1.5", "--a-bits", "8"], "1.5 is not float from 0 to 1"),
+    (["--teacher", "BASE"], "needs the packed checkpoint as --model"),
+    (["--teacher", "BASE", "--model", "BASE"], "has no packed affine linears"),
+    (["--model", "PACKED"], "is packed already"),
+    (["--model", "PACKED", "--teacher", "PACKED"], "is packed already"),
+    (["--model", "nowhere.pt"], "no such checkpoint"),
+    (["--resume"], "nothing to go on from"),
+])
+def test_bad_input_is_one_line(base, teacher, data, ids, options, tmp_path, monkeypatch, capsys, argv, message):
+    packed = str(tmp_path / "packed.pt")
+    if "PACKED" in argv:
+        model, _ = compress(teacher, ids[:2], options(), tweak=False)
+        save_checkpoint(packed, model, method="rtn", tokenizer=data.spec, data=data.digest,
+                        settings={"data": data.name})
+    argv = [{"BASE": base, "PACKED": packed}.get(a, a) for a in argv]
+    monkeypatch.setattr(sys, "argv", ["normtweak.py", "--out", str(tmp_path), *argv])
+    with pytest.raises(SystemExit) as exit:
+        trunk.run(nt.main)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and message in error
+
+def test_a_teacher_of_another_shape_is_refused(base, teacher, data, ids, options, tmp_path, monkeypatch):
+    model, _ = compress(teacher, ids[:2], options(), tweak=False)
+    model.config.n_layer = 2
+    model.blocks = model.blocks[:2]
+    save_checkpoint(str(tmp_path / "p.pt"), model, method="rtn", tokenizer=data.spec, data=data.digest,
+                    settings={})
+    with pytest.raises(UsageError, match="is not what"):
+        nt.load_models(options("--model", str(tmp_path / "p.pt"), "--teacher", base))
