@@ -180,7 +180,6 @@ def rerun(f, *inputs):
 class LLaMA(nn.Module):
     """Decoder-only transformer. `dtype` is that of the activations; the weights stay float32.
     lean = True saves memory: the backward pass computes each block, and the logits, once more."""
-
     lean = False
 
     def __init__(self, config, dtype=torch.float32):
@@ -202,11 +201,17 @@ class LLaMA(nn.Module):
 
     def forward(self, idx, targets=None):
         """Ids (B, T) -> logits (B, T, vocab) and the mean loss in nats (None without targets)."""
-        c = self.config
-        cos, sin = rope_tables(idx.size(1), c.n_embd // c.n_head, c.rope_theta, idx.device)
+        cos, sin = self.rope(idx)                                          # (T, hs)
         x = self.embed(idx).to(self.dtype)                                 # (B, T, C)
         for block in self.blocks:
             x = rerun(block, x, cos, sin) if self.lean else block(x, cos, sin)
+        return self.predict(x, targets)
+
+    def rope(self, idx):
+        c = self.config
+        return rope_tables(idx.size(1), c.n_embd // c.n_head, c.rope_theta, idx.device)
+
+    def predict(self, x, targets=None):
         x = self.norm(x)
         if self.lean and targets is not None:          # never all logits in float32
             loss = lambda x, y: F.cross_entropy(self.head(x).float(), y, reduction="sum")
@@ -216,6 +221,12 @@ class LLaMA(nn.Module):
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def compile_parts(self):
+        """torch.compile of one block, which serves all blocks, and of the head with the loss."""
+        for block in self.blocks:
+            block.compile()
+        self.predict = torch.compile(self.predict)
 
     def linears(self):
         """(name, module) of the linears inside the blocks: all that any method quantizes."""
@@ -437,6 +448,7 @@ def batch(tokens, step, batch_size, seq_len, seed, device):
     return x[:, :-1].to(device), x[:, 1:].to(device)
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")              # no compiling for these shapes
 def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=32):
     """Mean loss over non-overlapping windows; every token but the first is scored once.
 
@@ -565,11 +577,12 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
     optimizer, losses, before = optimizer or make_optimizer(model, args.lr), [], 0.0
     if args.resume:
         losses, before = resume(model, optimizer, args, data, path)
-    forward = torch.compile(model) if args.compile else model
+    if args.compile:
+        model.compile_parts()
     start = last_line = last_save = time.time()
     pending, line_step, saved = [], len(losses), len(losses)   # pending: still on the device
     for done in range(len(losses) + 1, args.steps + 1):
-        loss, gnorm = train_step(forward, optimizer, data, args, done - 1)
+        loss, gnorm = train_step(model, optimizer, data, args, done - 1)
         pending.append(loss + 0 * gnorm)               # NaN if the gradient is not finite
         look = args.eval_every and done % args.eval_every == 0
         save = look or STOP or done == args.steps or time.time() - last_save > 60
@@ -596,7 +609,7 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
     return {"seconds": before + time.time() - start, "losses": losses,
             "tokens": args.steps * args.batch_size * args.seq_len}
 
-def train_step(forward, optimizer, data, args, step):
+def train_step(model, optimizer, data, args, step):
     """One optimizer step over args.batch_size windows -> its loss and its gradient's norm."""
     schedule = getattr(optimizer, "schedule", learning_rate)
     for group in optimizer.param_groups:
@@ -604,7 +617,7 @@ def train_step(forward, optimizer, data, args, step):
     x, y = batch(data.train, step, args.batch_size, args.seq_len, args.seed, args.device)
     total = 0.0
     for xs, ys in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
-        loss = forward(xs, ys)[1] / args.accumulate
+        loss = model(xs, ys)[1] / args.accumulate
         loss.backward()
         total = total + loss.detach()
     gnorm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)

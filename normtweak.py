@@ -32,9 +32,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (Parser, UsageError, add_flags, apply_linears, apply_rope, batch, evaluate,
-                   finish, header, load_base, load_checkpoint, number, progress, resolve,
-                   rope_tables, run, save_checkpoint, say, settings)
+from model import (Parser, UsageError, add_flags, batch, evaluate, finish, header, load_base,
+                   load_checkpoint, number, progress, resolve, run, save_checkpoint, say, settings)
 from quantizers import (QuantLinear, bits_per_weight, dequantize, fake_quant_tokens, full_float32,
                         gptq, rtn)
 
@@ -114,7 +113,7 @@ def calibration(model, data, args):
         return torch.randint(data.tokenizer.n_vocab, (n, args.seq_len), **draw)
     allowed = frequent_tokens(data).to(args.device)
     start = allowed[torch.randint(len(allowed), (n, 1), **draw)]           # (N, 1)
-    chunks = start.split(max(1, 2**15 // args.seq_len))                    # bounds the cache
+    chunks = start.split(max(1, 2**12 // args.seq_len))                    # bounds the logits
     return torch.cat([generate(model, ids, args.seq_len, data.tokenizer.eot_token, generator)
                       for ids in progress(chunks, "calibration: generating")])
 
@@ -126,21 +125,14 @@ def frequent_tokens(data):
     n = np.searchsorted(counts[order].cumsum(), START_SHARE * counts.sum()) + 1
     return torch.from_numpy(order[:n])
 
-def rope(model, ids):
-    c = model.config
-    return rope_tables(ids.size(1), c.n_embd // c.n_head, c.rope_theta, ids.device)
-
 @torch.no_grad()
 def generate(model, ids, n, end, generator):
     """Continue (N, 1) start tokens to full length (N, n): GREEDY likeliest ones, then samples.
 
     END is never chosen, and ids stay ids: text would be cut into other tokens on the way back.
     """
-    c = model.config
-    cache = torch.empty(c.n_layer, 2, len(ids), c.n_kv_head, n, c.n_embd // c.n_head,
-                        dtype=model.dtype, device=ids.device)              # keys, values
     while ids.size(1) < n:
-        logits = next_logits(model, ids, cache).float()                    # (N, vocab)
+        logits = model(ids)[0][:, -1].float()                              # (N, vocab)
         logits[:, end] = -torch.inf
         values, tokens = logits.topk(min(TOP_K, logits.size(-1) - 1))      # (N, TOP_K)
         choice = torch.multinomial(values.softmax(-1), 1, generator=generator)
@@ -148,23 +140,6 @@ def generate(model, ids, n, end, generator):
             choice = torch.zeros_like(choice)
         ids = torch.cat((ids, tokens.gather(1, choice)), dim=1)
     return ids
-
-def next_logits(model, ids, cache):
-    """model(ids)[0][:, -1], given that `cache` holds keys and values of all tokens but the last."""
-    t = ids.size(1)
-    cos, sin = (table[-1:] for table in rope(model, ids))                  # (1, hs)
-    x = model.embed(ids[:, -1:]).to(model.dtype)                           # (N, 1, C)
-    for block, (keys, values) in zip(model.blocks, cache):
-        a = block.attn
-        q, k, v = (y.view(len(ids), 1, -1, a.head_size).transpose(1, 2)    # (N, heads, 1, hs)
-                   for y in apply_linears(block.attn_norm(x), a.wq, a.wk, a.wv))
-        keys[:, :, t - 1:t], values[:, :, t - 1:t] = apply_rope(k, cos, sin), v
-        y = F.scaled_dot_product_attention(
-            apply_rope(q, cos, sin), keys[:, :, :t], values[:, :, :t],
-            enable_gqa=q.size(1) != k.size(1))                             # (N, nh, 1, hs)
-        x = x + a.wo(y.transpose(1, 2).reshape(len(ids), 1, -1))
-        x = x + block.mlp(block.mlp_norm(x))
-    return model.head(model.norm(x))[:, 0]
 
 # ---- The hosts: RTN, GPTQ, and SmoothQuant in front of either. `windows` are the inputs (B, T, C)
 # of a block, which come from the quantized blocks before it; `tables` are the rotary ones.
@@ -291,7 +266,7 @@ def compress(student, teacher, ids, args, host=None, tweak=True, passes=1):
     a block, the mean channel loss of a window before and after the tweak.
     """
     student.requires_grad_(False)
-    losses, L, tables = [], len(student.blocks), rope(student, ids)
+    losses, L, tables = [], len(student.blocks), student.rope(ids)
     windows = student.embed(ids).float().split(args.batch_size)            # (B, T, C) each
     for i, (block, float_block) in enumerate(zip(student.blocks, teacher.blocks)):
         targets = [float_block(x, *tables) for x in windows]               # of the quantized stream
