@@ -445,7 +445,10 @@ def batch(tokens, step, batch_size, seq_len, seed, device):
     that a resumed run goes on with the same data."""
     starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - seq_len, batch_size)
     x = torch.from_numpy(np.stack([tokens[i:i + seq_len + 1] for i in starts]).astype(np.int64))
-    return x[:, :-1].to(device), x[:, 1:].to(device)
+    if torch.device(device).type == "cuda":            # then the copy does not wait for the GPU
+        x = x.pin_memory()
+    x = x.to(device, non_blocking=True)
+    return x[:, :-1], x[:, 1:]
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")              # no compiling for these shapes
@@ -464,12 +467,12 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=32):
         windows.append((full * seq_len, 1, n % seq_len))                   # the short last one
     for i, b, t in progress(windows, "evaluating"):
         x, y = (ids[j:j + b * t].view(b, t).to(device) for j in (i, i + 1))
-        total += model(x, y)[1].double() * (b * t)
-    loss = float(total) / n
+        total += model(x, y)[1].item() * (b * t)
+    loss = total / n
     scores = {"loss": loss, "ppl": math.exp(min(loss, 700))}
     if tokenizer:
         text = tokenizer.decode_bytes([t for t in tokens[1:].tolist() if t != tokenizer.eot_token])
-        scores["bits_per_byte"] = float(total) / math.log(2) / len(text)
+        scores["bits_per_byte"] = total / math.log(2) / len(text)
     return scores
 
 # ---- Checkpoints: tensors and plain values only -----------------------------------------------

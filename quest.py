@@ -102,6 +102,10 @@ def quantize_operand(v, bits, grid, quantizer):
         levels, trusted = levels * keep, trusted & (keep | (u.abs() <= 0.5))
     return levels, scale, (codes, trusted, keep)
 
+def restore(q, offset, scale, dtype):
+    """(q + offset) * scale from int8 codes; levels are exact in every dtype."""
+    return (q.to(dtype).add_(offset) * scale).to(dtype)
+
 class QuestFunction(torch.autograd.Function):
     """y = x_hat w_hat^T with QuEST's gradient (paper, algorithm 1): x (B, C), w (O, C) -> (B, O).
 
@@ -132,13 +136,13 @@ class QuestFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gs):
         x_q, x_trusted, x_scale, *saved = ctx.saved_tensors
-        x_hat = x_q if x_scale is None else ((x_q + ctx.x_offset) * x_scale).to(ctx.dtype)
+        x_hat = x_q if x_scale is None else restore(x_q, ctx.x_offset, x_scale, ctx.dtype)
         gx, gws = 0, []
         for g, w_q, w_trusted, keep, w_scale in zip(gs, *(saved[i::4] for i in range(4))):
-            w_hat = (w_q + ctx.w_offset) * w_scale                         # (O, C)
+            w_hat = restore(w_q, ctx.w_offset, w_scale, ctx.dtype)         # (O, C)
             if keep is not None:
                 w_hat = w_hat * keep
-            gx = gx + g @ w_hat.to(ctx.dtype)                              # (B, C)
+            gx = gx + g @ w_hat                                            # (B, C)
             gw = (g.t() @ x_hat) * w_trusted.to(ctx.dtype)                 # (O, C)
             gws.append((rotate(gw) if ctx.rotated else gw).float())
         if x_trusted is not None:

@@ -1,12 +1,13 @@
-"""The table and the figures of the README from result rows.
+"""The tables and the figure of the README from result rows.
 
-    python assets/report.py                        # assets/results.jsonl, the committed rows
+    python assets/report.py                        # the committed rows: tables and figure
     python assets/report.py out/results.jsonl      # the rows of your own runs
 
 Every script appends one JSON line a run to OUT/results.jsonl. Here the runs that differ by nothing
 but the seed become one line: mean and standard deviation over seeds, and the paired difference to
-the dense runs of the same seeds, size and tokens. With matplotlib installed the figures are drawn
-beside this file when the rows are the committed ones.
+the dense runs of the same seeds, size and tokens. normtweak.jsonl holds one line for each quantized
+model, without and with the tweak; its table pairs them by calibration seed. The figure needs
+matplotlib.
 """
 import collections
 import json
@@ -58,6 +59,27 @@ def print_table(table):
               f"{average['val_ppl']:.2f} | {average['bits_per_byte']:.3f} | "
               f"{average['seconds']:.0f} |")
 
+def print_tweaks(rows):
+    """Loss without and with the tweak, and the difference, paired by calibration seed."""
+    same = ("w_bits", "a_bits", "host", "symmetric", "calib", "windows")   # of the plain model
+    plain = {(*(r[k] for k in same), r["seed"]): r["val_loss"] for r in rows if not r["tweak"]}
+    pairs = collections.defaultdict(list)
+    for r in rows:
+        host = tuple(r[k] for k in same)
+        before = plain.get((*host, r["seed"]), plain.get((*host, 0)))      # RTN has one seed
+        if r["tweak"] and before is not None:
+            pairs[(*host, r["solver"], r["loss"], r["lr"], r["passes"])].append(
+                (before, r["val_loss"]))
+    print("\n| W bits | A bits | host | grid | calibration | solver | loss | lr | passes | seeds | "
+          "without | with | difference |")
+    print("|---" * 13 + "|")
+    for (w, a, host, symmetric, calib, _, *how), values in sorted(pairs.items(), key=str):
+        without, tweaked = (statistics.mean(v) for v in zip(*values))
+        mean, std = mean_std([b - a for a, b in values])
+        how = [w, a, host, "symmetric" if symmetric else "asymmetric", calib, *how, len(values)]
+        print("| " + " | ".join(map(str, how)) +
+              f" | {without:.4f} | {tweaked:.4f} | {mean:+.4f} ± {std:.4f} |")
+
 def draw_quest(table, path):
     """Loss over dense for QuEST and its baselines by bit-width."""
     import matplotlib
@@ -96,6 +118,7 @@ def main():
     table = summarize(read_rows(paths))
     print_table(table)
     if not sys.argv[1:]:
+        print_tweaks(read_rows([HERE / "normtweak.jsonl"]))
         try:
             draw_quest(table, HERE / "quest.png")
         except ModuleNotFoundError:

@@ -1,5 +1,5 @@
-"""quantizers.gptq against float64 oracles: optimal brain surgery with explicit inverses, brute force
-over hand-made cases, and the closed form of its loss."""
+"""quantizers.gptq against float64 oracles: optimal brain surgery with explicit inverses, brute
+force over hand-made cases, and the closed form of its loss."""
 import pathlib
 import subprocess
 import sys
@@ -141,7 +141,8 @@ def test_output_error_over_all_rows_is_below_that_of_rtn(bits, correlated):
     assert errors[0] < errors[1]
 
 def test_without_clipping_every_row_keeps_babais_bound():
-    """On an unbounded grid of step s a row costs at most s^2 / 4 * sum_i 1 / U_ii^2 (2507.18553)."""
+    """On an unbounded grid of step s a row costs at most s^2 / 4 * sum_i 1 / U_ii^2
+    (arXiv 2507.18553)."""
     w, h = problem()
     u = inverse_factor(h)
     s = torch.full_like(w, 0.25)
@@ -171,7 +172,8 @@ def test_act_order_with_groups_is_surgery_in_order_of_variance_on_the_original_g
     assert torch.equal(scale, s) and torch.equal(zero_point, z)
     order = sorted(range(96), key=lambda i: -h[i, i].item())
     expected = torch.empty_like(w)
-    expected[:, order] = surgery(w[:, order], damped(h)[order][:, order], s.repeat_interleave(24, 1)[:, order],
+    expected[:, order] = surgery(w[:, order], damped(h)[order][:, order],
+                                 s.repeat_interleave(24, 1)[:, order],
                                  z.repeat_interleave(24, 1)[:, order], 3)
     assert torch.equal(q.double(), expected)
 
@@ -213,7 +215,8 @@ def test_symmetric_grid_of_a_row_without_negative_weights_clips_the_top_only(bit
     q, scale, _ = rtn(w, bits, symmetric=True)
     w_hat = dequantize(q, scale)
     assert w_hat.max().item() == pytest.approx(clipped) and q.max() == 2 ** (bits - 1) - 1
-    assert (w_hat - w).abs().max().item() == pytest.approx(max(1 - clipped, scale.item() / 2), rel=0.05)
+    worst = max(1 - clipped, scale.item() / 2)
+    assert (w_hat - w).abs().max().item() == pytest.approx(worst, rel=0.05)
 
 def test_rows_of_zeros_stay_zero():
     w, h = problem()
@@ -260,7 +263,8 @@ def test_float32_agrees_with_float64():
     a, b = gptq(w.float(), h.float(), 4), gptq(w, h, 4)
     assert a[1].dtype == torch.float32
     assert (a[0] == b[0]).double().mean() > 0.99
-    loss = [((dequantize(*r).double() - w) @ h * (dequantize(*r).double() - w)).sum() for r in (a, b)]
+    loss = [((dequantize(*r).double() - w) @ h * (dequantize(*r).double() - w)).sum()
+            for r in (a, b)]
     assert abs(loss[0] / loss[1] - 1) < 1e-3
 
 def test_kernel_for_gpus_equals_the_plain_loop_bit_for_bit():
@@ -279,7 +283,8 @@ print("equal")
 """
     pytest.importorskip("triton")
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, text=True,
-                            capture_output=True, env={"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin"})
+                            capture_output=True,
+                            env={"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin"})
     assert result.stdout == "equal\n", result.stderr
 
 def test_packed_layer_with_quantized_inputs_multiplies_both_grids():

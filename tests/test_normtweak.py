@@ -16,7 +16,8 @@ import normtweak as nt
 from model import LLaMA, LlamaConfig, UsageError, save_checkpoint
 from quantizers import QuantLinear, fake_quant_tokens
 
-CONFIG = LlamaConfig(vocab_size=300, n_layer=3, n_embd=32, n_head=4, n_kv_head=2, n_hidden=48, seq_len=24)
+CONFIG = LlamaConfig(vocab_size=300, n_layer=3, n_embd=32, n_head=4, n_kv_head=2, n_hidden=48,
+                     seq_len=24)
 NORM = re.compile(r"blocks\.\d+\.(attn|mlp)_norm\.weight")
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,8 @@ def seed():
 def teacher():
     torch.manual_seed(0)
     model = LLaMA(CONFIG).eval().requires_grad_(False)
-    for name, p in model.named_parameters():           # far from the init: uneven norms, live blocks
+    # far from the initial values: the norms are uneven and every block matters
+    for name, p in model.named_parameters():
         p.mul_(5) if p.dim() == 2 else p.add_(0.3 * torch.randn(p.shape))
     return model
 
@@ -54,7 +56,8 @@ def ids():
 @pytest.fixture
 def in_float64(monkeypatch):
     """The trunk computes norms and rotary positions by x.float(); let that keep float64."""
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else x.to(torch.float32))
+    monkeypatch.setattr(torch.Tensor, "float",
+                        lambda x: x if x.dtype == torch.float64 else x.to(torch.float32))
 
 def compress(teacher, ids, args, host="rtn", tweak=True, student=None, **more):
     model = copy.deepcopy(student or teacher)
@@ -105,7 +108,8 @@ def test_gradient_of_each_loss_equals_central_differences(loss):
         for j in range(4):
             step = torch.zeros_like(q)
             step[i, j] = h
-            numeric[i, j] = (nt.LOSSES[loss](f, q + step) - nt.LOSSES[loss](f, q - step)).item() / (2 * h)
+            difference = nt.LOSSES[loss](f, q + step) - nt.LOSSES[loss](f, q - step)
+            numeric[i, j] = difference.item() / (2 * h)
     torch.testing.assert_close(q.grad, numeric, rtol=1e-6, atol=1e-9)
 
 def test_gradient_of_the_channel_loss_in_closed_form():
@@ -132,7 +136,8 @@ def test_learning_rate_grows_linearly_over_the_blocks(teacher, ids, options, mon
     assert rates[0] == 1e-3
     assert rates == pytest.approx([1e-3 * (1 + nt.LR_SCALE * i / 3) for i in range(3)])
 
-def test_gradient_of_a_norm_through_the_block_equals_central_differences(teacher, ids, options, in_float64):
+def test_gradient_of_a_norm_through_the_block_equals_central_differences(
+        teacher, ids, options, in_float64):
     model, _ = compress(teacher, ids, options("--bits", "3"), tweak=False)
     float_block, block = copy.deepcopy(teacher.blocks[1]).double(), model.blocks[1]
     nt.swap(block, QuantLinear, nt.FrozenLinear)
@@ -162,7 +167,8 @@ def test_first_step_is_the_learning_rate_and_all_steps_are_bounded(teacher, ids,
     many, _ = compress(teacher, ids, args)
     for i in range(3):
         for name, _ in nt.NORMS:
-            move = (getattr(many.blocks[i], name).weight - getattr(teacher.blocks[i], name).weight).abs()
+            before, after = (getattr(m.blocks[i], name).weight for m in (teacher, many))
+            move = (after - before).abs()
             assert 1e-4 < move.max() <= 3.17 * 1e-3 * (1 + nt.LR_SCALE * i / 3) * len(ids)
 
 @pytest.mark.parametrize("loss", nt.LOSSES)
@@ -231,7 +237,8 @@ def test_more_passes_take_more_steps(teacher, ids, options):
     assert torch.equal(a.blocks[0].attn_norm.weight, b.blocks[0].attn_norm.weight)
 
 def test_closed_form_is_the_least_squares_solution(teacher, ids, options, in_float64):
-    """Against torch.linalg.lstsq on the explicit design matrix; no ridge, so it never gets worse."""
+    """Against torch.linalg.lstsq on the explicit design matrix; without a ridge it never gets
+    worse."""
     model, _ = compress(teacher, ids, options("--bits", "2"), tweak=False)
     block, float_block = copy.deepcopy(model.blocks[0]), copy.deepcopy(teacher.blocks[0]).double()
     nt.swap(block, QuantLinear, nt.FrozenLinear)
@@ -261,7 +268,8 @@ def test_hessian_is_the_second_moment_however_tokens_are_split(teacher, ids):
     x, rope = teacher.embed(ids), teacher.rope(ids)
     block, inputs = teacher.blocks[0], {}
     hooks = [block.get_submodule(name).register_forward_pre_hook(
-        lambda m, i, name=name: inputs.update({name: i[0].flatten(0, -2)})) for name in sum(nt.ORDER, ())]
+                 lambda m, i, name=name: inputs.update({name: i[0].flatten(0, -2)}))
+             for name in sum(nt.ORDER, ())]
     block(x, *rope)
     for hook in hooks:
         hook.remove()
@@ -308,7 +316,8 @@ def test_gptq_report_has_the_output_error_of_every_linear(teacher, ids, options,
     assert len(lines) == 3
     for line in lines:
         pairs = re.findall(r"(\w+) ([\d.]+) -> ([\d.]+)", line)
-        assert [name for name, _, _ in pairs] == ["wk", "wv", "wq", "wo", "w_up", "w_gate", "w_down"]
+        assert [name for name, _, _ in pairs] == ["wk", "wv", "wq", "wo",
+                                                  "w_up", "w_gate", "w_down"]
         assert all(float(after) <= float(before) for _, before, after in pairs)
     w, w_hat, x = torch.randn(4, 6), torch.randn(4, 6), torch.randn(50, 6)
     expected = ((x @ (w_hat - w).T).square().sum() / (x @ w.T).square().sum()).item()
@@ -365,7 +374,8 @@ def test_quantized_activations_let_the_gradient_through(teacher, ids, options):
     nt.swap(block, QuantLinear, nt.FrozenLinear)
     x, rope = model.embed(ids), model.rope(ids)
     weights = [block.attn_norm.weight.requires_grad_(), block.mlp_norm.weight.requires_grad_()]
-    for grad in torch.autograd.grad(nt.channel_loss(teacher.blocks[0](x, *rope), block(x, *rope)), weights):
+    loss = nt.channel_loss(teacher.blocks[0](x, *rope), block(x, *rope))
+    for grad in torch.autograd.grad(loss, weights):
         assert (grad != 0).float().mean() > 0.9
 
 def test_frozen_linear_equals_the_packed_one(teacher, ids, options):
@@ -377,7 +387,9 @@ def test_frozen_linear_equals_the_packed_one(teacher, ids, options):
 # ---- calibration ------------------------------------------------------------------------------
 
 def test_self_calibration_follows_the_rule(teacher, data, options):
-    """Frequent start, GREEDY likeliest tokens, samples of the TOP_K, full length, no END, no val."""
+    """Each window starts with a frequent token, goes on with the likeliest token GREEDY times and
+    then with samples from the TOP_K likeliest; all windows have full length, none has the
+    end-of-text token, and the validation data is never read."""
     args = options("--seed", "3")
     train_only = types.SimpleNamespace(train=data.train, tokenizer=data.tokenizer)
     out = nt.calibration(teacher, train_only, args)
@@ -408,7 +420,8 @@ def test_data_calibration_is_training_text_and_random_is_uniform(teacher, data, 
         assert "," + ",".join(map(str, window)) + "," in text
     out = nt.calibration(teacher, train_only, options("--calib", "random", "--steps", "500"))
     assert out.shape == (500, 24) and out.min() == 0 and out.max() == 299
-    assert np.bincount(out.flatten(), minlength=300).std() < 10            # sqrt(40) = 6.3
+    # each of 300 tokens is drawn 40 times on average, so the spread is about sqrt(40) = 6.3
+    assert np.bincount(out.flatten(), minlength=300).std() < 10
 
 # ---- command line -----------------------------------------------------------------------------
 
@@ -426,7 +439,8 @@ def call(monkeypatch, capsys, main, *argv):
 
 @pytest.mark.parametrize("extra", [("--bits", 2), ("--bits", 4, "--a-bits", 8, "--group-size", 16),
                                    ("--bits", 3, "--symmetric", "--solver", "closed")])
-def test_saved_checkpoints_evaluate_to_the_reported_loss(base, tmp_path, monkeypatch, capsys, extra):
+def test_saved_checkpoints_evaluate_to_the_reported_loss(
+        base, tmp_path, monkeypatch, capsys, extra):
     out = call(monkeypatch, capsys, nt.main, "--model", base, "--out", tmp_path, "--steps", 4,
                "--seq-len", 24, *extra)
     row = json.loads(out.splitlines()[-1])
@@ -435,7 +449,8 @@ def test_saved_checkpoints_evaluate_to_the_reported_loss(base, tmp_path, monkeyp
     assert row["base_val_loss"] == row["val_losses"]["dense"]
     for name, loss in list(row["val_losses"].items())[1:]:
         path = tmp_path / f"{name}-w{extra[1]}.pt"
-        line = call(monkeypatch, capsys, lambda: trunk.eval_checkpoint([str(path), "--seq-len", "24"]))
+        line = call(monkeypatch, capsys,
+                    lambda: trunk.eval_checkpoint([str(path), "--seq-len", "24"]))
         assert float(line.split("loss ")[-1]) == pytest.approx(loss, abs=1e-4)
     table = [line for line in out.splitlines() if re.match(r"[\w-]+ +\| +\d\.\d{4} \|", line)]
     assert len(table) == 5 and table[-1].count("->") == 3
@@ -443,13 +458,15 @@ def test_saved_checkpoints_evaluate_to_the_reported_loss(base, tmp_path, monkeyp
 def test_a_packed_model_keeps_its_codes(base, tmp_path, monkeypatch, capsys):
     common = ("--out", tmp_path, "--steps", 4, "--seq-len", 24)
     call(monkeypatch, capsys, nt.main, "--model", base, "--bits", 2, "--group-size", 16, *common)
-    out = call(monkeypatch, capsys, nt.main, "--model", tmp_path / "rtn-w2.pt", "--teacher", base, *common)
+    out = call(monkeypatch, capsys, nt.main, "--model", tmp_path / "rtn-w2.pt", "--teacher", base,
+               *common)
     row = json.loads(out.splitlines()[-1])
     assert list(row["val_losses"]) == ["dense", "packed", "packed-tweak"]
     assert (row["w_bits"], row["group_size"]) == (2, 16)
     load = lambda name: trunk.load_checkpoint(str(tmp_path / name))[0]
     assert not different(load("packed-w2.pt"), load("rtn-w2.pt"))
-    assert not different(load("packed-tweak-w2.pt"), load("rtn-tweak-w2.pt"))  # RTN then tweak, either way
+    # tweaking the saved RTN model gives what rounding and tweaking in one run gave
+    assert not different(load("packed-tweak-w2.pt"), load("rtn-tweak-w2.pt"))
 
 def test_few_calibration_tokens_are_said(base, tmp_path, monkeypatch, capsys):
     out = call(monkeypatch, capsys, nt.main, "--model", base, "--out", tmp_path, "--steps", 1,
@@ -459,7 +476,8 @@ def test_few_calibration_tokens_are_said(base, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("argv, message", [
     (["--bits", "9"], "9 is not int from 1 to 8"),
     (["--bits", "0"], "0 is not int from 1 to 8"),
-    (["--group-size", "20", "--model", "BASE"], "--group-size 20 does not divide the 32 input channels"),
+    (["--group-size", "20", "--model", "BASE"],
+     "--group-size 20 does not divide the 32 input channels"),
     (["--group-size", "0", "--model", "BASE"], "--group-size 0 does not divide"),
     (["--a-bits", "3"], "invalid choice: 3"),
     (["--smooth", "0.5"], "add --a-bits 8"),
@@ -471,7 +489,8 @@ def test_few_calibration_tokens_are_said(base, tmp_path, monkeypatch, capsys):
     (["--model", "nowhere.pt"], "no such checkpoint"),
     (["--resume"], "nothing to go on from"),
 ])
-def test_bad_input_is_one_line(base, teacher, data, ids, options, tmp_path, monkeypatch, capsys, argv, message):
+def test_bad_input_is_one_line(
+        base, teacher, data, ids, options, tmp_path, monkeypatch, capsys, argv, message):
     packed = str(tmp_path / "packed.pt")
     if "PACKED" in argv:
         model, _ = compress(teacher, ids[:2], options(), tweak=False)
@@ -484,11 +503,12 @@ def test_bad_input_is_one_line(base, teacher, data, ids, options, tmp_path, monk
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1 and message in error
 
-def test_a_teacher_of_another_shape_is_refused(base, teacher, data, ids, options, tmp_path, monkeypatch):
+def test_a_teacher_of_another_shape_is_refused(
+        base, teacher, data, ids, options, tmp_path, monkeypatch):
     model, _ = compress(teacher, ids[:2], options(), tweak=False)
     model.config.n_layer = 2
     model.blocks = model.blocks[:2]
-    save_checkpoint(str(tmp_path / "p.pt"), model, method="rtn", tokenizer=data.spec, data=data.digest,
-                    settings={})
+    save_checkpoint(str(tmp_path / "p.pt"), model, method="rtn", tokenizer=data.spec,
+                    data=data.digest, settings={})
     with pytest.raises(UsageError, match="is not what"):
         nt.load_models(options("--model", str(tmp_path / "p.pt"), "--teacher", base))
