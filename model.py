@@ -40,8 +40,9 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from quantizers import QuantLinear, bits_per_weight
+from quantizers import QuantLinear, bits_per_weight, fake_quant_tokens
 
 class UsageError(ValueError):
     """A mistake of the user's. The message is one line: the value, the limit and the fix."""
@@ -72,6 +73,8 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tied: bool = False           # the head shares the embedding's weights
+    a_bits: int = 16             # of the linears' inputs, and of rotated queries and keys
+    kv_bits: int = 16            # of the keys and values as the linears return them
 
 Preset = collections.namedtuple(
     "Preset", "n_layer n_embd n_head n_hidden  lr  steps  batch_size accumulate seq_len")
@@ -123,23 +126,29 @@ def apply_rope(x, cos, sin):
     a, b = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
+def quantized(x, bits):
+    """Activations, a token (of a head) at a time; 16 bits: not quantized."""
+    return fake_quant_tokens(x, bits, symmetric=False)
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.head_size = c.n_embd // c.n_head
+        self.head_size, self.config = c.n_embd // c.n_head, c
         self.wq = Linear(c.n_embd, c.n_head * self.head_size)
         self.wk = Linear(c.n_embd, c.n_kv_head * self.head_size)
         self.wv = Linear(c.n_embd, c.n_kv_head * self.head_size)
         self.wo = Linear(c.n_head * self.head_size, c.n_embd)
 
     def forward(self, x, cos, sin):
-        B, T, _ = x.shape
+        (B, T, _), a_bits, kv_bits = x.shape, self.config.a_bits, self.config.kv_bits
+        q, k, v = apply_linears(quantized(x, a_bits), self.wq, self.wk, self.wv)
         q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2)        # (B, nh or nkv, T, hs)
-                   for y in apply_linears(x, self.wq, self.wk, self.wv))
-        y = F.scaled_dot_product_attention(
-            apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, is_causal=True,
-            enable_gqa=q.size(1) != k.size(1))                             # (B, nh, T, hs)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))                # (B, T, C)
+                   for y in (q, quantized(k, kv_bits), quantized(v, kv_bits)))
+        q, k = (quantized(apply_rope(y, cos, sin), a_bits) for y in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                           enable_gqa=q.size(1) != k.size(1))
+        y = quantized(y, a_bits).transpose(1, 2)                           # (B, T, nh, hs)
+        return self.wo(y.reshape(B, T, -1))                                # (B, T, C)
 
 class MLP(nn.Module):
     def __init__(self, c):
@@ -147,10 +156,12 @@ class MLP(nn.Module):
         self.w_gate = Linear(c.n_embd, c.n_hidden)
         self.w_up = Linear(c.n_embd, c.n_hidden)
         self.w_down = Linear(c.n_hidden, c.n_embd)
+        self.config = c
 
     def forward(self, x):
-        gate, up = apply_linears(x, self.w_gate, self.w_up)                # (B, T, n_hidden)
-        return self.w_down(F.silu(gate) * up)                              # (B, T, C)
+        a_bits = self.config.a_bits
+        gate, up = apply_linears(quantized(x, a_bits), self.w_gate, self.w_up)
+        return self.w_down(quantized(F.silu(gate) * up, a_bits))           # (B, T, C)
 
 class Block(nn.Module):
     def __init__(self, c):
@@ -162,8 +173,14 @@ class Block(nn.Module):
         x = x + self.attn(self.attn_norm(x), cos, sin)
         return x + self.mlp(self.mlp_norm(x))
 
+def rerun(f, *inputs):
+    """f(*inputs), keeping the inputs alone for the backward pass, which computes f again."""
+    return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
+
 class LLaMA(nn.Module):
-    """Decoder-only transformer. `dtype` is that of the activations; the weights stay float32."""
+    """Decoder-only transformer. `dtype` is that of the activations; the weights stay float32.
+    lean = True saves memory: the backward pass computes each block, and the logits, once more."""
+    lean = False
 
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
@@ -187,7 +204,7 @@ class LLaMA(nn.Module):
         cos, sin = self.rope(idx)                                          # (T, hs)
         x = self.embed(idx).to(self.dtype)                                 # (B, T, C)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = rerun(block, x, cos, sin) if self.lean else block(x, cos, sin)
         return self.predict(x, targets)
 
     def rope(self, idx):
@@ -195,7 +212,12 @@ class LLaMA(nn.Module):
         return rope_tables(idx.size(1), c.n_embd // c.n_head, c.rope_theta, idx.device)
 
     def predict(self, x, targets=None):
-        logits = self.head(self.norm(x))                                   # (B, T, vocab)
+        x = self.norm(x)
+        if self.lean and targets is not None:          # never all logits in float32
+            loss = lambda x, y: F.cross_entropy(self.head(x).float(), y, reduction="sum")
+            parts = zip(x.flatten(0, 1).split(256), targets.flatten().split(256))
+            return None, sum(rerun(loss, *part) for part in parts) / targets.numel()
+        logits = self.head(x)                                              # (B, T, vocab)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -547,14 +569,15 @@ def finish_step_on_ctrl_c():
         signal.signal(signal.SIGINT, handler)
 
 @finish_step_on_ctrl_c()
-def train(model, data, args, path, status=lambda: ""):
+def train(model, data, args, path, status=lambda: "", optimizer=None):
     """Train in place up to args.steps. The state goes to `path` every minute, at each look at the
     dev split, on Ctrl-C and at the end; --resume goes on from it, on a CPU bit for bit.
 
     status() gives the method's own number for the progress line. Returns {"seconds", "tokens",
     "losses": one float a step}. A loss that is not finite raises UsageError and saves nothing.
+    A method's own optimizer may have a `schedule`, and groups with a "peak" rate, not args.lr.
     """
-    optimizer, losses, before = make_optimizer(model, args.lr), [], 0.0
+    optimizer, losses, before = optimizer or make_optimizer(model, args.lr), [], 0.0
     if args.resume:
         losses, before = resume(model, optimizer, args, data, path)
     if args.compile:
@@ -591,8 +614,9 @@ def train(model, data, args, path, status=lambda: ""):
 
 def train_step(model, optimizer, data, args, step):
     """One optimizer step over args.batch_size windows -> its loss and its gradient's norm."""
+    schedule = getattr(optimizer, "schedule", learning_rate)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args.steps, args.lr)
+        group["lr"] = schedule(step, args.steps, group.get("peak", args.lr))
     x, y = batch(data.train, step, args.batch_size, args.seq_len, args.seed, args.device)
     total = 0.0
     for xs, ys in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):

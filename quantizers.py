@@ -221,14 +221,25 @@ def _grouped(w, group_size):
                          f"try {math.gcd(w.size(-1), 128)} or -1 (one scale per row)")
     return w.reshape(w.size(0), -1, g)
 
-def fake_quant_tokens(x, bits):
-    """Every token on its own symmetric grid, back as floats; the gradient goes straight through.
+def fake_quant_tokens(x, bits, symmetric=True):
+    """Every token on its own grid, back as floats; the gradient goes straight through.
 
-    x (..., C): integers within +-(2^(bits-1) - 1) times the token's largest |x| over that.
+    x (..., C), symmetric: integers within +-(2^(bits-1) - 1) times the token's largest |x| over
+    that. Else: 2^bits codes over the token's range, widened to hold 0, and an integer zero point,
+    so that 0 stays 0. At 16 bits x comes back as it is.
     """
+    if bits == 16:
+        return x
     h = x.detach().float()
-    scale = (h.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=EPS)  # (..., 1)
-    return ((h / scale).round() * scale).to(x.dtype) + (x - x.detach())
+    if symmetric:
+        scale = (h.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=EPS)  # (..., 1)
+        h = (h / scale).round() * scale
+    else:
+        low, high = h.amin(-1, keepdim=True).clamp(max=0), h.amax(-1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / (2**bits - 1)).clamp(min=EPS)                      # (..., 1)
+        zero_point = (-low / scale).round()
+        h = (affine_codes(h, scale, zero_point, bits) - zero_point) * scale
+    return h.to(x.dtype) + (x - x.detach())
 
 # ---------------------------------------------------------------------------------------------
 # GPTQ (2210.17323) rounds a weight's columns from left to right, and after each moves the columns

@@ -1,0 +1,457 @@
+"""LR-QAT: quantization-aware training of a pre-trained LLaMA through low-rank adapters.
+
+    python lrqat.py --bits 2                    # every arm on the tiny base; one table; 2.5 minutes
+    python lrqat.py --bits 2 --smoke            # every line of it in a few seconds
+    python lrqat.py --size 7B --init-base random --bits 4 --phi packed --steps 3 --seq-len 1024
+    python model.py eval out/lrqat-w2.pt        # the merged, packed result
+
+The third is 7B on one GPU: random weights prove bytes and speed, never quality. The idea:
+  1. Quantization-aware training pays for a gradient and two moments of every weight. Freeze the
+     weight instead, in units of its grid's step and in 0.5 to 4 bytes: phi(W0 / s0).
+  2. Train a rank-r product A B inside of the rounding, and the scale s outside of it:
+     W_hat = s (clip(round(phi(W0 / s0) + alpha/r A B)) - z). What A B learned is in the codes, so
+     that afterwards A and B go, and inference pays nothing.
+  3. Autograd would keep three dense tensors for each weight. Our function keeps x, the frozen
+     codes, A, B and s, which exist anyway, and builds the weight again in the backward pass.
+
+Paper: LR-QAT, Bondarenko et al. 2024 (arXiv 2406.06385); code: Qualcomm-AI-research/LR-QAT.
+Ours differs: s, A, B and the sum Z are float32 (bfloat16 scales do not move at the paper's rate of
+1e-5); s0 is the range search of `rtn`, norm 2.4 (the paper tries 2 to 5); 2 bits have a real
+asymmetric grid with a zero point z; "packed" is two codes a byte; the SVD start divides each row of
+A by its own scale; alpha and the rates suit a hundred steps. --a-bits also quantizes the norms'
+outputs, where the released code and its flags disagree. On a GPU, A B runs in TF32. Under --compile
+the compiler decides what is kept. Not here: training a checkpoint whose dense form does not fit.
+Printed: learn, parameters that learn. recovered, the share of the loss between RTN and dense
+training of the same length that an arm wins back. flipped, integers that A B moved to other codes.
+Shapes: W (O, C) weights, A (O, r), B (r, C), G = C / g groups of inputs, s and z (O, G).
+"""
+import argparse
+import copy
+import math
+import os
+import time
+import types
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import (PRESETS, LlamaConfig, LLaMA, Parser, RMSNorm, UsageError, add_flags, batch,
+                   evaluate, finish, header, load_base, load_checkpoint, number, resolve, run,
+                   save_checkpoint, say, settings, show, train, train_step)
+from quantizers import EPS, QuantLinear, bits_per_weight, dequantize, gptq, rtn, unpack
+
+ALPHA = 32.0                         # the paper: 1, for 10,000 steps
+RATES = {"A": 1.0, "B": 1.0, "scale": 0.03, "weight": 0.03}         # peak rates over --lr
+PHI = {"fp32": (4, 8), "bf16": (2, 8), "fixed": (1, 7), "packed": (0.5, 4)}  # bytes, most bits
+LIMIT = 24                           # GiB that the other arms of a --init random run get
+ARMS = ("dense", "dense, longer", "RTN", "GPTQ", "scales only (PEQA)", "full QAT (LSQ)",
+        "LR-QAT, s frozen", "LR-QAT")
+
+def parse_args(argv=None):
+    p = Parser(prog="lrqat.py", description="Low-rank quantization-aware training (LR-QAT).")
+    add = p.add_argument
+    add("--bits", type=number(int, 2, 8), default=2, help="of weights; 2: asymmetric (default: 2)")
+    add("--group-size", type=number(int, -1), default=-1, help="inputs a scale; -1: all (default)")
+    add("--phi", choices=tuple(PHI), default="fixed", help="format of the frozen weights; fixed: "
+        "int8 with --bits integer bits; packed: integers, two a byte (default: fixed)")
+    add("--rank", type=number(int, 1), default=32, help="of A and B (default: 32)")
+    add("--init", "--init-base", choices=("zero", "svd", "random"), default="zero", help="start of "
+        "A B: zero, or the rounding error's SVD; random: zero, on random weights (default: zero)")
+    add("--a-bits", type=number(int, 2, 16), default=16, help="of activations, a grid a token; "
+        "16: not quantized (default: 16)")
+    add("--kv-bits", type=number(int, 2, 16), help="of keys and values (default: --a-bits)")
+    add("--memory-report", action="store_true", help="first, predicted against measured bytes")
+    add_flags(p)
+    p.set_defaults(lr=1e-2, seq_len=0)                 # the rate of A and B; the base's windows
+    args = p.parse_args(argv)
+    args.kv_bits, args.steps = args.kv_bits or args.a_bits, args.steps or (6 if args.smoke else 90)
+    if args.bits > PHI[args.phi][1]:
+        raise UsageError(f"--phi {args.phi} holds at most {PHI[args.phi][1]} bits, not --bits "
+                         f"{args.bits}; try --phi bf16")
+    if args.init == "random" and args.model:
+        raise UsageError(f"--init random has no base model; leave --model {args.model} out")
+    return resolve(args)
+
+def check_shapes(model, args):
+    """Raise UsageError for a rank, a group or a phi that some linear of the model cannot have."""
+    for name, linear in model.linears():
+        (O, C), g = linear.weight.shape, args.group_size
+        for wrong, message in (
+                (args.rank > min(O, C), f"--rank {args.rank} is above a side of {name}, {O} x {C}; "
+                 f"try --rank {min(O, C, 32)}"),
+                (args.phi == "packed" and C % 2, "--phi packed needs an even number of columns, "
+                 f"{name} has {C}; try --phi fixed"),
+                (g == 0 or g > 0 and C % g, f"--group-size {g} does not divide {name}'s {C} input "
+                 f"channels; try --group-size {math.gcd(C, 128)}, or -1 (one scale per row)")):
+            if wrong:
+                raise UsageError(message)
+
+# ---- The method -------------------------------------------------------------------------------
+
+def limits(bits):
+    """The smallest and the largest code, signed."""
+    return -2 ** (bits - 1), 2 ** (bits - 1) - 1
+
+def start_range(w, bits, group_size, search=True):
+    """rtn's range of w (O, C): scale (O, G), and zero_point int8 (O, G) at 2 bits, else None."""
+    _, scale, zero_point = rtn(w.float(), bits, group_size, symmetric=bits > 2, mse=search)
+    return scale, None if bits > 2 else (zero_point + limits(bits)[0]).to(torch.int8)
+
+def to_grid(w, scale, zero_point):
+    """w / scale + zero_point: weights (O, C) in steps of the grid, not rounded."""
+    v = w.view(*scale.shape, -1) / scale.unsqueeze(-1)                             # (O, G, g)
+    return (v if zero_point is None else v + zero_point.unsqueeze(-1)).flatten(1)
+
+def downcast(v, bits, phi):
+    """phi: v (O, C) in steps of the grid -> what is stored. Floats stay unclipped. Ties go to even.
+
+    fixed: int8, `bits` integer bits with the sign and 8 - bits fraction bits. packed: integers,
+    column 2j in the low half of a byte and 2j + 1 in the high half, each plus 8.
+    """
+    if phi in ("fp32", "bf16"):
+        return v.to(torch.float32 if phi == "fp32" else torch.bfloat16)
+    v = v.clamp(*limits(bits))                         # first: 8.2 * 16 would wrap around in int8
+    if phi == "fixed":
+        return (v * 2 ** (8 - bits)).round().to(torch.int8)
+    q = (v.round() + 8).to(torch.uint8)
+    return q[:, ::2] | q[:, 1::2] << 4                                             # (O, C/2)
+
+def latent(codes, A, B, bits, phi):
+    """Z = up(codes) + alpha/r A B (O, C) in A's float32; A None: up(codes)."""
+    if phi == "packed":
+        codes = (torch.stack((codes & 15, codes >> 4), -1).to(torch.int8) - 8).flatten(1)
+    step = 2.0 ** (bits - 8) if phi == "fixed" else 1.0
+    if A is None:
+        return codes.float() * step
+    return (A @ B).mul_(ALPHA / A.size(1)).add_(codes, alpha=step)                 # in place
+
+def integers(codes, A, B, bits, phi):
+    """clip(round(Z)), the signed integers as floats (O, C). Training and merging both call this."""
+    return latent(codes, A, B, bits, phi).round_().clamp_(*limits(bits))
+
+class LRQATFunction(torch.autograd.Function):
+    """y = x W_hat^T: (..., C) -> (..., O). With D = dL/dW_hat = g^T x and M = [round(Z) in range]:
+
+        dL/dZ = s D M     dL/dA = alpha/r dL/dZ B^T     dL/dB = alpha/r A^T dL/dZ
+        dL/ds = the row's or group's sum of D (Q - z), the true derivative: s is outside alone.
+                LSQ, where it is inside too, subtracts M W/s from Q.
+    s and M are elementwise, so the dense D must exist, unlike in LoRA; but for one linear only.
+    """
+
+    @staticmethod
+    def forward(ctx, x, codes, A, B, scale, zero_point, bits, phi, group_size):
+        ctx.save_for_backward(x, codes, A, B, scale, zero_point)
+        ctx.how = bits, phi, group_size
+        q = integers(codes, A, B, bits, phi)
+        return F.linear(x, dequantize(q, scale, zero_point, group_size).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, g):
+        (x, codes, A, B, scale, zero_point), (bits, phi, group_size) = ctx.saved_tensors, ctx.how
+        z = latent(codes, A, B, bits, phi).round_()
+        q = z.clamp(*limits(bits))
+        q, inside, gA, gB = q.to(torch.int8), q == z, None, None                   # (O, C)
+        del z
+        gx = g @ dequantize(q, scale, zero_point, group_size).to(g.dtype)
+        D = (g.flatten(0, -2).t() @ x.flatten(0, -2)).to(scale.dtype)              # (O, C)
+        gs = (D * q).view(*scale.shape, -1).sum(-1)                                # (O, G)
+        if zero_point is not None:
+            gs -= zero_point * D.view(*scale.shape, -1).sum(-1)
+        if A is not None:
+            D.mul_(inside).view(*scale.shape, -1).mul_(scale.unsqueeze(-1))        # now dL/dZ
+            gA, gB = (t.mul_(ALPHA / A.size(1)) for t in (D @ B.t(), A.t() @ D))
+        return gx, None, gA, gB, gs, None, None, None, None
+
+class LRQATLinear(nn.Module):
+    """A linear whose weight is frozen `codes`; A, B and `scale` learn, at rank 0 only `scale`."""
+
+    @torch.no_grad()
+    def __init__(self, w, scale, zero_point, bits, group_size, rank, phi, svd=False):
+        super().__init__()
+        w, self.how, self.A, self.B = w.float(), (bits, phi, group_size), None, None
+        v = to_grid(w, scale, zero_point)
+        if rank:                                       # one zero factor: A B = 0, and yet A learns
+            A = w.new_zeros(w.size(0), rank)
+            B = w.new_empty(rank, w.size(1)).uniform_(-1, 1) * w.size(1) ** -0.5
+            if svd:                                    # phi holds the rest: Z starts at W0 / s0 too
+                A, B = svd_start(v, scale, rank, bits)
+                v = v - ALPHA / rank * A @ B
+            self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.scale = nn.Parameter(scale.clone())
+        self.register_buffer("zero_point", zero_point)
+        self.register_buffer("codes", downcast(v, bits, phi))
+
+    def forward(self, x):
+        return LRQATFunction.apply(x, self.codes, self.A, self.B, self.scale.clamp(min=EPS),
+                                   self.zero_point, *self.how)
+
+    @torch.no_grad()
+    def merge(self):
+        """(q, scale, zero_point) as `rtn` returns them: q int8, or uint8 with a zero_point."""
+        q, scale = integers(self.codes, self.A, self.B, *self.how[:2]), self.scale.clamp(min=EPS)
+        if self.zero_point is None:
+            return q.to(torch.int8), scale, None
+        low = limits(self.how[0])[0]                   # codes from 0 on
+        return (q - low).to(torch.uint8), scale, (self.zero_point - low).to(torch.uint8)
+
+def svd_start(v, scale, rank, bits):
+    """A, B with alpha/r A B the best rank-r copy of W - W_hat, whose row i is s_i (v - round(v));
+    then row i of A is over s_i. s_i: a row's mean scale. (The paper's T = 1, before phi.)"""
+    row = scale.mean(1, keepdim=True)                                              # (O, 1)
+    error = row * (v - v.round().clamp(*limits(bits)))                             # (O, C)
+    U, S, V = torch.linalg.svd(error, full_matrices=False)
+    root = S[:rank].sqrt()
+    return U[:, :rank] * root * (rank / ALPHA) / row, root.unsqueeze(1) * V[:rank]
+
+class FullQATLinear(LRQATLinear):
+    """The main baseline, LSQ (1902.08153): W and s learn, and s is inside of the rounding too."""
+
+    def __init__(self, w, *grid):
+        super().__init__(w, *grid, rank=0, phi="fp32")
+        self.weight, self.codes = nn.Parameter(w.clone()), None
+
+    def forward(self, x):
+        (bits, _, group_size), scale = self.how, self.scale.clamp(min=EPS)
+        v = to_grid(self.weight, scale, self.zero_point)                           # (O, C)
+        q = (v + (v.round() - v).detach()).clamp(*limits(bits))
+        return F.linear(x, dequantize(q, scale, self.zero_point, group_size).to(x.dtype))
+
+def linear_schedule(step, steps, peak):
+    """Up from 0 over the first tenth of the steps, then down to 0 (the paper's)."""
+    warm = max(1, round(0.1 * steps))
+    return peak * (step / warm if step < warm else (steps - step) / (steps - warm))
+
+def make_optimizer(model, lr):
+    """AdamW over what learns, each kind at its own peak rate; weight decay for W alone."""
+    learn = [(n.rsplit(".", 1)[1], p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for kind, p in learn if kind == k], "peak": rate * lr,
+               "weight_decay": 0.1 * (k == "weight")} for k, rate in RATES.items()]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
+    optimizer.schedule = linear_schedule
+    return optimizer
+
+# ---- The arms of the comparison: the same linears may learn in each, all else is frozen --------
+
+def convert(model, arm, args, ranges=None):
+    """Turn the linears into those of the arm, one at a time. ranges: {name: what start_range
+    gave}; without, the linears are shapes alone, and get random weights on the device."""
+    model.requires_grad_(False).train()
+    if not arm.startswith("dense"):
+        model.config.a_bits, model.config.kv_bits = args.a_bits, args.kv_bits
+    def make(name, linear):
+        w, linear.weight = linear.weight.detach(), None      # free the source before the next one
+        w = torch.randn(w.shape, device=args.device, dtype=model.dtype) / 50 if w.is_meta else w
+        if arm in ("dense", "dense, longer", "GPTQ"):
+            linear.weight = nn.Parameter(w, requires_grad=arm == "dense, longer")
+            return linear
+        how = args.bits, args.group_size
+        grid = *(ranges[name] if ranges else start_range(w, *how, search=False)), *how
+        if arm == "full QAT (LSQ)":
+            return FullQATLinear(w, *grid)
+        rank, phi = (args.rank, args.phi) if arm.startswith("LR-QAT") else (0, "fp32")
+        layer = LRQATLinear(w, *grid, rank, phi, svd=rank and args.init == "svd")
+        layer.scale.requires_grad_(arm not in ("RTN", "LR-QAT, s frozen"))
+        return layer
+    return model.replace_linears(make)
+
+@torch.no_grad()
+def gptq_model(model, data, args):
+    """GPTQ block by block, each on what the blocks before it, already quantized, feed it."""
+    hessians, bits, g = {}, args.bits, args.group_size
+    x, _ = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)  # the calibration
+    def collect(m, inputs):
+        h = inputs[0].flatten(0, -2).float()                                       # (n, C)
+        hessians[m] = hessians.get(m, 0) + h.t() @ h                               # (C, C)
+    for _, m in model.linears():
+        m.register_forward_pre_hook(collect)
+    for i in range(model.config.n_layer):
+        hessians.clear()
+        for part in x.split(16):
+            model(part)
+        for name, m in [n for n in model.linears() if n[0].startswith(f"blocks.{i}.")]:
+            codes = gptq(m.weight, hessians[m], bits, g, symmetric=bits > 2, mse=True)
+            model.set_submodule(name, QuantLinear.affine(*codes, bits, g))
+    return model
+
+@torch.no_grad()
+def flipped(model):
+    """For the progress line: the share of integers that A B moved away from those of phi alone."""
+    moved = [integers(m.codes, m.A, m.B, *m.how[:2]) != integers(m.codes, None, None, *m.how[:2])
+             for m in model.modules() if getattr(m, "A", None) is not None]
+    total = sum(m.numel() for m in moved)
+    return f" flipped {100 * sum(m.sum() for m in moved) / total:.2f}% |" if moved else ""
+
+def compare(args):
+    """Train and evaluate every arm on the same tokens; print the table; pack LR-QAT's result."""
+    base, content, data = load_base(args)
+    if content["linears"]:
+        raise UsageError(f"--model {args.model} is packed; LR-QAT starts from a dense checkpoint")
+    check_shapes(base, args)
+    name = f"lrqat-w{args.bits}" + (f"a{args.a_bits}" if args.a_bits < 16 else "")
+    header(f"{name} | phi {args.phi}, rank {args.rank}", args, base, data)
+    ranges = {n: start_range(m.weight, args.bits, args.group_size) for n, m in base.linears()}
+    if args.memory_report:
+        measure(convert(copy.deepcopy(base), "LR-QAT", args, ranges), args, data, report=True)
+    rows, path = {}, os.path.join(args.out, name)
+    for arm in ARMS:
+        torch.manual_seed(args.seed)
+        model, result = convert(copy.deepcopy(base), arm, args, ranges), {"seconds": 0.0}
+        model = gptq_model(model, data, args) if arm == "GPTQ" else model
+        learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if learn:
+            say(f"--- {arm}: {learn} parameters learn")
+            own, state = copy.copy(args), f"{path}-arm{ARMS.index(arm)}.state"
+            own.resume = args.resume and os.path.exists(state)             # else: not begun yet
+            result = train(model, data, own, state, lambda: flipped(model),
+                           make_optimizer(model, args.lr))
+        scores = evaluate(model.eval(), data.val, args.seq_len, data.tokenizer)
+        rows[arm] = scores["loss"], learn, result["seconds"]
+        say(f"{arm} | {show(scores)}")
+    say(f"\n{len(data.val) - 1:>7} val tokens     |   learn | val loss | recovered | seconds")
+    for arm, (loss, learn, seconds) in rows.items():   # recovered: of what RTN lost
+        share = (rows["RTN"][0] - loss) / (rows["RTN"][0] - rows["dense, longer"][0] or math.nan)
+        say(f"{arm:22} | {learn:7d} | {loss:8.4f} | {100 * share:8.1f}% | {seconds:7.1f}")
+    pack_result(args, model, data, path + ".pt", rows, result)
+
+def pack_result(args, model, data, path, rows, result):
+    """Merge, pack, save, load; compare integers and loss with those of the training forward."""
+    trained = {n: m.merge()[0] for n, m in model.linears()}
+    model.replace_linears(lambda _, m: QuantLinear.affine(*m.merge(), args.bits, args.group_size))
+    save_checkpoint(path, model, method="lrqat", settings=settings(args), tokenizer=data.spec,
+                    data=data.digest)
+    model, _ = load_checkpoint(path, args.device, model.dtype)
+    differ = sum((unpack(m.packed, args.bits, m.spec["in_features"], m.spec["signed"])
+                  != trained[n]).sum().item() for n, m in model.linears())
+    scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
+    bpw, weights = bits_per_weight(model)
+    say(f"\nmerged | {show(scores)} | {differ} of {weights} integers differ, loss by "
+        f"{abs(scores['loss'] - rows['LR-QAT'][0]):.1e} | {bpw:.3f} bits per weight | {path}")
+    params = sum(p.numel() for p in model.parameters()) + weights
+    finish(args, "lrqat", model, scores, result, w_bits=args.bits, a_bits=args.a_bits, bpw=bpw,
+           kv_bits=args.kv_bits, group_size=args.group_size, phi=args.phi, rank=args.rank,
+           init=args.init, base_val_loss=rows["dense"][0], params=params, bytes_dense=2 * params,
+           bytes_packed=tensor_bytes(model.state_dict().values()),
+           arms={arm: round(row[0], 6) for arm, row in rows.items()})
+
+# ---- Memory -----------------------------------------------------------------------------------
+
+def ledger(c, args):
+    """Predicted bytes at the peak of a lean step, by component, from shapes alone (LlamaConfig c).
+
+    activations: the blocks' inputs and the end's. temporaries: one block again and the backward
+    pass of the largest linear (two float32, an int8, a mask, W_hat), or the loss of 256 tokens.
+    """
+    e, n = 2 if args.dtype == "bfloat16" else 4, args.batch_size // args.accumulate * args.seq_len
+    L, d, f, kv = c.n_layer, c.n_embd, c.n_hidden, c.n_embd // c.n_head * c.n_kv_head
+    shapes = [(d, d), (kv, d), (kv, d), (d, d), (f, d), (f, d), (d, f)]            # (O, C)
+    scales = L * sum(O * (1 if args.group_size == -1 else C // args.group_size) for O, C in shapes)
+    weights, largest = L * sum(O * C for O, C in shapes), max(O * C for O, C in shapes)
+    learn = L * args.rank * sum(O + C for O, C in shapes) + scales
+    block = n * (8 * d + e * (4 * d + 2 * kv + 4 * f) + 4 * c.n_head)              # n tokens
+    linear = (12 if args.bits == 2 else 10) * largest + n * (e * f - 4 * d)        # e bytes each
+    return {"frozen weights": int(weights * PHI[args.phi][0]) + (args.bits == 2) * scales
+            + (2 - c.tied) * c.vocab_size * d * e + e * d * (2 * L + 1),
+            "adapters": 4 * learn, "gradients": 4 * learn, "optimizer": 8 * learn,
+            "activations": n * d * (L * e + 4 + e) + 8 * (n + args.seq_len * d // c.n_head),
+            "temporaries": max(block + linear, min(n, 256) * c.vocab_size * (8 + e))}
+
+def tensor_bytes(tensors):
+    """Bytes of the storages behind the tensors, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in tensors}.values())
+
+def measure(model, args, data, report=False):
+    """Take args.steps steps -> bytes by component and tokens/s of all steps but the first.
+
+    activations: what autograd saves in one forward pass; temporaries: the rest of the peak that the
+    GPU's allocator saw. With `report` the model is made lean and the ledger printed beside it.
+    """
+    cuda, optimizer, kept = args.device.startswith("cuda"), make_optimizer(model, args.lr), []
+    model.lean, held = model.lean or report, [*model.parameters(), *model.buffers()]
+    learn = [p for p in held if p.requires_grad]
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        other = torch.cuda.memory_allocated() - tensor_bytes(held)
+    x, y = batch(data.train, 0, args.batch_size // args.accumulate, args.seq_len, 0, args.device)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = model(x, y)[1]
+    found = {"frozen weights": tensor_bytes(held) - tensor_bytes(learn),
+             "adapters": tensor_bytes(learn),
+             "activations": tensor_bytes(kept + held) - tensor_bytes(held)}
+    kept.clear()
+    loss.backward()
+    found["gradients"] = tensor_bytes(p.grad for p in learn)
+    optimizer.zero_grad(set_to_none=True)
+    if args.compile:
+        model.compile_parts()
+    start = time.time()
+    for step in range(args.steps):
+        train_step(model, optimizer, data, args, step)[0].item()
+        start = time.time() if step == 0 < args.steps - 1 else start
+    speed = max(1, args.steps - 1) * args.batch_size * args.seq_len / (time.time() - start)
+    found["optimizer"] = tensor_bytes(t for s in optimizer.state.values() for t in s.values())
+    if cuda:
+        found["temporaries"] = torch.cuda.max_memory_allocated() - other - sum(found.values())
+    for name, size in ledger(model.config, args).items() if report else ():
+        say(f"{name:15} | predicted {size:12d} bytes | " + (f"measured {found[name]:12d} | "
+            f"{found[name] / size:.3f}" if name in found else "measured on a GPU only"))
+    return found | {"tokens/s": speed}
+
+def random_model(arm, c, args):
+    """A model of random weights, made on the device, each linear at once in its final format."""
+    with torch.device("meta"):
+        model = LLaMA(copy.copy(c), getattr(torch, args.dtype))
+    check_shapes(model, args)
+    model.lean = args.size == "7B"
+    for m in convert(model, arm, args).modules():
+        if m is model.head or isinstance(m, (nn.Embedding, RMSNorm)):
+            m.to_empty(device=args.device).to(model.dtype)
+            nn.init.normal_(m.weight, mean=float(m.weight.dim() == 1), std=0.02)
+    model.head.weight = model.embed.weight if c.tied else model.head.weight
+    return model
+
+def random_run(args):
+    """Bytes and speed of LR-QAT; of full QAT and dense training within LIMIT, their weights,
+    gradients and moments in --dtype, as small as can be."""
+    p, cuda, results, start = PRESETS[args.size], args.device.startswith("cuda"), {}, time.time()
+    args.seq_len = args.seq_len or p.seq_len
+    c = LlamaConfig(32000, p.n_layer, p.n_embd, p.n_head, p.n_head, p.n_hidden, args.seq_len,
+                    tied=args.tied)
+    if args.size == "7B" and not cuda:
+        raise UsageError("--size 7B needs a GPU; on a CPU it would take about "
+                         f"{sum(ledger(c, args).values()) / 2**30:.1f} GiB and hours; try tiny")
+    data = types.SimpleNamespace(train=np.random.default_rng(args.seed).integers(0, 32000, 100_000))
+    say(f"{args.size} of random weights: bytes and speed, never quality | W{args.bits} phi "
+        f"{args.phi} rank {args.rank} | {args.batch_size // args.accumulate} x {args.seq_len} "
+        "tokens at a time")
+    for arm in ("LR-QAT", "full QAT (LSQ)", "dense, longer"):
+        model = results[arm] = None                    # free the last one
+        if cuda and arm != "LR-QAT":
+            torch.cuda.empty_cache()
+            total = torch.cuda.get_device_properties(args.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, LIMIT * 2**30 / total))
+        try:
+            model = random_model(arm, c, args)
+            results[arm] = measure(model, args, data, report=model.lean and arm == "LR-QAT")
+            line = f"{results[arm]['tokens/s']:.0f} tokens/s"
+        except torch.OutOfMemoryError:
+            if arm == "LR-QAT":
+                raise
+            line = f"out of memory: does not fit in {LIMIT} GiB"
+        if cuda:
+            line += (f" | peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated, "
+                     f"{torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved")
+        say(f"{arm} | {line}")
+    finish(args, "lrqat-random", nn.Module(), dict.fromkeys(("loss", "ppl", "bits_per_byte")),
+           {"tokens": args.steps * args.batch_size * args.seq_len, "seconds": time.time() - start},
+           w_bits=args.bits, bpw=None, params=None, bytes_dense=None, phi=args.phi, rank=args.rank,
+           size=args.size, results=results)
+
+def main():
+    args = parse_args()
+    random_run(args) if args.init == "random" else compare(args)
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,697 @@
+"""LR-QAT against float64 closed forms, finite differences, brute force and byte counts.
+
+The oracle `reference` writes the method's formula in plain float64; all else is compared with it,
+with hand-made tables, or with what autograd and the allocator of storages really hold.
+"""
+import copy
+import hashlib
+import json
+import math
+import sys
+import types
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lrqat
+import model as trunk
+import quantizers
+from lrqat import (ALPHA, PHI, FullQATLinear, LRQATFunction, LRQATLinear, convert, downcast,
+                   integers, latent, ledger, limits, linear_schedule, make_optimizer, measure,
+                   start_range, svd_start, tensor_bytes, to_grid)
+from model import LlamaConfig, LLaMA, UsageError, quantized
+from quantizers import QuantLinear, dequantize, unpack
+
+def layer(O=6, C=256, bits=4, group_size=-1, rank=4, phi="fp32", svd=False, seed=0, moved=1.0):
+    """An LRQATLinear of Gaussian weights in float64 whose A B already moved the latent weight."""
+    torch.manual_seed(seed)
+    w = torch.randn(O, C) * 0.02 * (1 + torch.arange(O).unsqueeze(1))
+    m = LRQATLinear(w, *start_range(w, bits, group_size), bits, group_size, rank, phi, svd)
+    m = m.double()
+    m.codes = m.codes.float() if phi == "fp32" else m.codes.bfloat16() if phi == "bf16" else m.codes
+    if not svd and rank:
+        m.A.data.normal_().mul_(moved)
+        m.B.data.normal_()
+    return m
+
+def spread(x, scale, C):
+    """A scale or zero point (O, G) for every weight (O, C)."""
+    return x.repeat_interleave(C // scale.size(1), dim=1)
+
+def reference(m):
+    """Z, Q, M, s and z (O, C each) of the formula, in float64."""
+    bits, phi, _ = m.how
+    up = {"fixed": lambda c: c.double() / 2 ** (8 - bits), "fp32": lambda c: c.double(),
+          "bf16": lambda c: c.double(), "packed": lambda c: torch.stack(
+              (c.int() % 16 - 8, c.int() // 16 - 8), -1).flatten(1).double()}[phi](m.codes)
+    A, B = m.A.detach().double(), m.B.detach().double()
+    z = up + ALPHA / A.size(1) * A @ B
+    low, high = limits(bits)
+    q, C = z.round().clamp(low, high), z.size(1)
+    mask = (z.round() >= low) & (z.round() <= high)
+    zero = torch.zeros_like(m.scale) if m.zero_point is None else m.zero_point.double()
+    zero = spread(zero, m.scale, C)
+    return z, q, mask.double(), spread(m.scale.detach().double(), m.scale, C), zero
+
+def small_model(bits=4, phi="fixed", arm="LR-QAT", seed=0, **flags):
+    """(model, args, config) of a 2-layer LLaMA of random weights as `arm` trains it."""
+    torch.manual_seed(seed)
+    flags = dict(bits=bits, phi=phi, rank=4, group_size=-1, init="zero", a_bits=16, kv_bits=16,
+                 device="cpu", dtype="float32", seed=0, batch_size=4, accumulate=2, seq_len=32,
+                 steps=3, lr=1e-2, compile=False, size="tiny", tied=False) | flags
+    args = types.SimpleNamespace(**flags)
+    c = LlamaConfig(64, 2, 32, 4, 2, 48, 32)
+    m = LLaMA(c)
+    ranges = {n: start_range(w.weight.detach(), bits, args.group_size) for n, w in m.linears()}
+    return convert(m, arm, args, ranges), args, c
+
+def memory_args(**flags):
+    """The settings of a lean run of random weights."""
+    return types.SimpleNamespace(**dict(
+        bits=4, phi="packed", rank=32, group_size=-1, init="random", a_bits=16, kv_bits=16,
+        device="cpu", dtype="bfloat16", seed=0, tied=False, size="7B", batch_size=1, accumulate=1,
+        seq_len=1024, steps=2, lr=1e-2, compile=False) | flags)
+
+def tokens(n=4000, vocab=64):
+    """A text to learn: a noisy walk over the ids."""
+    rng = np.random.default_rng(0)
+    return types.SimpleNamespace(train=(rng.integers(0, 3, n).cumsum() % vocab).astype(np.int64))
+
+def take_steps(m, args, data, steps):
+    optimizer, losses = make_optimizer(m, args.lr), []
+    for step in range(steps):
+        losses.append(trunk.train_step(m, optimizer, data, args, step)[0].item())
+    return losses
+
+# ---- The formula and its gradients --------------------------------------------------------------
+
+@pytest.mark.parametrize("bits,phi,group_size", [
+    (2, "fp32", -1), (2, "fixed", 64), (3, "fixed", 128), (3, "packed", -1), (4, "bf16", 64),
+    (4, "packed", 128)])
+def test_weight_is_scale_times_clipped_rounded_latent(bits, phi, group_size):
+    m = layer(bits=bits, phi=phi, group_size=group_size)
+    z, q, mask, s, zero = reference(m)
+    assert 0.02 < 1 - mask.mean() < 0.98                                   # clips, and not all
+    w_hat = m(torch.eye(256, dtype=torch.float64)).t()                     # each column by itself
+    assert torch.equal(w_hat, s * (q - zero))
+    low, high = limits(bits)
+    codes = (w_hat / s + zero).round()
+    assert codes.min() >= low and codes.max() <= high and torch.equal(codes, q)
+
+@pytest.mark.parametrize("bits,group_size", [(2, -1), (3, 64), (4, -1)])
+def test_gradients_equal_the_closed_form(bits, group_size):
+    m = layer(bits=bits, group_size=group_size, moved=0.02)
+    x = torch.randn(3, 5, 256, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(3, 5, 6, dtype=torch.float64)
+    m(x).backward(dy)
+    z, q, mask, s, zero = reference(m)
+    D = dy.flatten(0, 1).t() @ x.detach().flatten(0, 1)
+    dz, c = s * D * mask, ALPHA / 4
+    assert 0 < 1 - mask.mean() < 0.5
+    expected = {"A": c * dz @ m.B.t(), "B": c * m.A.t() @ dz, "x": dy @ (s * (q - zero)),
+                "scale": (D * (q - zero)).view(*m.scale.shape, -1).sum(-1)}
+    for name, g in expected.items():
+        got = x.grad if name == "x" else getattr(m, name).grad
+        assert (got - g).abs().max() <= 1e-12 * max(1, g.abs().max()), name
+
+def test_float32_gradients_are_close_to_float64():
+    m = layer(moved=0.02)
+    f = copy.deepcopy(m).float()
+    x = torch.randn(7, 256, dtype=torch.float64)
+    dy = torch.randn(7, 6, dtype=torch.float64)
+    m(x).backward(dy), f(x.float()).backward(dy.float())
+    for name in ("A", "B", "scale"):
+        a, b = getattr(m, name).grad, getattr(f, name).grad.double()
+        assert (a - b).norm() <= 1e-5 * a.norm(), name
+
+def test_scale_gradient_is_the_true_derivative_and_not_lsqs():
+    m = layer(moved=0.02)
+    x, dy = torch.randn(7, 256).double(), torch.randn(7, 6).double()
+    m(x).backward(dy)
+    z, q, mask, s, _ = reference(m)
+    lsq = ((dy.t() @ x) * (q - mask * z)).sum(1, keepdim=True)
+    assert (m.scale.grad - lsq).abs().max() > 1e-3
+    for i in range(6):
+        with torch.no_grad():
+            values = []
+            for h in (1e-6, -2e-6):
+                m.scale[i] += h
+                values.append((m(x) * dy).sum().item())
+            m.scale[i] += 1e-6
+        assert math.isclose((values[0] - values[1]) / 2e-6, m.scale.grad[i].item(), rel_tol=1e-6,
+                            abs_tol=1e-6)
+
+def test_straight_through_surrogate_has_the_same_derivative():
+    m = layer(moved=0.02)
+    x, dy = torch.randn(7, 256).double(), torch.randn(7, 6).double()
+    m(x).backward(dy)
+    z0, q0, mask, s, zero = reference(m)
+    def surrogate():
+        z = latent(m.codes, m.A.detach(), m.B.detach(), *m.how[:2])
+        return ((x @ (s * (q0 + mask * (z - z0) - zero)).t()) * dy).sum().item()
+    for p, index in ((m.A, (1, 2)), (m.A, (5, 0)), (m.B, (0, 7)), (m.B, (3, 200))):
+        values, true = [], []
+        for h in (1e-5, -2e-5):
+            p.data[index] += h
+            values.append(surrogate())
+            true.append(m(x).sum().item())
+        p.data[index] += 1e-5
+        assert math.isclose((values[0] - values[1]) / 2e-5, p.grad[index].item(), rel_tol=1e-7)
+    assert true[0] == true[1]                                              # really a staircase
+
+@pytest.mark.parametrize("phi", tuple(PHI))
+def test_step_zero_is_rtn_of_phi_and_only_the_zero_factor_learns(phi):
+    torch.manual_seed(0)
+    w = torch.randn(6, 64)
+    m = LRQATLinear(w, *start_range(w, 4, -1), 4, -1, 4, phi)
+    x = torch.randn(5, 64)
+    q = latent(m.codes, None, None, 4, phi).round().clamp(-8, 7)
+    y = m(x)
+    assert torch.equal(y, F.linear(x, dequantize(q, m.scale, None)))
+    y.square().sum().backward()
+    assert m.B.grad.abs().max() == 0 < m.A.grad.abs().max()
+
+def test_output_is_linear_in_scale_and_codes_do_not_depend_on_it():
+    m = layer(phi="fixed")
+    x, codes = torch.randn(5, 256).double(), m.merge()[0]
+    y = m(x)
+    with torch.no_grad():
+        m.scale.mul_(2)
+        assert torch.equal(m(x), 2 * y)
+        m.scale.mul_(0.65)
+    assert torch.equal(m.merge()[0], codes)
+
+def test_mask_is_of_the_rounded_latent():
+    values = torch.tensor([[-8.6, -8.5, -8.4, 7.4, 7.5, 7.6, 7.3, -9.0]])
+    A, B, scale = torch.zeros(1, 1), torch.ones(1, 8), torch.ones(1, 1)
+    A.requires_grad_(), scale.requires_grad_()
+    passed = []
+    for j in range(8):                                 # one input at a time: dA is that column's M
+        y = LRQATFunction.apply(torch.eye(8)[j:j + 1], values, A, B, scale, None, 4, "fp32", -1)
+        passed.append(torch.autograd.grad(y.sum(), A)[0].item() / ALPHA)
+    assert passed == [0, 1, 1, 1, 0, 0, 1, 0]
+
+def test_mask_follows_the_adapter_not_phi_alone():
+    values, B, scale = torch.tensor([[6.0, 6.0]]), torch.eye(2)[:1], torch.ones(1, 1)
+    A = torch.tensor([[3.0 / ALPHA]], requires_grad=True)                  # pushes column 0 to 9
+    LRQATFunction.apply(torch.ones(1, 2), values, A, B, scale, None, 4, "fp32", -1).sum().backward()
+    assert A.grad.item() == 0
+
+# ---- phi ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+def test_fixed_point_round_trip(bits):
+    low, high = limits(bits)
+    z = torch.linspace(low - 3, high + 3, 100_001).view(1, -1)
+    codes = downcast(z, bits, "fixed")
+    up = latent(codes, None, None, bits, "fixed")
+    assert (up - z.clamp(low, high)).abs().max() <= 2.0 ** -(9 - bits)
+    assert codes.min() == -128 and codes.max() == 2 ** (8 - bits) * high
+    assert (up.diff() >= 0).all()
+    every = torch.arange(-128, 2 ** (8 - bits) * high + 1).to(torch.int8).view(1, -1)
+    assert torch.equal(downcast(latent(every, None, None, bits, "fixed"), bits, "fixed"), every)
+    assert torch.equal(latent(every, None, None, bits, "fixed").bfloat16().float(),
+                       latent(every, None, None, bits, "fixed"))           # exact in bfloat16
+
+def test_round_takes_ties_to_even():
+    z = torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]])
+    assert integers(z, None, None, 4, "fp32").tolist() == [[-2, -2, 0, 0, 2, 2]]
+    assert downcast(z / 16, 4, "fixed").tolist() == [[-2, -2, 0, 0, 2, 2]]
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_fixed_point_moves_few_integers_and_float32_none(bits):
+    low, high = limits(bits)
+    torch.manual_seed(0)
+    z = torch.rand(100, 1000) * (high - low + 1) + low - 0.5
+    rtn = z.round().clamp(low, high)
+    assert torch.equal(integers(downcast(z, bits, "fp32"), None, None, bits, "fp32"), rtn)
+    off = integers(downcast(z, bits, "fixed"), None, None, bits, "fixed") - rtn
+    share, expected = (off != 0).float().mean().item(), 2.0 ** -(9 - bits)
+    assert off.abs().max() <= 1
+    assert 0 < share <= expected + 3 * math.sqrt(expected / z.numel())
+
+def test_packing_is_lossless_on_every_byte():
+    every = torch.arange(256, dtype=torch.uint8).view(1, -1)
+    up = latent(every, None, None, 4, "packed")                            # (1, 512)
+    assert up.min() == -8 and up.max() == 7
+    assert torch.equal(downcast(up, 4, "packed"), every)
+    assert downcast(torch.tensor([[-8.0, 7.0]]), 4, "packed").tolist() == [[0xF0]]
+    assert downcast(torch.zeros(6, 10), 3, "packed").shape == (6, 5)
+
+def test_packed_integers_plus_a_half_round_the_sum():
+    codes = downcast(torch.tensor([[1.0, 2.0]]), 4, "packed")              # 1.5 -> 2, 2.5 -> 2
+    A, B = torch.tensor([[0.5 / ALPHA]]), torch.ones(1, 2)
+    assert integers(codes, A, B, 4, "packed").tolist() == [[2, 2]]
+
+def test_latent_sum_is_float32():
+    one = torch.tensor([[7.25]])                       # bfloat16 would lose the 0.01
+    for codes in (one, one.bfloat16()):
+        z = latent(codes, torch.tensor([[0.01 / ALPHA]]), torch.ones(1, 1), 4, "bf16")
+        assert z.dtype == torch.float32 and z.item() > 7.255
+
+# ---- Bytes --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("phi,width", [(p, w) for p, (w, _) in PHI.items()])
+def test_persistent_bytes_are_exact(phi, width):
+    O, C, r = 48, 64, 4
+    w = torch.randn(O, C)
+    m = LRQATLinear(w, *start_range(w, 4, -1), 4, -1, r, phi)
+    held = tensor_bytes([*m.parameters(), *m.buffers()])
+    assert held == O * C * width + 4 * r * (O + C) + 4 * O
+    everything = [*m.__dict__.values(), *m._parameters.values(), *m._buffers.values()]
+    dense = [t for t in everything if isinstance(t, torch.Tensor) and t.numel() >= O * C]
+    assert [t.dtype for t in dense] == ([] if phi == "packed" else [m.codes.dtype])
+    if phi == "packed":
+        assert m.codes.shape == (O, C // 2)
+
+def naive(m, x, dtype):
+    """The same layer as plain autograd writes it; dtype: of the chain that builds the weight."""
+    z = latent(m.codes, None, None, *m.how[:2]).to(dtype)
+    z = z + ALPHA / 4 * m.A.to(dtype) @ m.B.to(dtype)
+    q = (z + (z.round() - z).detach()).clamp(*limits(4))
+    return F.linear(x, (q * m.scale.to(dtype)).to(x.dtype))
+
+def dense_bytes(f, m, O, C):
+    """Bytes a weight of dense tensors (O C elements or more) that autograd saves in f()."""
+    kept, own = [], [*m.parameters(), *m.buffers()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        f()
+    dense = [t for t in kept if t.numel() >= O * C]
+    return (tensor_bytes(dense + own) - tensor_bytes(own)) / (O * C), kept
+
+def test_nothing_dense_is_saved_where_plain_autograd_saves_6_to_10_bytes_a_weight():
+    O, C = 96, 64
+    w = torch.randn(O, C)
+    m = LRQATLinear(w, *start_range(w, 4, -1), 4, -1, 4, "fixed")
+    x = torch.randn(8, C, dtype=torch.bfloat16, requires_grad=True)
+    assert dense_bytes(lambda: naive(m, x, torch.bfloat16), m, O, C)[0] == 6
+    assert dense_bytes(lambda: naive(m, x, torch.float32), m, O, C)[0] == 10
+    saved, kept = dense_bytes(lambda: m(x), m, O, C)
+    assert saved == 0
+    assert sum(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in kept) == 1
+
+def test_phi_bytes_of_llama_7b():
+    p = trunk.PRESETS["7B"]
+    c = LlamaConfig(32000, p.n_layer, p.n_embd, p.n_head, p.n_head, p.n_hidden, 1024)
+    with torch.device("meta"):
+        linears = [m.weight.shape for _, m in LLaMA(c).linears()]
+    assert sum(O * C for O, C in linears) == 6_476_005_376
+    assert sum(32 * (O + C) for O, C in linears) == 79_953_920             # A and B at rank 32
+    args = memory_args()
+    predicted = ledger(c, args)
+    assert predicted["frozen weights"] == 6_476_005_376 // 2 + 2 * 32000 * 4096 * 2 + 65 * 4096 * 2
+    assert sum(predicted.values()) < 7.5 * 2**30
+
+class Meter(TorchDispatchMode):
+    """Bytes of all live storages that operations made, and their peak: a CPU's allocator meter."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = {t.untyped_storage()._cdata for t in known}
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.seen:
+                storage = t.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def free(self, key, size):
+        self.seen.discard(key)
+        self.live -= size
+
+@pytest.mark.parametrize("bits,phi,dtype,micro", [
+    (4, "packed", "bfloat16", 1), (2, "fixed", "bfloat16", 1), (4, "fixed", "bfloat16", 4),
+    (4, "bf16", "float32", 2)])
+def test_ledger_predicts_every_component_within_ten_percent(bits, phi, dtype, micro):
+    c = LlamaConfig(512, 2, 256, 4, 4, 704, 128)
+    args = memory_args(bits=bits, phi=phi, rank=8, dtype=dtype, batch_size=micro, seq_len=128)
+    m = lrqat.random_model("LR-QAT", c, args)
+    found, expected = measure(m, args, tokens(vocab=512), report=True), ledger(c, args)
+    for name in ("frozen weights", "adapters", "gradients", "optimizer", "activations"):
+        assert abs(found[name] / expected[name] - 1) < 0.1, name
+    for p in m.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    x = torch.randint(0, 512, (micro, 129))
+    x, y = x[:, :-1], x[:, 1:]
+    grads = [p.grad for p in m.parameters() if p.requires_grad]
+    meter = Meter([*m.parameters(), *m.buffers(), *grads, x])
+    with meter:
+        m(x, y)[1].backward()
+    assert abs((meter.peak - expected["activations"]) / expected["temporaries"] - 1) < 0.1
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU's allocator")
+def test_gpu_peak_is_within_ten_percent_of_the_ledger():
+    args = memory_args(device="cuda", batch_size=2, accumulate=2)
+    c = LlamaConfig(32000, 4, 4096, 32, 32, 11008, 1024)
+    found = measure(lrqat.random_model("LR-QAT", c, args), args, tokens(vocab=32000), report=True)
+    for name, size in ledger(c, args).items():
+        assert abs(found[name] / size - 1) < 0.1, name
+
+# ---- Block checkpointing, merging ---------------------------------------------------------------
+
+@pytest.mark.parametrize("a_bits", [16, 8])
+def test_lean_gradients_are_bitwise_the_same(a_bits):
+    m, args, _ = small_model(a_bits=a_bits, kv_bits=a_bits)
+    for p in m.parameters():
+        if p.requires_grad and p.dim() == 2:
+            p.data.normal_().mul_(0.05)
+    x = torch.randint(0, 64, (2, 33))
+    grads = []
+    for lean in (False, True):
+        m.lean = lean
+        m(x[:, :-1], x[:, 1:])[1].backward()
+        grads.append([p.grad.clone() for p in m.parameters() if p.requires_grad])
+        m.zero_grad()
+    assert len(grads[0]) == 42 and all(torch.equal(a, b) for a, b in zip(*grads))
+
+@pytest.mark.parametrize("bits,phi,a_bits", [(2, "fixed", 16), (3, "packed", 16), (4, "bf16", 8)])
+def test_merged_checkpoint_has_the_integers_and_logits_of_training(bits, phi, a_bits, tmp_path):
+    m, args, _ = small_model(bits, phi, a_bits=a_bits, kv_bits=a_bits)
+    take_steps(m, args, tokens(), 4)
+    m.eval()
+    x = torch.randint(0, 64, (2, 32))
+    y = m(x)[0]
+    trained = {n: reference_integers(linear) for n, linear in m.linears()}
+    m.replace_linears(lambda _, linear: QuantLinear.affine(*linear.merge(), bits))
+    path = str(tmp_path / "merged.pt")
+    trunk.save_checkpoint(path, m, tokenizer=["a"], method="lrqat")
+    loaded, content = trunk.load_checkpoint(path)
+    differ = 0
+    for n, linear in loaded.linears():
+        q = unpack(linear.packed, bits, linear.spec["in_features"], linear.spec["signed"]).int()
+        differ += (q != trained[n]).sum().item()
+    assert differ == 0 and torch.equal(loaded(x)[0], y)
+    assert not [k for k in content["model"] if k.rsplit(".", 1)[1] in ("A", "B", "codes")]
+    rtn = small_model(bits, "fp32", arm="RTN", seed=1)[0]
+    rtn.replace_linears(lambda _, linear: QuantLinear.affine(*linear.merge(), bits))
+    size = lambda m: tensor_bytes(t for _, linear in m.linears() for t in linear.buffers())
+    assert size(loaded) == size(rtn)
+
+def reference_integers(m):
+    """What the forward pass multiplies with, recovered from its output on the identity."""
+    eye = torch.eye(m.B.size(1))
+    w = m(eye).t()                                                         # (O, C)
+    zero = 0 if m.zero_point is None else m.zero_point
+    q = (w / m.scale.detach() + zero).round().int()
+    return q if m.zero_point is None else q - limits(m.how[0])[0]
+
+def test_merge_saturates():
+    A = torch.tensor([[200.0 / ALPHA], [-140.0 / ALPHA]])
+    m = LRQATLinear(torch.ones(2, 8) * 0.01, torch.ones(2, 1), None, 4, -1, 1, "fixed")
+    m.A.data, m.B.data = A, torch.ones(1, 8)
+    q, _, _ = m.merge()
+    assert q.dtype == torch.int8 and (q[0] == 7).all() and (q[1] == -8).all()
+
+def test_merge_is_idempotent_and_free_of_the_adapters():
+    m = layer(phi="fixed").float()
+    first, packed = m.merge(), QuantLinear.affine(*m.merge(), 4)
+    x = torch.randn(3, 256)
+    y = packed(x)
+    assert torch.equal(first[0], m.merge()[0]) and torch.equal(y, m(x))
+    m.A.data.zero_()
+    assert torch.equal(packed(x), y) and not torch.equal(m(x), y)
+    w = dequantize(*first)
+    again = LRQATLinear(w, first[1], None, 4, -1, 4, "packed")             # once more
+    assert torch.equal(again.merge()[0], first[0])
+
+# ---- Ranges, other starts, other arms -----------------------------------------------------------
+
+@pytest.mark.parametrize("bits,group_size", [(2, -1), (3, -1), (4, 16)])
+def test_range_search_equals_brute_force(bits, group_size):
+    torch.manual_seed(0)
+    w = torch.randn(5, 32) * torch.logspace(-2, 1, 5).unsqueeze(1)
+    scale, zero_point = start_range(w, bits, group_size)
+    low, high = limits(bits)
+    rows = w.reshape(-1, 32 if group_size == -1 else group_size).double()
+    for i, row in enumerate(rows):
+        a, b = (min(row.min(), 0), max(row.max(), 0)) if bits == 2 else (0, 2 * row.abs().max())
+        full = (b - a) / (2**bits - 1)
+        zero = round(low - (a / full).item()) if bits == 2 else 0
+        def loss(s):
+            q = (row / s).round() + zero
+            return ((q.clamp(low, high) - zero) * s - row).abs().pow(2.4).sum()
+        losses = torch.stack([loss(full * (1 - j / 100)) for j in range(80)])
+        s = scale.flatten()[i].double()
+        assert math.isclose(loss(s), losses.min(), rel_tol=1e-5) and s <= full * (1 + 1e-6)
+        assert zero_point is None or zero_point.flatten()[i] == zero
+
+def test_range_is_per_row_and_positive():
+    torch.manual_seed(0)
+    w, order = torch.randn(8, 512), torch.randperm(8)
+    assert torch.equal(start_range(w[order], 3, -1)[0], start_range(w, 3, -1)[0][order])
+    assert start_range(torch.zeros(2, 8), 4, -1)[0].min() > 0              # a row of zeros
+    assert start_range(w, 3, -1, search=False)[0].min() >= start_range(w, 3, -1)[0].min()
+
+def test_asymmetric_two_bit_grid_keeps_zero_and_uses_four_codes():
+    w = torch.linspace(-0.1, 0.9, 64).repeat(2, 1)
+    m = LRQATLinear(w, *start_range(w, 2, -1), 2, -1, 4, "fixed")
+    q, scale, zero_point = m.merge()
+    assert q.dtype == torch.uint8 and set(q.flatten().tolist()) == {0, 1, 2, 3}
+    assert zero_point.dtype == torch.uint8 and zero_point.max() <= 3
+    symmetric = torch.stack([((w / s).round().clamp(-2, 1) * s - w).square().mean()
+                             for s in torch.linspace(0.01, 1, 100)]).min()
+    assert (dequantize(q, scale, zero_point) - w).square().mean() < symmetric
+
+def test_full_rank_sgd_step_is_the_projected_qat_step():
+    m = layer(6, 8, rank=6, moved=0.05)
+    m.A.data.copy_(torch.eye(6) * 6 / ALPHA)           # alpha/r A B = B: B is C itself
+    m.B.data.normal_().mul_(0.3)
+    x, dy, lr = torch.randn(9, 8).double(), torch.randn(9, 6).double(), 0.1
+    m(x).backward(dy)
+    _, _, mask, s, _ = reference(m)
+    before = latent(m.codes, m.A.detach(), m.B.detach(), *m.how[:2])
+    m.B.data.sub_(lr * m.B.grad)
+    moved = latent(m.codes, m.A.detach(), m.B.detach(), *m.how[:2]) - before
+    assert (moved + lr * s * (dy.t() @ x) * mask).abs().max() < 1e-12
+
+@pytest.mark.parametrize("O,C", [(24, 24), (16, 40), (40, 16)])
+def test_svd_start_is_the_best_copy_of_the_rounding_error(O, C):
+    torch.manual_seed(0)
+    w = (torch.randn(O, C) * torch.logspace(-2, 0, O).unsqueeze(1)).double()
+    scale, _ = start_range(w, 3, -1)
+    scale = scale.double()
+    v = to_grid(w, scale, None)
+    A, B = svd_start(v, scale, 5, 3)
+    error = w - scale * v.round().clamp(-4, 3)
+    U, S, V = torch.linalg.svd(error)
+    best = U[:, :5] * S[:5] @ V[:5]
+    assert (scale * (ALPHA / 5) * A @ B - best).norm() <= 1e-6 * best.norm()
+    assert scale.max() > 10 * scale.min()              # not the scale of a tensor
+
+def test_svd_start_leaves_the_latent_weight_where_it_was():
+    torch.manual_seed(0)
+    w = torch.randn(16, 32)
+    scale, zero_point = start_range(w, 2, 16)
+    m = LRQATLinear(w, scale, zero_point, 2, 16, 4, "fp32", svd=True)
+    z = latent(m.codes, m.A, m.B, 2, "fp32")
+    assert m.A.abs().max() > 0 and (z - to_grid(w, scale, zero_point)).abs().max() < 1e-5
+
+def test_full_qat_has_lsqs_gradients():
+    torch.manual_seed(0)
+    w = torch.randn(6, 64).double()
+    m = FullQATLinear(w, start_range(w, 3, -1)[0].double() * 0.7, None, 3, -1)
+    x, dy = torch.randn(9, 64).double(), torch.randn(9, 6).double()
+    m(x).backward(dy)
+    D, z = dy.t() @ x, w / m.scale.detach()
+    q, mask = z.round().clamp(-4, 3), (z.round() == z.round().clamp(-4, 3)).double()
+    assert 0 < 1 - mask.mean() < 0.3
+    assert (m.weight.grad - D * mask).abs().max() < 1e-12
+    assert (m.scale.grad - (D * (q - mask * z)).sum(1, keepdim=True)).abs().max() < 1e-11
+
+def test_scales_only_arm_keeps_rtns_integers():
+    m, args, _ = small_model(arm="scales only (PEQA)", bits=3)
+    before = [linear.merge()[0] for _, linear in m.linears()]
+    take_steps(m, args, tokens(), 3)
+    assert all(torch.equal(a, linear.merge()[0]) for a, (_, linear) in zip(before, m.linears()))
+    rtn = small_model(arm="RTN", bits=3)[0]
+    assert all(torch.equal(a, linear.merge()[0]) for a, (_, linear) in zip(before, rtn.linears()))
+    assert not any(p.requires_grad for p in rtn.parameters())
+
+# ---- Training -----------------------------------------------------------------------------------
+
+def test_only_adapters_and_scales_learn_and_the_codes_never_change():
+    m, args, _ = small_model()
+    digest = lambda: hashlib.sha256(b"".join(
+        t.detach().numpy().tobytes() for n, t in sorted(m.state_dict().items())
+        if n.rsplit(".", 1)[1] not in ("A", "B", "scale"))).hexdigest()
+    frozen = digest()
+    learn = {n: p for n, p in m.named_parameters() if p.requires_grad}
+    assert {n.rsplit(".", 1)[1] for n in learn} == {"A", "B", "scale"}
+    before = [p.detach().clone() for p in learn.values()]
+    take_steps(m, args, tokens(), 3)
+    assert digest() == frozen
+    assert all(not torch.equal(a, p) for a, p in zip(before, learn.values()))
+    assert not any(p.grad is not None for p in m.parameters() if not p.requires_grad)
+
+def test_frozen_scales_stay():
+    m, args, _ = small_model(arm="LR-QAT, s frozen")
+    before = [linear.scale.clone() for _, linear in m.linears()]
+    take_steps(m, args, tokens(), 3)
+    assert all(torch.equal(a, linear.scale) for a, (_, linear) in zip(before, m.linears()))
+
+def test_optimizer_has_two_rates_and_no_decay():
+    m, args, _ = small_model()
+    groups = make_optimizer(m, 1e-2).param_groups
+    count = {g["peak"]: sum(p.numel() for p in g["params"]) for g in groups}
+    shapes = [(linear.scale.size(0), linear.B.size(1)) for _, linear in m.linears()]
+    assert all(g["weight_decay"] == 0 for g in groups)
+    assert len(set(count)) == 2
+    assert sum(p.numel() for g in groups if g["peak"] == 1e-2 for p in g["params"]) == sum(
+        4 * (O + C) for O, C in shapes)
+    assert count[lrqat.RATES["scale"] * 1e-2] == sum(O for O, _ in shapes)
+    full = make_optimizer(small_model(arm="full QAT (LSQ)")[0], 1e-2).param_groups
+    assert sorted(g["weight_decay"] for g in full) == [0, 0.1]
+
+def test_schedule_is_linear_up_and_down():
+    assert [linear_schedule(t, 1000, 1.0) for t in (0, 50, 100, 1000)] == [0, 0.5, 1, 0]
+    assert math.isclose(linear_schedule(500, 1000, 1.0), 5 / 9)
+    m, args, _ = small_model()
+    optimizer = make_optimizer(m, 1e-2)
+    trunk.train_step(m, optimizer, tokens(), args, 1)     # steps = 3: the peak
+    assert [g["lr"] for g in optimizer.param_groups] == [g["peak"] for g in optimizer.param_groups]
+
+def test_same_seed_same_bits():
+    states = []
+    for _ in range(2):
+        m, args, _ = small_model(bits=2)
+        take_steps(m, args, tokens(), 3)
+        states.append(m.state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+def test_training_at_two_bits_lowers_the_loss_by_moving_integers():
+    m, args, _ = small_model(bits=2, steps=60)
+    data = tokens()
+    x = torch.from_numpy(data.train[:33 * 16].reshape(16, 33))
+    before = m(x[:, :-1], x[:, 1:])[1].item()
+    start = [linear.merge()[0] for _, linear in m.linears()]
+    take_steps(m, args, data, 60)
+    assert m(x[:, :-1], x[:, 1:])[1].item() < before - 0.05
+    assert all((a != linear.merge()[0]).any() for a, (_, linear) in zip(start, m.linears()))
+
+def test_gradients_reach_the_first_block_although_the_embedding_is_frozen():
+    m, _, _ = small_model()
+    m.lean = True
+    x = torch.randint(0, 64, (2, 33))
+    m(x[:, :-1], x[:, 1:])[1].backward()
+    assert all(linear.A.grad.abs().max() > 0 for _, linear in m.linears())
+
+# ---- Activations --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_activation_grid_is_per_token_with_an_integer_zero_point(bits):
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 64) * torch.logspace(-3, 2, 7).view(1, 7, 1) + 0.5
+    x[0, 0], x[0, 1] = 0.3, 0                          # a constant token, a token of zeros
+    y = quantized(x, bits)
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / (2**bits - 1)
+    assert torch.isfinite(y).all() and (y[0, 1] == 0).all()
+    assert ((y - x).abs() <= scale * 1.0001).all()
+    assert (y[0, 0] - 0.3).abs().max() < 1e-6
+    q = (y / scale.clamp(min=1e-8)).double()
+    assert (q - q.round()).abs().max() < 1e-3          # integers, so that 0 is on the grid
+    assert (q.round().amax(-1) - q.round().amin(-1)).max() <= 2**bits - 1
+    for i in range(7):                                 # the token alone gives the same
+        assert torch.equal(quantized(x[1, i], bits), y[1, i])
+
+def test_activation_grid_is_straight_through_and_absent_at_16_bits():
+    x = torch.randn(4, 8, requires_grad=True)
+    assert quantized(x, 16) is x
+    g = torch.randn(4, 8)
+    quantized(x, 3).backward(g)
+    assert torch.equal(x.grad, g)
+
+def test_activation_bits_reach_every_site_and_kv_bits_only_keys_and_values(monkeypatch):
+    sites = []
+    monkeypatch.setattr(trunk, "quantized",
+                        lambda x, bits: sites.append((bits, x.dim(), x.size(-1))) or x)
+    m, _, _ = small_model(a_bits=8, kv_bits=4)
+    m(torch.randint(0, 64, (1, 8)))
+    attention = [(8, 3, 32), (4, 3, 16), (4, 3, 16), (8, 4, 8), (8, 4, 8), (8, 4, 8)]
+    assert sites == (attention + [(8, 3, 32), (8, 3, 48)]) * 2
+
+# ---- The script ---------------------------------------------------------------------------------
+
+def test_script_compares_all_arms_packs_and_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = "".join(f"def f{i}(x):\n    return x + {i * i}\n\n" for i in range(3000))
+    (tmp_path / "text.txt").write_text(text)
+    data = trunk.load_data(str(tmp_path / "text.txt"), "300", 32)
+    base = LLaMA(LlamaConfig(data.tokenizer.n_vocab, 2, 32, 4, 4, 48, 32))
+    trunk.save_checkpoint(str(tmp_path / "base.pt"), base, tokenizer=data.spec, data=data.digest,
+                          method="dense", settings={"data": data.name, "vocab": "300"})
+    hessians = []
+    def gptq(w, hessian, bits, group_size, symmetric, mse):
+        hessians.append((tuple(hessian.shape), hessian.trace().item() > 0))
+        return quantizers.rtn(w, bits, group_size, symmetric, mse)
+    monkeypatch.setattr(lrqat, "gptq", gptq)
+    flags = ("--bits 2 --group-size 16 --rank 4 --init svd --a-bits 8 --kv-bits 4 --memory-report "
+             "--steps 3 --batch-size 4 --seq-len 32 --device cpu")
+    argv = ["lrqat.py", *flags.split(), "--model", str(tmp_path / "base.pt")]
+    argv += ["--out", str(tmp_path)]
+    rows = []
+    for more in ([], ["--resume"]):
+        monkeypatch.setattr(sys, "argv", argv + more)
+        trunk.run(lrqat.main)
+        out = capsys.readouterr().out
+        assert "merged" in out and " 0 of 17408 integers differ, loss by 0.0e+00" in out
+        rows.append(json.loads(out.strip().splitlines()[-1]))
+    assert list(rows[0]["arms"]) == list(lrqat.ARMS) and rows[0]["arms"] == rows[1]["arms"]
+    assert len(hessians) == 2 * 14 and set(hessians) == {((32, 32), True), ((48, 48), True)}
+    assert "resumed" in out and out.count("predicted") == 6
+    m, content = trunk.load_checkpoint(str(tmp_path / "lrqat-w2a8.pt"))
+    loss = trunk.evaluate(m, data.val, 32)["loss"]
+    assert abs(loss - rows[0]["val_loss"]) < 1e-6 and content["config"]["kv_bits"] == 4
+
+def test_random_run_needs_no_base_and_reports_three_arms(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(trunk.PRESETS, "tiny", trunk.PRESETS["tiny"]._replace(n_layer=1))
+    flags = ("--init-base random --bits 4 --phi packed --rank 4 --steps 2 --batch-size 2 "
+             "--accumulate 2 --seq-len 8 --device cpu --out")
+    monkeypatch.setattr(sys, "argv", ["lrqat.py", *flags.split(), str(tmp_path)])
+    trunk.run(lrqat.main)
+    row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    ours, full = row["results"]["LR-QAT"], row["results"]["full QAT (LSQ)"]
+    assert row["val_loss"] is None and "dense, longer" in row["results"]
+    assert ours["frozen weights"] + 3 * ours["adapters"] < full["adapters"] + full["frozen weights"]
+    assert ours["tokens/s"] > 0
+
+# ---- Bad input ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags,words", [
+    (["--rank", "0"], ["0", ">= 1"]),
+    (["--bits", "8"], ["fixed", "7", "bf16"]),
+    (["--bits", "6", "--phi", "packed"], ["packed", "4"]),
+    (["--bits", "1"], ["1", "2 to 8"]),
+    (["--init", "random", "--rank", "300"], ["300", "256"]),
+    (["--init", "random", "--group-size", "100"], ["100", "256", "128"]),
+    (["--init", "random", "--model", "x.pt"], ["--model x.pt"]),
+    (["--size", "7B", "--init-base", "random", "--bits", "4"], ["7B", "GPU", "GiB"]),
+])
+def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
+    argv = ["lrqat.py", *flags, "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        trunk.run(lrqat.main)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+    assert all(word in lines[0] for word in words), lines[0]
+
+def test_odd_columns_cannot_be_packed_and_groups_must_divide():
+    m = LLaMA(LlamaConfig(64, 1, 32, 4, 4, 33, 32))
+    args = types.SimpleNamespace(rank=4, phi="packed", group_size=-1)
+    with pytest.raises(UsageError, match="even number of columns, blocks.0.mlp.w_down has 33"):
+        lrqat.check_shapes(m, args)
+    args.phi, args.group_size = "fixed", 128
+    with pytest.raises(UsageError, match="--group-size 128 does not divide"):
+        lrqat.check_shapes(m, args)
