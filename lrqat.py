@@ -1,6 +1,6 @@
 """LR-QAT: quantization-aware training of a pre-trained LLaMA through low-rank adapters.
 
-    python lrqat.py --bits 2                    # every arm on the tiny base; one table; 2.5 minutes
+    python lrqat.py --bits 2                    # every arm on the tiny base; one table; 3 minutes
     python lrqat.py --bits 2 --smoke            # every line of it in a few seconds
     python lrqat.py --size 7B --init-base random --bits 4 --phi packed --steps 3 --seq-len 1024
     python model.py eval out/lrqat-w2.pt        # the merged, packed result
@@ -66,7 +66,7 @@ def parse_args(argv=None):
     add_flags(p)
     p.set_defaults(lr=1e-2, seq_len=0)                 # the rate of A and B; the base's windows
     args = p.parse_args(argv)
-    args.kv_bits, args.steps = args.kv_bits or args.a_bits, args.steps or (6 if args.smoke else 90)
+    args.kv_bits, args.steps = args.kv_bits or args.a_bits, args.steps or (6 if args.smoke else 80)
     if args.bits > PHI[args.phi][1]:
         raise UsageError(f"--phi {args.phi} holds at most {PHI[args.phi][1]} bits, not --bits "
                          f"{args.bits}; try --phi bf16")

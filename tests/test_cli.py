@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import lrqat
 import model
 import normtweak
 import quest
@@ -302,7 +303,7 @@ def test_every_command_of_the_readme_parses(readme, monkeypatch):
         pass
     def stop(args):
         raise Parsed
-    scripts = SCRIPTS | {"normtweak.py": normtweak}
+    scripts = SCRIPTS | {"normtweak.py": normtweak, "lrqat.py": lrqat}
     for module in scripts.values():
         monkeypatch.setattr(module, "resolve", stop)   # parse, then go no further
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, re.M | re.S)
