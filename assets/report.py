@@ -36,12 +36,12 @@ def summarize(rows):
     groups = collections.defaultdict(dict)
     for row in rows:
         groups[setting(row)][row["seed"]] = row        # a repeated seed: the last run counts
-    dense = {(*key[:2], seed): row["val_loss"] for key, runs in groups.items()
+    dense = {(key[:2], seed): row["val_loss"] for key, runs in groups.items()
              if key[2] == "dense" for seed, row in runs.items()}
     table = []
     for key, runs in groups.items():
-        paired = [row["val_loss"] - dense[*key[:2], seed] for seed, row in runs.items()
-                  if (*key[:2], seed) in dense]
+        paired = [row["val_loss"] - dense[key[:2], seed] for seed, row in runs.items()
+                  if (key[:2], seed) in dense]
         table.append((key, list(runs.values()), mean_std([r["val_loss"] for r in runs.values()]),
                       mean_std(paired) if paired else None))
     return sorted(table, key=lambda line: (line[0][:2], -line[0][4], -line[0][5], line[2][0]))
