@@ -20,9 +20,8 @@ import torch.nn.functional as F
 
 EPS = 1e-8  # the smallest clip: a row of zeros gets codes of about zero and a live gradient
 
-# ---------------------------------------------------------------------------------------------
-# The Hadamard rotation (QuEST section 3.1) spreads an outlier over its block. That makes rows
-# nearly Gaussian, so that one constant clip fits them all.
+# ---- The Hadamard rotation (QuEST section 3.1) ----------------------------------------------
+# It spreads an outlier over its block. Rows become nearly Gaussian, and one clip fits them all.
 
 _SIGNS = {}  # made once, so that torch.compile sees a constant
 WIDE_MM = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm has out_dtype
@@ -46,7 +45,7 @@ def rotate(x, block=128, dtype=torch.float32):
     """Block-diagonal Hadamard transform of the last dimension (..., C), in dtype; float64 stays.
 
     The block is the largest power of two <= `block` that divides C. It is orthonormal and its own
-    inverse, so rotate(x) @ rotate(w).T == x @ w.T. Differentiable (bfloat16 on a GPU: in bfloat16).
+    inverse: rotate(x) @ rotate(w).T == x @ w.T. Differentiable, but not from bfloat16 on a GPU.
     """
     n = math.gcd(x.size(-1), block)
     if WIDE_MM and x.is_cuda and x.dtype == torch.bfloat16 and dtype == torch.float32:
@@ -56,10 +55,8 @@ def rotate(x, block=128, dtype=torch.float32):
     signs = _signs(n, x.device, x.dtype)               # the factor below is alpha: a free pass
     return torch.addmm(signs[0], x.reshape(-1, n), signs, beta=0, alpha=n**-0.5).view(x.shape)
 
-# ---------------------------------------------------------------------------------------------
-# QuEST's grid: N even levels over [-clip, clip] times the row's root mean square, with the clip
-# that costs a Gaussian row the least squared error (QuEST section 3.1).
-
+# ---- QuEST's grid (section 3.1) -------------------------------------------------------------
+# N even levels over +-clip times the row's root mean square; the clip suits a Gaussian row best.
 # Exact minimizers of E (g - Q(g))^2, g ~ N(0, 1). The authors' own constants stop at their
 # optimizer's tolerance. 1.58 stands for log2(3) bits: the three levels -1, 0, 1.
 GAUSSIAN_CLIP = {
@@ -160,8 +157,7 @@ def code_linear(x, x_scale, w, w_scale, dtype):
     y = y.mul_(w_scale.view(-1)) if dtype == w_scale.dtype else y * w_scale.view(-1)
     return (y if x_scale is None else y.mul_(x_scale)).to(dtype)
 
-# ---------------------------------------------------------------------------------------------
-# The affine grid and round-to-nearest.
+# ---- The affine grid and round-to-nearest ---------------------------------------------------
 
 def rtn(w, bits, group_size=-1, symmetric=False, mse=False):
     """Round to nearest, the baseline of every table: w (O, C) -> q (O, C), scale and zero (O, G).
@@ -241,8 +237,8 @@ def fake_quant_tokens(x, bits, symmetric=True):
         h = (affine_codes(h, scale, zero_point, bits) - zero_point) * scale
     return h.to(x.dtype) + (x - x.detach())
 
-# ---------------------------------------------------------------------------------------------
-# GPTQ (2210.17323) rounds a weight's columns from left to right, and after each moves the columns
+# ---- GPTQ (2210.17323) ----------------------------------------------------------------------
+# It rounds a weight's columns from left to right, and after each moves the columns
 # still to come so that they make up for its error on the calibration inputs as well as they can.
 # With H = E[x x^T] + damping and the upper U of U^T U = H^-1 that step is exact: an error of
 # e = (w_i - w_hat_i) / U_ii moves the columns j > i by -e U_ij and costs the output e^2.
@@ -310,8 +306,7 @@ def _gptq_columns(w, u, scale, zero_point, bits):
         w[:, i:] -= error[:, i:i + 1] * u[i, i:]
     return q, error
 
-# ---------------------------------------------------------------------------------------------
-# Packing: bits only, lossless.
+# ---- Packing: bits only, lossless -----------------------------------------------------------
 
 def pack(q, bits):
     """Codes (O, n) -> uint8 (O, ceil(n * bits / 8)), the first code in the lowest bits.
