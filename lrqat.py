@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 from model import (PRESETS, LlamaConfig, LLaMA, Parser, RMSNorm, UsageError, add_flags, batch,
                    evaluate, finish, header, load_base, load_checkpoint, number, resolve, run,
-                   save_checkpoint, say, settings, show, train, train_step)
+                   save_checkpoint, say, settings, show, tensor_bytes, train, train_step)
 from quantizers import EPS, QuantLinear, bits_per_weight, dequantize, gptq, rtn, unpack
 
 ALPHA = 32.0                         # the paper: 1, for 10,000 steps
@@ -264,13 +264,14 @@ def gptq_model(model, data, args):
     def collect(m, inputs):
         h = inputs[0].flatten(0, -2).float()                                       # (n, C)
         hessians[m] = hessians.get(m, 0) + h.t() @ h                               # (C, C)
-    for _, m in model.linears():
-        m.register_forward_pre_hook(collect)
     for i in range(model.config.n_layer):
+        block = [(name, m) for name, m in model.linears() if name.startswith(f"blocks.{i}.")]
+        for _, m in block:
+            m.register_forward_pre_hook(collect)       # goes when the linear is replaced
         hessians.clear()
         for part in x.split(16):
             model(part)
-        for name, m in [n for n in model.linears() if n[0].startswith(f"blocks.{i}.")]:
+        for name, m in block:
             codes = gptq(m.weight, hessians[m], bits, g, symmetric=bits > 2, mse=True)
             model.set_submodule(name, QuantLinear.affine(*codes, bits, g))
     return model
@@ -328,11 +329,9 @@ def pack_result(args, model, data, path, rows, result):
     bpw, weights = bits_per_weight(model)
     say(f"\nmerged | {show(scores)} | {differ} of {weights} integers differ, loss by "
         f"{abs(scores['loss'] - rows['LR-QAT'][0]):.1e} | {bpw:.3f} bits per weight | {path}")
-    params = sum(p.numel() for p in model.parameters()) + weights
-    finish(args, "lrqat", model, scores, result, w_bits=args.bits, a_bits=args.a_bits, bpw=bpw,
+    finish(args, "lrqat", model, scores, result, w_bits=args.bits, a_bits=args.a_bits,
            kv_bits=args.kv_bits, group_size=args.group_size, phi=args.phi, rank=args.rank,
-           init=args.init, base_val_loss=rows["dense"][0], params=params, bytes_dense=2 * params,
-           bytes_packed=tensor_bytes(model.state_dict().values()),
+           init=args.init, base_val_loss=rows["dense"][0],
            arms={arm: round(row[0], 6) for arm, row in rows.items()})
 
 # ---- Memory -----------------------------------------------------------------------------------
@@ -356,11 +355,6 @@ def ledger(c, args):
             "adapters": 4 * learn, "gradients": 4 * learn, "optimizer": 8 * learn,
             "activations": n * d * (L * e + 4 + e) + 8 * (n + args.seq_len * d // c.n_head),
             "temporaries": max(block + linear, min(n, 256) * c.vocab_size * (8 + e))}
-
-def tensor_bytes(tensors):
-    """Bytes of the storages behind the tensors, each once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                for t in tensors}.values())
 
 def measure(model, args, data, report=False):
     """Take args.steps steps -> bytes by component and tokens/s of all steps but the first.

@@ -787,13 +787,20 @@ def header(title, args, model, data):
     say(f"data: {data.name} | {len(data.train)} train, {len(data.dev)} dev, {len(data.val)} val "
         f"tokens | sha256 {data.digest[:12]}")
 
+def tensor_bytes(tensors):
+    """Bytes of the storages behind the tensors, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in tensors}.values())
+
 def finish(args, method, model, scores, result, **more):
     """Print the run's row of results as one line of JSON and append it to results.jsonl."""
-    params = sum(p.numel() for p in model.parameters())
-    row = {"method": method, "w_bits": 16, "a_bits": 16, "bpw": 16.0, "group_size": -1,
+    bpw, weights = bits_per_weight(model)              # of the packed linears, if there are any
+    params = sum(p.numel() for p in model.parameters()) + weights
+    packed = tensor_bytes(model.state_dict().values()) if weights else None
+    row = {"method": method, "w_bits": 16, "a_bits": 16, "bpw": bpw or 16.0, "group_size": -1,
            "val_loss": scores["loss"], "val_ppl": scores["ppl"],
            "bits_per_byte": scores["bits_per_byte"], "base_val_loss": None,
-           "bytes_dense": 2 * params, "bytes_packed": None, "params": params,
+           "bytes_dense": 2 * params, "bytes_packed": packed, "params": params,
            "tokens": result["tokens"], "seconds": result["seconds"], "device": args.device,
            "seed": args.seed, **more, "command": " ".join(["python", *sys.argv])}
     line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})

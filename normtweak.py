@@ -347,12 +347,10 @@ def main():
             rows.append(line(name, scores, bpw, seconds, losses))
     say("method       | val loss |     ppl |   bpw | seconds | channel loss of each block\n"
         + "\n".join(rows))
-    params = sum(p.numel() for p in teacher.parameters())
     finish(args, "normtweak", model, scores, {"tokens": ids.numel(), "seconds": seconds},
-           w_bits=args.bits, a_bits=args.a_bits, group_size=args.group_size, bpw=bpw,
-           params=params, bytes_dense=2 * params, base_val_loss=base["loss"], val_losses=values,
-           bytes_packed=sum(t.numel() * t.element_size() for t in model.state_dict().values()),
-           symmetric=args.symmetric, solver=args.solver, loss=args.loss, calib=args.calib)
+           w_bits=args.bits, a_bits=args.a_bits, group_size=args.group_size,
+           base_val_loss=base["loss"], val_losses=values, symmetric=args.symmetric,
+           solver=args.solver, loss=args.loss, calib=args.calib)
 
 def line(name, scores, bpw, seconds=0.0, losses=()):
     """One row of the final table."""

@@ -153,8 +153,7 @@ def code_linear(x, x_scale, w, w_scale, dtype):
     (O, 1) -> (..., O). Levels up to 8 bits are exact in bfloat16, levels times scales are not.
     Training and packed inference both call this, so that they agree.
     """
-    y = F.linear(x.to(dtype), w.to(dtype))                                         # (..., O)
-    y = y.mul_(w_scale.view(-1)) if dtype == w_scale.dtype else y * w_scale.view(-1)
+    y = F.linear(x.to(dtype), w.to(dtype)) * w_scale.view(-1)                      # (..., O)
     return (y if x_scale is None else y.mul_(x_scale)).to(dtype)
 
 # ---- The affine grid and round-to-nearest ---------------------------------------------------

@@ -30,7 +30,7 @@ import torch.nn as nn
 
 from model import (Parser, UsageError, add_flags, batch, evaluate, finish, header, load_checkpoint,
                    load_training_data, new_model, resolve, run, sample_text, save_checkpoint, say,
-                   settings, show, train)
+                   settings, show, tensor_bytes, train)
 from quantizers import (QuantLinear, bits_per_weight, clip_limit, code_linear, code_offset,
                         keep_two_of_four, num_levels, quest_codes, rotate, trust_limit)
 
@@ -270,17 +270,16 @@ def report(args, model, data, path, scores, result, base, params):
     reloaded = evaluate(model, data.val, args.seq_len, data.tokenizer)
     say(f"packed  | {show(reloaded)} | differs by {abs(reloaded['loss'] - scores['loss']):.1e}")
     bpw, weights = bits_per_weight(model)
-    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if weights:
+        size = tensor_bytes(model.state_dict().values())
         say(f"size | linears {2 * weights} bytes in bfloat16 -> {round(bpw * weights / 8)} packed "
             f"({bpw:.3f} bits per weight with scales) | whole model {2 * params} -> {size} "
             f"(embedding, head and norms stay float32) | {path}")
     prompt = "def "
     text = sample_text(model, data.tokenizer, prompt, 200, args.seed)
     say(f"--- 200 tokens after {prompt!r}, from the packed weights ---\n{text}\n---")
-    finish(args, args.quantizer if weights else "dense", model, reloaded, result, params=params,
-           w_bits=args.bits, a_bits=args.a_bits, bpw=bpw or 16.0, grid=args.grid, size=args.size,
-           base_val_loss=base, bytes_dense=2 * params, bytes_packed=size if weights else None)
+    finish(args, args.quantizer if weights else "dense", model, reloaded, result,
+           w_bits=args.bits, a_bits=args.a_bits, grid=args.grid, size=args.size, base_val_loss=base)
 
 if __name__ == "__main__":
     run(main)
