@@ -249,7 +249,8 @@ class LLaMA(nn.Module):
         x = self.norm(x)
         if self.lean and targets is not None:          # never all logits in float32
             loss = lambda x, y: F.cross_entropy(self.head(x).float(), y, reduction="sum")
-            parts = zip(x.flatten(0, 1).split(256), targets.flatten().split(256))
+            n = 256 if torch.is_grad_enabled() else max(256, 2**26 // self.config.vocab_size)
+            parts = zip(x.flatten(0, 1).split(n), targets.flatten().split(n))
             return None, sum(rerun(loss, *part) for part in parts) / targets.numel()
         logits = self.head(x)                                              # (B, T, vocab)
         if targets is None:
@@ -494,10 +495,10 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
 
     tokens: ids (n,) -> {"loss": nats per token, "ppl": its exponential} and, with a tokenizer,
     "bits_per_byte" of the text, the only one of the three to compare across tokenizers.
-    batch_size: windows at a time, by default 2^14 tokens: packed weights unpack once for all.
+    batch_size: windows at a time, by default 2^13 tokens: packed weights unpack once for all.
     """
     device, n = next(model.parameters()).device, len(tokens) - 1
-    batch_size = batch_size or max(1, 2**14 // seq_len)
+    batch_size = batch_size or max(1, 2**13 // seq_len)
     lean, model.lean = getattr(model, "lean", False), True                 # few logits at a time
     ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     full, total = n // seq_len, 0.0
@@ -560,7 +561,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, as_stored=False):
     """(model, content) of a checkpoint, dense or packed, or of a Hugging Face folder, whose weights
     may stay `as_stored`, see from_pretrained. Raises UsageError."""
     if os.path.isdir(path):
-        content = {"linears": {}, "method": "dense", "settings": {}, "data": None,
+        content = {"linears": {}, "method": "dense", "settings": {"smoke": False}, "data": None,
                    "tokenizer": read_hf_tokenizer(path)}
         return LLaMA.from_pretrained(path, dtype, as_stored).to(device).eval(), content
     content = read_checkpoint(path)
@@ -1053,21 +1054,24 @@ HELD = {}  # folders that this process has locked: their descriptors
 def hold(folder):
     """Lock the folder until this process ends, by whatever. A second run into it is refused."""
     folder = os.path.realpath(folder)
+    if folder in HELD:
+        return
     try:
         os.makedirs(folder, exist_ok=True)
-        if fcntl and folder not in HELD:
-            HELD[folder] = os.open(folder, os.O_RDONLY)
+        HELD[folder] = os.open(folder, os.O_RDONLY) if fcntl else None
+    except OSError as e:
+        raise UsageError(f"--out {folder} cannot be written: {e.strerror}") from None
+    try:
+        if fcntl:                                      # of the folder itself: no file is left over
             fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in pathlib.Path(folder).glob("*.pt*.[0-9]*.tmp"):
-                left.unlink()                          # a run was killed while it wrote this
     except BlockingIOError:
         os.close(HELD.pop(folder))
         raise UsageError(f"--out {folder} is in use by another run; wait for it, or choose "
                          "another --out") from None
-    except OSError as e:
-        if folder not in HELD:
-            raise UsageError(f"--out {folder} cannot be written: {e.strerror}") from None
-        say(f"note: {folder} cannot be locked ({e.strerror}); start no second run into it")
+    except OSError as e:                               # some network file systems
+        return say(f"note: {folder} cannot be locked ({e.strerror}); start no second run into it")
+    for left in pathlib.Path(folder).glob("*.pt*.[0-9]*.tmp"):
+        left.unlink()                                  # a run was killed while it wrote this
 
 def tensor_bytes(tensors):
     """Bytes of the storages behind the tensors, each once."""
