@@ -381,6 +381,7 @@ def test_an_exported_model_gives_the_same_logits_in_transformers(bpe, capsys, ki
     m, content = model.load_checkpoint("hf")
     m = pack(m, kind)
     model.save_checkpoint("m.pt", m, tokenizer=content["tokenizer"], method="test")
+    pathlib.Path("new/dir").mkdir(parents=True)        # there, and empty
     status, out, err = call(capsys, "model.py export m.pt new/dir")
     assert status == 0 and "note" not in out and err == ""
     x, (again, spec) = ids(m, 2, 96), model.load_checkpoint("new/dir")
