@@ -4,6 +4,8 @@
     python normtweak.py --bits 2 --smoke        # every line of it in a few seconds
     python normtweak.py --bits 4 --a-bits 8     # activations too, with SmoothQuant folded in
     python normtweak.py --model out/gptq-w2.pt --teacher out/base.pt    # codes that exist already
+    python normtweak.py --model DIR --host gptq --bits 3 --group-size 64 --seq-len 128 --calib data
+                                                # a Hugging Face folder, one block in float at once
 
 The idea:
   1. The float model writes its own calibration text: a frequent first token, a few greedy ones,
