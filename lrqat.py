@@ -345,17 +345,18 @@ def ledger(c, args):
     the 32 MiB that PyTorch gives cuBLAS to work with on an H100.
     """
     e, n = 2 if args.dtype == "bfloat16" else 4, args.batch_size // args.accumulate * args.seq_len
-    L, d, f, kv = c.n_layer, c.n_embd, c.n_hidden, c.n_embd // c.n_head * c.n_kv_head
-    shapes = [(d, d), (kv, d), (kv, d), (d, d), (f, d), (f, d), (d, f)]            # (O, C)
+    L, d, f = c.n_layer, c.n_embd, c.n_hidden
+    qo, kv = c.head_dim * c.n_head, c.head_dim * c.n_kv_head
+    shapes = [(qo, d), (kv, d), (kv, d), (d, qo), (f, d), (f, d), (d, f)]          # (O, C)
     scales = L * sum(O * (1 if args.group_size == -1 else C // args.group_size) for O, C in shapes)
     weights, largest = L * sum(O * C for O, C in shapes), max(O * C for O, C in shapes)
     learn = L * args.rank * sum(O + C for O, C in shapes) + scales
-    block = n * (8 * d + e * (4 * d + 2 * kv + 4 * f) + 4 * c.n_head)              # n tokens
+    block = n * (8 * d + e * (2 * d + 2 * qo + 2 * kv + 4 * f) + 4 * c.n_head)     # n tokens
     linear = (12 if args.bits == 2 else 10) * largest + n * (e * f - 4 * d)        # e bytes each
     return {"frozen weights": int(weights * PHI[args.phi][0]) + (args.bits == 2) * scales
             + (2 - c.tied) * c.vocab_size * d * e + e * d * (2 * L + 1),
             "adapters": 4 * learn, "gradients": 4 * learn, "optimizer": 8 * learn,
-            "activations": n * d * (L * e + 4 + e) + 8 * (n + args.seq_len * d // c.n_head),
+            "activations": n * d * (L * e + 4 + e) + 8 * (n + args.seq_len * c.head_dim),
             "temporaries": max(block + linear, min(n, 256) * c.vocab_size * (8 + e))
             + 2**25 * args.device.startswith("cuda")}
 

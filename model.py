@@ -4,12 +4,13 @@
     python model.py --smoke                    # every line of it in a few seconds
     python model.py eval out/base.pt           # loss on the whole validation split
     python model.py sample out/base.pt --prompt "def main("
+    python model.py export out/rtn-w4.pt DIR   # any checkpoint as a Hugging Face folder
 
 The idea:
   1. Text becomes tokens by a byte-pair encoding that is trained in seconds on the text itself.
   2. A LLaMA (RMSNorm, rotary positions, grouped-query attention, SwiGLU) predicts the next token.
   3. Every method starts here: quest.py trains such a model with low-bit linears, the others take
-     out/base.pt and compress it.
+     out/base.pt, or a Hugging Face folder, and compress it.
 
 Papers: Llama 2 (arXiv 2307.09288); the training recipe and the presets are QuEST's (2502.05003).
 Not here: dropout, biases, a key/value cache.
@@ -23,11 +24,13 @@ import dataclasses
 import hashlib
 import heapq
 import http.client
+import importlib
 import json
 import math
 import os
 import pathlib
 import platform
+import shutil
 import signal
 import sys
 import sysconfig
@@ -41,6 +44,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import fcntl
+    import resource
+except ImportError:                                    # Windows: no lock on --out, no peak memory
+    fcntl = resource = None
 
 from quantizers import QuantLinear, bits_per_weight, fake_quant_tokens
 
@@ -71,10 +80,18 @@ class LlamaConfig:
     n_hidden: int = 768          # width inside the SwiGLU
     seq_len: int = 128           # longest window it is trained on
     rope_theta: float = 10000.0
+    rope_scaling: tuple = ()     # Llama 3.1's factor, low and high frequency factor, first length
+    head_dim: int = 0            # of one head; 0: n_embd / n_head
     norm_eps: float = 1e-5
     tied: bool = False           # the head shares the embedding's weights
     a_bits: int = 16             # of the linears' inputs, and of rotated queries and keys
     kv_bits: int = 16            # of the keys and values as the linears return them
+
+    def __post_init__(self):
+        if self.n_head % self.n_kv_head or not self.head_dim and self.n_embd % self.n_head:
+            raise UsageError(f"width {self.n_embd}, heads {self.n_head} and key/value heads "
+                             f"{self.n_kv_head} must divide one another")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
 
 Preset = collections.namedtuple(
     "Preset", "n_layer n_embd n_head n_hidden  lr  steps  batch_size accumulate seq_len")
@@ -115,9 +132,16 @@ def apply_linears(x, *linears):
     fused = getattr(type(linears[0]), "fused", None)
     return fused(x, linears) if fused else [linear(x) for linear in linears]
 
-def rope_tables(seq_len, head_size, theta, device):
-    """cos and sin, float32 (T, hs), in Hugging Face's half-split order: hs/2 frequencies, twice."""
+def rope_tables(seq_len, head_size, theta, device, scaling=()):
+    """cos and sin, float32 (T, hs), in Hugging Face's half-split order: hs/2 frequencies, twice.
+
+    scaling (Llama 3.1): frequencies that turn less than `low` times in the first training length
+    are divided by `factor`, those that turn more than `high` times stay; between, a mixture."""
     freq = theta ** -(torch.arange(0, head_size, 2, device=device).float() / head_size)
+    if scaling:
+        factor, low, high, length = scaling
+        stay = ((length * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # (hs/2,)
+        freq = freq * (stay + (1 - stay) / factor)
     angle = torch.outer(torch.arange(seq_len, device=device).float(), freq).repeat(1, 2)
     return angle.cos(), angle.sin()
 
@@ -133,7 +157,7 @@ def quantized(x, bits):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.head_size, self.config = c.n_embd // c.n_head, c
+        self.head_size, self.config = c.head_dim, c
         self.wq = Linear(c.n_embd, c.n_head * self.head_size)
         self.wk = Linear(c.n_embd, c.n_kv_head * self.head_size)
         self.wv = Linear(c.n_embd, c.n_kv_head * self.head_size)
@@ -185,9 +209,6 @@ class LLaMA(nn.Module):
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
         c, self.config, self.dtype = config, config, dtype
-        if c.n_embd % c.n_head or c.n_head % c.n_kv_head:
-            raise UsageError(f"width {c.n_embd}, heads {c.n_head} and key/value heads {c.n_kv_head}"
-                             " must divide one another")
         self.embed = nn.Embedding(c.vocab_size, c.n_embd)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.n_embd, c.norm_eps)
@@ -199,6 +220,19 @@ class LLaMA(nn.Module):
                 residual = name.endswith(("wo.weight", "w_down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if residual else 0.02)
 
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, as_stored=False):
+        """The model of a Hugging Face folder. Its weights become float32 ones; as_stored: they keep
+        their dtype and stay in the mapped files until they are used. Raises UsageError."""
+        with torch.device("meta"):                     # shapes alone: no memory
+            model = cls(read_hf_config(folder), dtype)
+        state = {name: tensor if as_stored else tensor.to(torch.float32, copy=True)
+                 for name, tensor in read_hf_tensors(folder, model)}
+        model.load_state_dict(state, assign=True)
+        if model.config.tied:
+            model.head.weight = model.embed.weight
+        return model
+
     def forward(self, idx, targets=None):
         """Ids (B, T) -> logits (B, T, vocab) and the mean loss in nats (None without targets)."""
         cos, sin = self.rope(idx)                                          # (T, hs)
@@ -209,13 +243,14 @@ class LLaMA(nn.Module):
 
     def rope(self, idx):
         c = self.config
-        return rope_tables(idx.size(1), c.n_embd // c.n_head, c.rope_theta, idx.device)
+        return rope_tables(idx.size(1), c.head_dim, c.rope_theta, idx.device, c.rope_scaling)
 
     def predict(self, x, targets=None):
         x = self.norm(x)
         if self.lean and targets is not None:          # never all logits in float32
             loss = lambda x, y: F.cross_entropy(self.head(x).float(), y, reduction="sum")
-            parts = zip(x.flatten(0, 1).split(256), targets.flatten().split(256))
+            n = 256 if torch.is_grad_enabled() else max(256, 2**26 // self.config.vocab_size)
+            parts = zip(x.flatten(0, 1).split(n), targets.flatten().split(n))
             return None, sum(rerun(loss, *part) for part in parts) / targets.numel()
         logits = self.head(x)                                              # (B, T, vocab)
         if targets is None:
@@ -302,7 +337,10 @@ def train_bpe(docs, vocab_size):
     return tokens
 
 def make_tokenizer(spec):
-    """tiktoken.Encoding of a spec: a name that tiktoken knows, or a list of latin-1 strings."""
+    """The tokenizer of a spec: a name that tiktoken knows, a list of latin-1 strings in order of
+    rank, or the dict of a Hugging Face folder."""
+    if isinstance(spec, dict):
+        return HFTokenizer(spec)
     if isinstance(spec, list):
         ranks = {t.encode("latin-1"): i for i, t in enumerate(spec)}
         return tiktoken.Encoding("nanobit", pat_str=PATTERN, mergeable_ranks=ranks,
@@ -452,13 +490,16 @@ def batch(tokens, step, batch_size, seq_len, seed, device):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")              # no compiling for these shapes
-def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=32):
+def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
     """Mean loss over non-overlapping windows; every token but the first is scored once.
 
     tokens: ids (n,) -> {"loss": nats per token, "ppl": its exponential} and, with a tokenizer,
     "bits_per_byte" of the text, the only one of the three to compare across tokenizers.
+    batch_size: windows at a time, by default 2^13 tokens: packed weights unpack once for all.
     """
     device, n = next(model.parameters()).device, len(tokens) - 1
+    batch_size = batch_size or max(1, 2**13 // seq_len)
+    lean, model.lean = getattr(model, "lean", False), True                 # few logits at a time
     ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     full, total = n // seq_len, 0.0
     windows = [(i * seq_len, min(batch_size, full - i), seq_len)
@@ -468,7 +509,7 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=32):
     for i, b, t in progress(windows, "evaluating"):
         x, y = (ids[j:j + b * t].view(b, t).to(device) for j in (i, i + 1))
         total += model(x, y)[1].item() * (b * t)
-    loss = total / n
+    loss, model.lean = total / n, lean
     scores = {"loss": loss, "ppl": math.exp(min(loss, 700))}
     if tokenizer:
         text = tokenizer.decode_bytes([t for t in tokens[1:].tolist() if t != tokenizer.eot_token])
@@ -512,12 +553,17 @@ def read_checkpoint(path):
         raise UsageError(f"{path} is damaged: the checksum of {damaged} is wrong")
     fields = {f.name for f in dataclasses.fields(LlamaConfig)}
     if not isinstance(content, dict) or content.get("format") != "nanobit-1" or not (
-            {"config", "linears", "model"} <= set(content) and set(content["config"]) == fields):
+            {"config", "linears", "model"} <= set(content) and set(content["config"]) <= fields):
         raise UsageError(f"{path} was not written by this version of this project")
     return content
 
-def load_checkpoint(path, device="cpu", dtype=torch.float32):
-    """(model, content) of a dense or packed checkpoint. Raises UsageError."""
+def load_checkpoint(path, device="cpu", dtype=torch.float32, as_stored=False):
+    """(model, content) of a checkpoint, dense or packed, or of a Hugging Face folder, whose weights
+    may stay `as_stored`, see from_pretrained. Raises UsageError."""
+    if os.path.isdir(path):
+        content = {"linears": {}, "method": "dense", "settings": {"smoke": False}, "data": None,
+                   "tokenizer": read_hf_tokenizer(path)}
+        return LLaMA.from_pretrained(path, dtype, as_stored).to(device).eval(), content
     content = read_checkpoint(path)
     if "tokenizer" not in content:
         raise UsageError(f"{path} is a training state for --resume; use the .pt file beside it")
@@ -537,6 +583,192 @@ def load_weights(model, state, path):
             raise UsageError(f"{path} does not fit: {name} is {there} there and {here} here; "
                              "use the --size and the method that wrote it")
     model.load_state_dict(state)
+
+# ---- Hugging Face folders: LLaMA 1 to 3, Mistral, TinyLlama, SmolLM2 --------------------------
+
+HF_PARTS = {  # the parts of a weight's name here and there
+    "embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm",
+    "head": "lm_head", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+    "attn": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
+    "w_gate": "gate_proj", "w_up": "up_proj", "w_down": "down_proj"}
+HF_SIZES = {"vocab_size": "vocab_size", "num_hidden_layers": "n_layer", "hidden_size": "n_embd",
+            "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
+            "intermediate_size": "n_hidden", "max_position_embeddings": "seq_len",
+            "head_dim": "head_dim"}
+HF_ONLY = {  # what LLaMA above computes; a setting that is not there means the first value
+    "model_type": (None, "llama", "mistral"), "rope_type": ("default", "llama3"),
+    "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
+    "partial_rotary_factor": (1,), "num_local_experts": (1,), "quantization_config": (None,)}
+HF_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+def hf_name(name):
+    """blocks.3.attn.wq.weight -> model.layers.3.self_attn.q_proj.weight"""
+    return ".".join(HF_PARTS.get(part, part) for part in name.split("."))
+
+def need_package(name):
+    """Import one of the optional packages that Hugging Face folders need."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UsageError("Hugging Face folders need two more packages: "
+                         "pip install safetensors tokenizers") from None
+
+def read_hf_json(folder, name):
+    path = pathlib.Path(folder, name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no settings")
+    except OSError as e:
+        raise UsageError(f"{folder} is not a Hugging Face folder: {name}: {e.strerror}") from None
+    except ValueError as e:
+        raise UsageError(f"{path} is damaged: {e}") from None
+    return content
+
+def read_hf_config(folder):
+    """config.json -> LlamaConfig. Raises UsageError for what LLaMA above does not compute."""
+    def refuse(problem):
+        raise UsageError(f"{folder}/config.json: {problem}")
+
+    c = {k: v for k, v in read_hf_json(folder, "config.json").items() if v is not None}
+    rope = c.get("rope_scaling", {}) | c.get("rope_parameters", {})        # older and newer form
+    c = {"num_key_value_heads": c.get("num_attention_heads"), "max_position_embeddings": 2048,
+         "head_dim": 0, "rope_type": rope.get("type", "default"), "rope_theta": 1e4} | c | rope
+    for name, known in HF_ONLY.items():
+        if c.get(name, known[0]) not in known:
+            refuse(f"{name} {c[name]} is not supported, only {' or '.join(map(str, known))}")
+    for name in HF_SIZES:
+        if not isinstance(c.get(name), int) or c[name] < (name != "head_dim"):
+            refuse(f"{name} is {c.get(name, 'missing')}, not a positive integer")
+    llama3 = LLAMA3_ROPE if c["rope_type"] == "llama3" else ()
+    if not set(llama3) <= set(c):
+        refuse(f"llama3's rope needs {', '.join(llama3)}")
+    # A sliding window changes nothing in sequences that fit into it: no longer ones, then.
+    longest = min(c["max_position_embeddings"], c.get("sliding_window", math.inf))
+    return LlamaConfig(**{ours: c[name] for name, ours in HF_SIZES.items()} | {"seq_len": longest},
+                       rope_theta=float(c["rope_theta"]), norm_eps=c.get("rms_norm_eps", 1e-6),
+                       rope_scaling=tuple(float(c[name]) for name in llama3),
+                       tied=c.get("tie_word_embeddings", False))
+
+def read_hf_tensors(folder, model):
+    """Yield (name here, tensor) for every weight of the model, from one file or from shards.
+
+    The files are mapped into memory: a tensor takes none until it is used or copied.
+    """
+    safetensors, where = need_package("safetensors"), {}
+    index, files = pathlib.Path(folder, "model.safetensors.index.json"), ["model.safetensors"]
+    if index.exists():
+        files = sorted(set(read_hf_json(folder, index.name).get("weight_map", {}).values()))
+    for name in files:
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise UsageError(f"{folder} is no complete Hugging Face folder: there is no {name}")
+        try:
+            f = safetensors.safe_open(path, framework="pt")
+        except (safetensors.SafetensorError, OSError) as e:
+            raise UsageError(f"{path} is damaged: {e}") from None
+        where |= dict.fromkeys(f.keys(), f)
+    own = model.state_dict()
+    names = {hf_name(n): n for n in own}
+    if model.config.tied:                              # whatever the head's own name holds
+        del names["lm_head.weight"]
+        where.pop("lm_head.weight", None)
+    where = {n: f for n, f in where.items() if not n.endswith("rotary_emb.inv_freq")}  # computed
+    for name in sorted(names.keys() ^ where.keys()):
+        raise UsageError(f"{folder}: " + (f"no file has the tensor {name}" if name in names else
+                                          f"the tensor {name} belongs to no LLaMA"))
+    for name, here in names.items():
+        tensor, shape = where[name].get_tensor(name), tuple(own[here].shape)
+        if tuple(tensor.shape) != shape or tensor.dtype not in HF_DTYPES:
+            raise UsageError(f"{folder}: {name} is {tuple(tensor.shape)} {tensor.dtype}, "
+                             f"config.json asks for {shape} of float32, float16 or bfloat16")
+        yield here, tensor
+        if here == "embed.weight" and model.config.tied:
+            yield "head.weight", tensor
+
+def read_hf_tokenizer(folder):
+    """The spec of a folder's tokenizer, plain values: tokenizer.json's text and two special ids."""
+    c, path = read_hf_json(folder, "config.json"), pathlib.Path(folder, "tokenizer.json")
+    read_hf_json(folder, path.name)
+    end, start = c.get("eos_token_id"), c.get("bos_token_id")
+    end = end[0] if isinstance(end, list) else end     # Llama 3 has several
+    if end is None:
+        raise UsageError(f"{folder}/config.json has no eos_token_id, which stands after a document")
+    spec = {"tokenizer.json": path.read_text(encoding="utf-8"), "end": end,
+            "start": end if start is None else start, "n_vocab": read_hf_config(folder).vocab_size}
+    highest = max(end, spec["start"], *HFTokenizer(spec, path).ids.values())
+    if highest >= spec["n_vocab"]:
+        raise UsageError(f"{folder}: the tokenizer has an id {highest}, but config.json's "
+                         f"vocab_size is {spec['n_vocab']}")
+    return spec
+
+class HFTokenizer:
+    """A folder's tokenizer with those methods of tiktoken.Encoding that are used here."""
+
+    def __init__(self, spec, source="the checkpoint's tokenizer"):
+        library = need_package("tokenizers")
+        try:
+            self.inner = library.Tokenizer.from_str(spec["tokenizer.json"])
+        except Exception as e:                         # the library raises nothing narrower
+            raise UsageError(f"{source} is damaged, or newer than the package tokenizers "
+                             f"{library.__version__}: {e}") from None
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        self.inner.encode_special_tokens = True        # "<s>" in a text is three characters
+        self.ids, self.n_vocab = self.inner.get_vocab(with_added_tokens=True), spec["n_vocab"]
+        self.eot_token, self.start_token = spec["end"], spec["start"]
+
+    def encode_ordinary(self, text):
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def encode_ordinary_batch(self, texts, num_threads=None):
+        return [e.ids for e in self.inner.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids):
+        return self.inner.decode(ids, skip_special_tokens=False)
+
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode()
+
+@torch.no_grad()
+def write_hf(folder, model, spec):
+    """The model in bfloat16, packed weights spelled out, as a new Hugging Face folder, or nothing.
+
+    spec: its tokenizer, which is written where it came from such a folder.
+    """
+    save_file, c = need_package("safetensors.torch").save_file, model.config
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    state = {n: t for n, t in model.state_dict().items() if n.rsplit(".", 1)[0] not in packed}
+    state |= {f"{n}.weight": m.weight() for n, m in packed.items()}
+    tensors = {hf_name(n): t.bfloat16().contiguous() for n, t in state.items()
+               if not (c.tied and n == "head.weight")}
+    kind = "mistral" if c.n_embd % c.n_head else "llama"       # there, heads divide the width
+    rope = {"rope_type": "llama3", **dict(zip(LLAMA3_ROPE, c.rope_scaling))}
+    tokenizer = make_tokenizer(spec)
+    start = getattr(tokenizer, "start_token", tokenizer.eot_token)
+    config = {theirs: getattr(c, ours) for theirs, ours in HF_SIZES.items()} | {
+        "model_type": kind, "architectures": [f"{kind.title()}ForCausalLM"], "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied, "rope_theta": c.rope_theta,
+        "rope_scaling": rope if c.rope_scaling else None, "sliding_window": None,
+        "bos_token_id": start, "eos_token_id": tokenizer.eot_token, "torch_dtype": "bfloat16"}
+    texts = {"config.json": json.dumps(config, indent=2)}
+    if isinstance(spec, dict):
+        names = {i: token for token, i in tokenizer.ids.items()}
+        texts |= {"tokenizer.json": spec["tokenizer.json"], "tokenizer_config.json": json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(start),
+             "eos_token": names.get(tokenizer.eot_token)})}
+    temporary = pathlib.Path(f"{os.path.abspath(folder)}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        os.replace(temporary, folder)                  # refused unless it is new or empty
+    except (OSError, need_package("safetensors").SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UsageError(f"cannot write {folder}: {getattr(e, 'strerror', None) or e}; "
+                         "give a new folder where there is space") from None
 
 # ---- Training: one recipe for the dense model and for QuEST -----------------------------------
 
@@ -641,11 +873,12 @@ def resume(model, optimizer, args, data, path):
     content = read_checkpoint(path)
     if "optimizer" not in content:
         raise UsageError(f"{path} holds no training state to resume")
-    old = content["settings"]
-    for name, value in settings(args).items():
-        if value != old.get(name) and name not in ("eval_every", "compile"):
-            raise UsageError(f"--{name.replace('_', '-')} is {value} here and {old.get(name)} in "
-                             f"{path}; give the same settings, or leave --resume out")
+    old, new = content["settings"], settings(args)
+    for name in old | new:                             # another method's settings have other names
+        if new.get(name) != old.get(name) and name not in ("eval_every", "compile"):
+            raise UsageError(f"--{name.replace('_', '-')} is {new.get(name)} here and "
+                             f"{old.get(name)} in {path}; give the same settings, or leave "
+                             "--resume out")
     if content["data"] != data.digest:
         raise UsageError(f"--data {data.name} is not the text that {path} was trained on")
     load_weights(model, content["model"], path)
@@ -687,7 +920,7 @@ def add_flags(p, data=True, trains=True):
         add("--batch-size", type=number(int, 1), help="windows a step (default: from --size)")
     if not trains:
         return p.set_defaults(vocab="1024", smoke=False)
-    add("--model", help="dense checkpoint to start from (default: random weights)")
+    add("--model", help="dense checkpoint or Hugging Face folder (default: random weights)")
     add("--size", choices=tuple(PRESETS), default="tiny", help="preset (default: tiny)")
     add("--tied", action="store_true", help="one matrix for embedding and head")
     add("--vocab", default="1024", help="size of a BPE, or a tiktoken name (default: 1024)")
@@ -702,8 +935,11 @@ def add_flags(p, data=True, trains=True):
     add("--smoke", action="store_true",
         help="a few steps on little text into OUT/smoke, to see that all works")
 
+RUNNING = []  # the settings of the command that runs, for the message on too little memory
+
 def resolve(args):
     """Fill in defaults, check what argparse cannot, choose device and dtype, seed torch."""
+    RUNNING[:] = [args]
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if torch.device(args.device).type not in ("cpu", "cuda", "mps"):
@@ -740,24 +976,38 @@ def settings(args):
 
 def load_training_data(args, content=None):
     """The Data of --data and --vocab, or, unless --data is given, of a checkpoint's content."""
-    old = content.get("settings", {}) if content else {}
+    old, spec = content.get("settings", {}) if content else {}, content and content["tokenizer"]
+    if not content and os.path.isdir(args.model or ""):
+        spec = read_hf_tokenizer(args.model)
     smoke = args.smoke or (old.get("smoke") and args.data is None)
     data = load_data(old.get("data") if args.data is None else args.data, args.vocab, args.seq_len,
-                     spec=content and content["tokenizer"], limit=30 if smoke else None)
-    if content and data.digest != content.get("data"):
+                     spec=spec, limit=30 if smoke else None)
+    if content and content.get("data") not in (None, data.digest):
         say(f"note: {data.name} is not the text that this checkpoint was trained on")
     return data
 
-def load_base(args):
-    """(model, content, data) of --model, else of OUT/base.pt, which is trained first if missing."""
+def open_model(args, path, as_stored=False):
+    """load_checkpoint on the command's device; --seq-len defaults to the window of its training."""
+    model, content = load_checkpoint(path, args.device, getattr(torch, args.dtype), as_stored)
+    longest = model.config.seq_len
+    if os.path.isdir(path) and (args.seq_len or 0) > longest:
+        raise UsageError(f"--seq-len {args.seq_len} is above the {longest} tokens of {path}")
+    args.seq_len = args.seq_len or min(longest, 2048)  # the usual window of published perplexities
+    return model, content
+
+def load_base(args, as_stored=False):
+    """(model, content, data) of --model, else of OUT/base.pt, which is trained first if missing.
+    as_stored: see LLaMA.from_pretrained."""
     path = args.model or os.path.join(args.out, "base.pt")
     if not args.model and not os.path.exists(path):
         say(f"there is no {path} yet: training it first, as `python model.py` does")
         flags = {n: getattr(args, n) for n in ("data", "vocab", "size", "device", "dtype")}
         flags["out"] = os.path.dirname(args.out) if args.smoke else args.out
-        pretrain([f"--{n}={v}" for n, v in flags.items() if v] + ["--smoke"] * args.smoke)
-    model, content = load_checkpoint(path, args.device, getattr(torch, args.dtype))
-    args.seq_len = args.seq_len or model.config.seq_len
+        begun = args.resume and os.path.exists(path + ".state")
+        pretrain([f"--{n}={v}" for n, v in flags.items() if v] + ["--smoke"] * args.smoke
+                 + ["--resume"] * begun)
+        RUNNING[:] = [args]
+    model, content = open_model(args, path, as_stored)
     return model, content, load_training_data(args, content)
 
 def new_model(args, data):
@@ -767,7 +1017,10 @@ def new_model(args, data):
                          p.n_hidden, args.seq_len, tied=args.tied)
     if not args.model:
         return LLaMA(config, getattr(torch, args.dtype)).to(args.device)
-    model, content = load_checkpoint(args.model, args.device, getattr(torch, args.dtype))
+    model, content = open_model(args, args.model)
+    if os.path.isdir(args.model):                      # its own shape and tokenizer
+        args.size = os.path.basename(os.path.abspath(args.model))
+        return model.train()
     if content["linears"]:
         raise UsageError(f"--model {args.model} is packed; training needs a dense checkpoint")
     if content["tokenizer"] != data.spec:
@@ -778,7 +1031,9 @@ def new_model(args, data):
     return model.train()
 
 def header(title, args, model, data):
-    """The first lines of every script: what runs, on what, with which settings."""
+    """The first lines of every script: what runs, on what, with which settings. Locks --out."""
+    if os.path.isdir(args.out) or not args.resume:     # else resume() says what is missing
+        hold(args.out)
     linear = sum(p.numel() for _, m in model.linears() for p in m.parameters())
     say(f"{title} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M params, "
         f"{linear / 1e6:.2f}M in the blocks' linears | {args.device} {args.dtype}, "
@@ -786,6 +1041,30 @@ def header(title, args, model, data):
     say("settings: " + " ".join(f"{k}={v}" for k, v in settings(args).items()))
     say(f"data: {data.name} | {len(data.train)} train, {len(data.dev)} dev, {len(data.val)} val "
         f"tokens | sha256 {data.digest[:12]}")
+
+HELD = {}  # folders that this process has locked: their descriptors
+
+def hold(folder):
+    """Lock the folder until this process ends, by whatever. A second run into it is refused."""
+    folder = os.path.realpath(folder)
+    if folder in HELD:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        HELD[folder] = os.open(folder, os.O_RDONLY) if fcntl else None
+    except OSError as e:
+        raise UsageError(f"--out {folder} cannot be written: {e.strerror}") from None
+    try:
+        if fcntl:                                      # of the folder itself: no file is left over
+            fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(HELD.pop(folder))
+        raise UsageError(f"--out {folder} is in use by another run; wait for it, or choose "
+                         "another --out") from None
+    except OSError as e:                               # some network file systems
+        return say(f"note: {folder} cannot be locked ({e.strerror}); start no second run into it")
+    for left in pathlib.Path(folder).glob("*.pt*.[0-9]*.tmp"):
+        left.unlink()                                  # a run was killed while it wrote this
 
 def tensor_bytes(tensors):
     """Bytes of the storages behind the tensors, each once."""
@@ -825,16 +1104,34 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except torch.OutOfMemoryError:
-        print(f"error: out of memory after {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; "
-              "raise --accumulate or lower --batch-size", file=sys.stderr)
+    except (MemoryError, RuntimeError) as e:
+        if not (isinstance(e, (MemoryError, torch.OutOfMemoryError))
+                or "out of memory" in str(e) or "allocate memory" in str(e)):
+            raise
+        print(f"error: {out_of_memory()}", file=sys.stderr)
     else:
         return
     raise SystemExit(2)
 
+def out_of_memory():
+    """What was used at the peak, by how large a batch, and the flag to change."""
+    a, peak = vars(RUNNING[0]) if RUNNING else {}, ""
+    if torch.cuda.is_initialized():
+        peak = f" after a peak of {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    elif resource:                                     # in KiB; in bytes on a Mac
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = f" after a peak of {peak / 2 ** (30 if sys.platform == 'darwin' else 20):.1f} GiB"
+    batch, parts = a.get("batch_size"), a.get("accumulate") or 1
+    if batch:
+        peak += (f" with --batch-size {batch}, {batch // parts} windows of {a['seq_len']} tokens "
+                 "at a time")
+    fix = f"raise --accumulate {parts} (the same result) or " if batch and parts < batch else ""
+    return f"out of memory{peak}; {fix}lower --batch-size or --seq-len"
+
 def pretrain(argv):
     p = Parser(prog="model.py", description="Pre-train the dense base model into OUT/base.pt.",
-               epilog="also: model.py eval CKPT, model.py sample CKPT (--help for each)")
+               epilog="also: model.py eval CKPT, model.py sample CKPT, model.py export CKPT DIR "
+                      "(--help for each)")
     add_flags(p)
     args = resolve(p.parse_args(argv))
     data = load_training_data(args)
@@ -850,13 +1147,12 @@ def pretrain(argv):
 
 def eval_checkpoint(argv):
     p = Parser(prog="model.py eval", description="Loss of a checkpoint on the validation split.")
-    p.add_argument("checkpoint", help="a .pt file, dense or packed")
+    p.add_argument("checkpoint", help="a .pt file, dense or packed, or a Hugging Face folder")
     add_flags(p, trains=False)
     args = resolve(p.parse_args(argv))
-    model, content = load_checkpoint(args.checkpoint, args.device, getattr(torch, args.dtype))
-    args.seq_len = args.seq_len or model.config.seq_len
+    model, content = open_model(args, args.checkpoint)
     data = load_training_data(args, content)
-    scores = evaluate(model, data.val, args.seq_len, data.tokenizer, args.batch_size or 32)
+    scores = evaluate(model, data.val, args.seq_len, data.tokenizer, args.batch_size)
     bpw, weights = bits_per_weight(model)
     say(f"{content['method']} | " + (f"{bpw:.3f} bits per weight | " if weights else "")
         + f"{show(scores)} | {len(data.val) - 1} tokens | loss {scores['loss']:.6f}")
@@ -864,13 +1160,14 @@ def eval_checkpoint(argv):
 def sample_text(model, tokenizer, prompt, n, seed, temperature=0.8, top_k=50):
     """The prompt and n generated tokens, as text; the same for the same seed."""
     device = next(model.parameters()).device
-    ids = torch.tensor([[tokenizer.eot_token] + tokenizer.encode_ordinary(prompt)], device=device)
+    start = getattr(tokenizer, "start_token", tokenizer.eot_token)
+    ids = torch.tensor([[start] + tokenizer.encode_ordinary(prompt)], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     return tokenizer.decode(model.generate(ids, n, temperature, top_k, generator)[0, 1:].tolist())
 
 def sample_checkpoint(argv):
     p = Parser(prog="model.py sample", description="Text from a checkpoint, dense or packed.")
-    p.add_argument("checkpoint", help="a .pt file, dense or packed")
+    p.add_argument("checkpoint", help="a .pt file, dense or packed, or a Hugging Face folder")
     p.add_argument("--prompt", default="", help="text to go on from (default: a new document)")
     p.add_argument("--tokens", type=number(int, 1), default=200, help="how many (default: 200)")
     p.add_argument("--temperature", type=number(float, 0, 100), default=0.8,
@@ -883,8 +1180,25 @@ def sample_checkpoint(argv):
     say(sample_text(model, make_tokenizer(content["tokenizer"]), args.prompt, args.tokens,
                     args.seed, args.temperature, args.top_k))
 
+def export_checkpoint(argv):
+    p = Parser(prog="model.py export", description="Write a checkpoint as a Hugging Face folder.")
+    p.add_argument("checkpoint", help="a .pt file, dense or packed")
+    p.add_argument("folder", help="to write, new or empty; packed weights become bfloat16")
+    args = p.parse_args(argv)
+    model, content = load_checkpoint(args.checkpoint)
+    spec, bits = content["tokenizer"], {m.spec["a_bits"] for m in model.modules()
+                                        if isinstance(m, QuantLinear)}
+    bits = min(bits | {model.config.a_bits, model.config.kv_bits})
+    write_hf(args.folder, model, spec)
+    if bits < 16:
+        say(f"note: {args.checkpoint} also quantizes activations (to {bits} bits), which such a "
+            "folder cannot say: there they stay floats, and the logits differ")
+    if not isinstance(spec, dict):
+        say("note: no tokenizer.json: this checkpoint's tokenizer is not a Hugging Face one")
+    say(f"wrote {args.folder}: {model.config.n_layer} blocks in bfloat16")
+
 def main():
-    commands = {"eval": eval_checkpoint, "sample": sample_checkpoint}
+    commands = {"eval": eval_checkpoint, "sample": sample_checkpoint, "export": export_checkpoint}
     command = commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
     command(sys.argv[2:]) if command else pretrain(sys.argv[1:])
 

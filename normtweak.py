@@ -4,6 +4,8 @@
     python normtweak.py --bits 2 --smoke        # every line of it in a few seconds
     python normtweak.py --bits 4 --a-bits 8     # activations too, with SmoothQuant folded in
     python normtweak.py --model out/gptq-w2.pt --teacher out/base.pt    # codes that exist already
+    python normtweak.py --model DIR --host gptq --bits 3 --group-size 64 --seq-len 128 --calib data
+                                                # a Hugging Face folder, one block in float at once
 
 The idea:
   1. The float model writes its own calibration text: a frequent first token, a few greedy ones,
@@ -23,6 +25,7 @@ float block sees the quantized stream too, so each block answers for its own err
 
 Shapes: N windows of T tokens, B of them a step; C channels; O outputs of a linear.
 """
+import contextlib
 import copy
 import os
 import time
@@ -61,6 +64,7 @@ def parse_args(argv=None):
         help="closed: least squares instead of --loss and --lr (default: adam)")
     add("--calib", choices=("self", "data", "random"), default="self",
         help="calibration: text by the model, training text, random tokens (default: self)")
+    add("--host", choices=("rtn", "gptq"), help="quantize by this one alone (default: by both)")
     add("--teacher", help="dense checkpoint of a packed --model, whose codes stay as they are")
     add_flags(p)
     # A step is one window, so --steps is the size of the calibration set. The paper takes 128
@@ -69,14 +73,16 @@ def parse_args(argv=None):
     p.set_defaults(batch_size=1, accumulate=1, lr=3e-3, seq_len=0)
     args = p.parse_args(argv)
     args.steps = args.steps or (4 if args.smoke else 64)
-    if args.resume:
-        raise UsageError("--resume has nothing to go on from: normtweak.py keeps no state")
     if args.smooth is not None and args.a_bits == 16:
         raise UsageError(f"--smooth {args.smooth} is for quantized activations; add --a-bits 8")
     if args.teacher and not args.model:
         raise UsageError(f"--teacher {args.teacher} needs the packed checkpoint as --model")
     args.smooth = 0.5 if args.smooth is None else args.smooth
-    return resolve(args)
+    args = resolve(args)
+    if args.resume and (args.model or os.path.exists(os.path.join(args.out, "base.pt"))):
+        raise UsageError("--resume has nothing to go on from: normtweak.py keeps no state but that "
+                         "of the base model's training")
+    return args
 
 # ---- The losses: a block's float output f and quantized output q, (B, T, C) each -> a scalar.
 # Equal outputs have a gradient of exactly zero, so that Adam does not move at all.
@@ -144,6 +150,9 @@ def generate(model, ids, n, end, generator):
 # ---- The hosts: RTN, GPTQ, and SmoothQuant in front of either. `windows` are the inputs (B, T, C)
 # of a block, which come from the quantized blocks before it; `tables` are the rotary ones.
 
+class Seen(Exception):
+    """Ends a block's forward pass early: every linear that was asked for has had its input."""
+
 class FrozenLinear(nn.Module):
     """A packed linear with its weight spelled out in floats: differentiable in its input."""
 
@@ -164,17 +173,22 @@ def swap(block, kind, make):
 
 def collect_hessians(block, names, windows, tables, a_bits=16):
     """{name: (E[x x^T] (C, C), max|x| (C,))} of the named linears' inputs x, over all tokens."""
-    found, tokens = {}, dict.fromkeys(names, 0)
+    found, tokens, missing = {}, dict.fromkeys(names, 0), set()
     def see(name, x):
         x = fake_quant_tokens(x, a_bits) if a_bits < 16 else x             # (B T, C)
         h, peak = found.get(name, (x.new_zeros(x.size(1), x.size(1)), x.new_zeros(())))
         before, tokens[name] = tokens[name], tokens[name] + len(x)         # a running mean
         found[name] = (h.mul_(before / tokens[name]).addmm_(x.t(), x, alpha=1 / tokens[name]),
                        torch.maximum(x.abs().amax(0), peak))
+        missing.discard(name)
+        if not missing:
+            raise Seen
     hooks = [block.get_submodule(name).register_forward_pre_hook(
         lambda _, inputs, name=name: see(name, inputs[0].flatten(0, -2))) for name in names]
     for x in windows:
-        block(x, *tables)
+        missing.update(names)
+        with contextlib.suppress(Seen):
+            block(x, *tables)
     for hook in hooks:
         hook.remove()
     return found
@@ -263,12 +277,14 @@ def compress(student, teacher, ids, args, host=None, tweak=True, passes=1):
     """Quantize `student` block by block in place and tweak its norms; `teacher` is the dense model.
 
     host: "rtn", "gptq", or None where the student's linears are packed already. Returns one pair
-    a block, the mean channel loss of a window before and after the tweak.
+    a block, the mean channel loss of a window before and after the tweak. One block at a time is
+    float32: the others stay as the teacher stores them, or are packed.
     """
-    student.requires_grad_(False)
     losses, L, tables = [], len(student.blocks), student.rope(ids)
     windows = student.embed(ids).float().split(args.batch_size)            # (B, T, C) each
-    for i, (block, float_block) in enumerate(zip(student.blocks, teacher.blocks)):
+    for i in progress(range(L), f"{host or 'packed'}{'-tweak' * tweak}: block"):
+        block, float_block = (copy.deepcopy(m.blocks[i]).float().requires_grad_(False)
+                              for m in (student, teacher))
         targets = [float_block(x, *tables) for x in windows]               # of the quantized stream
         if host and args.a_bits < 16:
             smooth(block, windows, tables, args.smooth)
@@ -276,15 +292,17 @@ def compress(student, teacher, ids, args, host=None, tweak=True, passes=1):
             quantize_block(block, windows, tables, args, host, f"block {i + 1}/{L} | ")
         else:
             swap(block, QuantLinear, FrozenLinear)
-        before = mean_loss(targets, [block(x, *tables) for x in windows])
+        outputs = [block(x, *tables) for x in windows]
+        before = mean_loss(targets, outputs)
         if tweak and args.solver == "adam":
             lr = args.lr * (1 + LR_SCALE * i / L)      # grows, as the stream's error does
             tweak_by_adam(block, windows, targets, tables, args.loss, lr, passes)
         elif tweak:
             tweak_by_least_squares(block, float_block, windows, tables)
-        windows = [block(x, *tables) for x in windows]                     # with the final norms
+        windows = [block(x, *tables) for x in windows] if tweak else outputs  # the final norms'
         losses.append((before, mean_loss(targets, windows)))
         swap(block, FrozenLinear, lambda linear: linear.packed)
+        student.blocks[i] = block
     return losses
 
 def mean_loss(targets, outputs):
@@ -303,7 +321,7 @@ def load_models(args):
         args.bits, args.a_bits, args.group_size, args.symmetric = (
             specs[0][k] for k in ("bits", "a_bits", "group_size", "signed"))
         args.model = args.teacher
-    teacher, content, data = load_base(args)
+    teacher, content, data = load_base(args, as_stored=True)
     dense, args.model = args.model or os.path.join(args.out, "base.pt"), path
     if content["linears"]:
         raise UsageError(f"{dense} is packed already; give the dense checkpoint as --model, or as "
@@ -332,10 +350,11 @@ def main():
             "inputs of a layer apart; give more with --steps")
     base = evaluate(teacher, data.val, args.seq_len, data.tokenizer)
     values, rows = {"dense": round(base["loss"], 6)}, [line("dense", base, 16)]
-    for host in ("packed",) if student else ("rtn", "gptq"):
+    for host in ("packed",) if student else (args.host,) if args.host else ("rtn", "gptq"):
         for tweak in (False, True):
             name, begin = host + "-tweak" * tweak, time.time()
-            model = copy.deepcopy(student or teacher)
+            memo = {id(p): p for p in (student or teacher).parameters()}   # shared, not copied
+            model = copy.deepcopy(student or teacher, memo)
             losses = compress(model, teacher, ids, args, None if student else host, tweak)
             seconds, (bpw, _) = time.time() - begin, bits_per_weight(model)
             path = os.path.join(args.out, f"{name}-w{args.bits}.pt")

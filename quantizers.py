@@ -391,8 +391,11 @@ class QuantLinear(nn.Module):
         return levels.new_zeros(keep.shape).masked_scatter(keep, levels)
 
     def weight(self):
-        """The weight that the codes stand for, float32 (O, C) (affine)."""
+        """The weight that the codes stand for, float32 (O, C), rotated back where they were."""
         s = self.spec
+        if s["kind"] == "quest":
+            w = self.levels(torch.float32) * self.scale
+            return rotate(w) if s["rotate"] else w
         q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
         return dequantize(q, self.scale, self.zero_point, s["group_size"])
 
