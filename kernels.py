@@ -516,8 +516,7 @@ def main():
     if not torch.cuda.is_available():
         raise UsageError("kernels.py times Triton kernels, and there is no GPU here; run it on one")
     query = "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.limit"
-    clocks = subprocess.run(["nvidia-smi", "--format=csv,noheader", query], capture_output=True,
-                            text=True).stdout
+    clocks = subprocess.getoutput(f"nvidia-smi --format=csv,noheader {query}")
     blocks = [torch.empty(2**29, dtype=torch.uint8, device="cuda") for _ in range(2)]
     copy = 2**30 / graph_us([lambda: blocks[0].copy_(blocks[1])] * 3) / 1e6             # TB/s
     say(f"{torch.cuda.get_device_name()} | torch {torch.__version__} | triton {triton.__version__} "
