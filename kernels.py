@@ -411,10 +411,7 @@ def lowbit_matmul(x, w):
     parts = tickets = y
     if SPLIT > 1:
         parts = x.new_empty(tiles * SPLIT * BLOCK_M * BLOCK_N, dtype=torch.float32)
-        key = x.device, torch.cuda.current_stream(x.device) if x.is_cuda else None
-        if key not in _tickets or len(_tickets[key]) < tiles:
-            _tickets[key] = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=x.device)
-        tickets = _tickets[key]                        # zero again after every launch
+        tickets = _zero_tickets(tiles, x.device)
     pairs = torch.empty_like(flat)
     _shuffle[triton.cdiv(flat.numel(), 2048),](flat.view(torch.int32), pairs.view(torch.int32),
                                                flat.numel() // 2, BLOCK=1024)
@@ -422,6 +419,15 @@ def lowbit_matmul(x, w):
                         ASM, ASM and torch.cuda.get_device_capability(x.device)[0] == 9,
                         num_warps=warps, num_stages=stages)
     return y.view(*x.shape[:-1], O)
+
+def _zero_tickets(n, device):
+    """n zeros, which `_tile` leaves as zeros: kept for each stream, but not from within a graph."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(n, dtype=torch.int32, device=device)
+    key = torch.cuda.current_stream(device)
+    if key not in _tickets or len(_tickets[key]) < n:
+        _tickets[key] = torch.zeros(max(n, 1024), dtype=torch.int32, device=device)
+    return _tickets[key]
 
 def dequantize(w, dtype):
     """The weight (O, C) of a LowBit in 16 bits, by `_dequantize`."""
