@@ -310,65 +310,49 @@ def _shuffle(x, out, n, BLOCK: tl.constexpr):
     k = at - k + k % 4 * 4 + k // 4 % 2 * 2 + k // 8
     tl.store(out + at, tl.load(x + k, mask=at < n), mask=at < n)
 
-@triton.jit
-def _step(words, high, grid, t, k, O, C: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-          BLOCK_K: tl.constexpr):
-    """Words, third bits and grids of BLOCK_K k's of the tiles t (T, 1, 1), first bits lowest."""
-    LOW: tl.constexpr = 2 if BITS == 3 else BITS
-    BLK: tl.constexpr = 256 // LOW
-    ROW: tl.constexpr = (C + 255) // 256 * 256
-    B: tl.constexpr = BLOCK_K // BLK if BLOCK_K > BLK else 1           # blocks of words
-    u, r = tl.arange(0, 128)[None, None, :], tl.arange(0, 16)[None, None, :]
-    block = t * (ROW // BLK) + k // BLK + tl.arange(0, B)[None, :, None]
-    w = tl.load(words + block * 128 + u).to(tl.uint32, bitcast=True)
-    w = w >> k % BLK // 16 * LOW if BLOCK_K < BLK else w
-    h = w
-    if BITS == 3:
-        h = tl.load(high + (t * (ROW // 256) + k // 256) * 128 + u).to(tl.uint32, bitcast=True)
-        h = h >> k % 256 // 64 * 4 + k % 64 // 32
-    return w, h, tl.load(grid + k // GROUP * O + t * 16 + r).to(tl.uint32, bitcast=True)
-
-@triton.jit
-def _operand(w, h, g, MASK, BITS: tl.constexpr, T: tl.constexpr, BLOCK_K: tl.constexpr,
-             dt: tl.constexpr, ASM: tl.constexpr):
-    """What `_step` read -> the weight in 16 bits (16 T, BLOCK_K)."""
-    a = _numbers(w, h, g & 255, MASK, 0, BLOCK_K // 32 // w.shape[1], T, w.shape[1], BITS, dt, ASM)
-    scale = tl.reshape((g & 0xFFFFFF00).to(tl.float32, bitcast=True), (T, 1, 2, 8)).to(dt)
-    a *= tl.reshape(tl.trans(scale, (0, 1, 3, 2)), (T, 1, 8, 1, 2, 1, 1, 1))
-    return tl.reshape(tl.trans(a, (0, 4, 2, 1, 6, 5, 3, 7)), (16 * T, BLOCK_K))
-
 @triton.jit(do_not_specialize=["M", "MASK"])
 def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexpr,
           GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-          BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr):
+          BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, WGMMA: tl.constexpr):
     """One tile of outputs x tokens over one of SPLIT parts of k; x comes from `_shuffle`.
 
-    The words of the step after next are on their way while those of the next one become numbers
-    and the tensor cores multiply this one's. Unpacked in the same step, as wgmma's operand in
-    registers, they would be overwritten before Triton 3.6 has waited for it. With SPLIT > 1 each
-    program leaves its sum in `parts`; a tile's last program adds them up in their order.
+    The weights are wgmma's left operand, which may lie in registers. With SPLIT > 1 each program
+    leaves its sum in `parts`, and a tile's last program adds them up in their order.
     """
     dt: tl.constexpr = x.dtype.element_ty
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    BLK: tl.constexpr = 256 // LOW
+    ROW: tl.constexpr = (C + 255) // 256 * 256
     T: tl.constexpr = BLOCK_N // 16
-    STEPS: tl.constexpr = C // BLOCK_K // SPLIT
+    B: tl.constexpr = BLOCK_K // BLK if BLOCK_K > BLK else 1           # blocks of words a step
     rows = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)                             # the tiles of one weight run side by side
     m = pid % rows * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid // rows * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.minimum(pid // rows * T + tl.arange(0, T), O // 16 - 1)[:, None, None]
+    u, r = tl.arange(0, 128)[None, None, :], tl.arange(0, 16)[None, None, :]
     xs = x + tl.minimum(m, M - 1)[None, :] * C + tl.arange(0, BLOCK_K)[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    k0 = tl.program_id(1) * (STEPS * BLOCK_K)
-    w, h, g = _step(words, high, grid, t, k0, O, C, GROUP, BITS, BLOCK_K)
-    a = _operand(w, h, g, MASK, BITS, T, BLOCK_K, dt, ASM)
-    k = k0 + (BLOCK_K if STEPS > 1 else 0)
-    w, h, g = _step(words, high, grid, t, k, O, C, GROUP, BITS, BLOCK_K)
-    for step in range(0, STEPS):
-        k = k0 + tl.minimum(step + 2, STEPS - 1) * BLOCK_K
-        next_w, next_h, next_g = _step(words, high, grid, t, k, O, C, GROUP, BITS, BLOCK_K)
-        acc = tl.dot(a, tl.load(xs + (k0 + step * BLOCK_K)), acc)
-        a = _operand(w, h, g, MASK, BITS, T, BLOCK_K, dt, ASM)
-        w, h, g = next_w, next_h, next_g
+    first = tl.program_id(1) * (C // BLOCK_K // SPLIT)
+    for step in range(0, C // BLOCK_K // SPLIT):
+        k = (first + step) * BLOCK_K
+        block = t * (ROW // BLK) + k // BLK + tl.arange(0, B)[None, :, None]
+        w = tl.load(words + block * 128 + u)
+        if BLOCK_K < BLK:
+            w = w.to(tl.uint32, bitcast=True) >> k % BLK // 16 * LOW
+        h = 0
+        if BITS == 3:
+            h = tl.load(high + (t * (ROW // 256) + k // 256) * 128 + u)
+            h = h.to(tl.uint32, bitcast=True) >> k % 256 // 64 * 4 + k % 64 // 32
+        g = tl.load(grid + k // GROUP * O + t * 16 + r).to(tl.uint32, bitcast=True)
+        a = _numbers(w, h, g & 255, MASK, 0, BLOCK_K // B // 32, T, B, BITS, dt, ASM)
+        scale = tl.reshape((g & 0xFFFFFF00).to(tl.float32, bitcast=True), (T, 1, 2, 8)).to(dt)
+        a *= tl.reshape(tl.trans(scale, (0, 1, 3, 2)), (T, 1, 8, 1, 2, 1, 1, 1))
+        a = tl.reshape(tl.trans(a, (0, 4, 2, 1, 6, 5, 3, 7)), (BLOCK_N, BLOCK_K))
+        acc = tl.dot(a, tl.load(xs + k), acc)
+        if WGMMA:     # else Triton 3.6 lets the next step overwrite what wgmma still reads
+            tl.inline_asm_elementwise("wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;", "=r,r",
+                                      [k], tl.int32, False, 1)
     if SPLIT > 1:
         size: tl.constexpr = BLOCK_N * BLOCK_M
         at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
@@ -384,7 +368,9 @@ def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexp
     tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], acc.to(dt),
              mask=(m < M)[None, :] & (n < N)[:, None])
 
+# In the interpreter, plain Triton; on a Hopper GPU, `_tile`'s wait.
 ASM = isinstance(_half, triton.JITFunction) and torch.version.hip is None
+WGMMA = ASM and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 DECODE = {    # (bits, tokens up to): tiles of 16 outputs a warp, k's a step, wait for the loads?
     # Measured on an H100. One tile: more programs in flight hide the memory's latency. From 9
     # tokens on reading x costs more than that, and two tiles share it. 256 k's: 512 cost registers
@@ -394,10 +380,11 @@ DECODE = {    # (bits, tokens up to): tiles of 16 outputs a warp, k's a step, wa
     (1, 16): (2, 256, False), (2, 16): (2, 256, False), (3, 16): (2, 256, True),
     (4, 16): (2, 256, False), (8, 16): (1, 128, False)}
 TILE = {      # BLOCK_M: BLOCK_N, BLOCK_K, warps, stages, and programs worth splitting k for
-    # Wide in outputs, as every program reads all of its x from the L2. 64 k's from 128 tokens on:
-    # shared memory for two programs an SM, of which one unpacks while the other multiplies.
-    32: (128, 128, 8, 4, 264), 64: (128, 128, 8, 4, 264), 128: (128, 64, 8, 4, 264),
-    256: (128, 64, 8, 4, 132)}
+    # 4 warps: two programs an SM, so that one unpacks while the other multiplies; splitting k for
+    # more of them than 264 cost time. At 256 tokens the sums fill the registers of 8 warps, and
+    # 4 bits take 64 k's a step, one block of words.
+    32: (64, 128, 4, 4, 264), 64: (64, 128, 4, 4, 264), 128: (64, 128, 4, 3, 264),
+    256: (128, 128, 8, 3, 132)}
 FUSED = 1024  # tokens; above, the one-off cost of writing the weight out is less than _tile's loss
 _tickets = {}
 
@@ -414,11 +401,11 @@ def plan(M, w):
         return _decode, (tiles // T,), constants, dict(num_warps=S, num_stages=1)
     BLOCK_M = min(max(32, triton.next_power_of_2(M)), 256)
     BLOCK_N, BLOCK_K, warps, stages, enough = TILE[BLOCK_M]
-    BLOCK_K = math.gcd(BLOCK_K, w.group, C)
+    BLOCK_K = math.gcd(64 if bits == 4 and BLOCK_M == 256 else BLOCK_K, w.group, C)
     tiles = triton.cdiv(O, BLOCK_N) * triton.cdiv(M, BLOCK_M)
     SPLIT = max(s for s in (1, 2, 4, 8)
                 if s == 1 or tiles * s <= enough and C // BLOCK_K % s == 0)
-    constants.update(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, SPLIT=SPLIT)
+    constants.update(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, SPLIT=SPLIT, WGMMA=WGMMA)
     return _tile, (tiles, SPLIT), constants, dict(num_warps=warps, num_stages=stages)
 
 def lowbit_matmul(x, w):
