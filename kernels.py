@@ -428,7 +428,7 @@ def lowbit_matmul(x, w):
                  **options)
     return y.view(*x.shape[:-1], O)
 
-def _mask(bits):
+def _mask(bits):                                       # of one field, in both halves of a word
     return (2 ** (2 if bits == 3 else bits) - 1) * 0x10001
 
 def _zero_tickets(n, device):
