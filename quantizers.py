@@ -353,6 +353,7 @@ class QuantLinear(nn.Module):
         self.spec = dict(spec)
         for name in ("packed", "scale", "zero_point", "keep", "a_scale"):
             self.register_buffer(name, tensors.get(name))
+        self.operand = None                            # the weight as kernels.py wants it
 
     @classmethod
     def affine(cls, q, scale, zero_point, bits, group_size=-1, a_bits=16):
@@ -366,7 +367,8 @@ class QuantLinear(nn.Module):
     @classmethod
     def quest(cls, w, bits, a_bits, grid="uniform", rotated=True, w_scale=None, a_scale=None):
         """QuEST codes of the weight w (O, C); the scales follow from the rows unless given."""
-        h = rotate(w) if rotated else w
+        with full_float32():                           # as training on a GPU does
+            h = rotate(w) if rotated else w
         q, scale, _ = quest_codes(h, bits, grid, w_scale)
         tensors = dict(scale=scale.view(-1, 1), a_scale=a_scale)
         if grid == "fp4":                              # +-0..12 -> sign bit, 3 bits of magnitude
@@ -396,11 +398,28 @@ class QuantLinear(nn.Module):
         q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
         return dequantize(q, self.scale, self.zero_point, s["group_size"])
 
+    def integers(self, x):
+        """Whether kernels.py has this layer (quest), on a GPU."""
+        s = self.spec
+        if not x.is_cuda or self.a_scale is not None or not (s["rotate"] and s["grid"] == "uniform"):
+            return False
+        from kernels import quest_fits
+        return quest_fits(x, s["bits"], s["a_bits"])
+
+    def quest_kernel(self, x):
+        from kernels import quest_linear, quest_operand
+        s = self.spec
+        if self.operand is None or self.operand[1].device != x.device:
+            self.operand = quest_operand(self.packed, self.scale, s["bits"], s["in_features"])
+        return quest_linear(x, self.operand, s["a_bits"], s["bits"])
+
     def forward(self, x):
         s = self.spec
         if s["kind"] == "affine":
             x = fake_quant_tokens(x, s["a_bits"]) if s["a_bits"] < 16 else x
             return F.linear(x, self.weight().to(x.dtype))
+        if self.integers(x):
+            return self.quest_kernel(x)
         h, h_scale = rotate(x) if s["rotate"] else x.float(), None
         if s["a_bits"] < 16:
             grid = "fp4" if s["grid"] == "fp4" else "uniform"          # sparse: weights only

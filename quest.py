@@ -34,6 +34,9 @@ from model import (Parser, UsageError, add_flags, batch, evaluate, finish, heade
 from quantizers import (QuantLinear, bits_per_weight, clip_limit, code_linear, code_offset,
                         keep_two_of_four, num_levels, quest_codes, rotate, trust_limit)
 
+if torch.cuda.is_available():
+    import kernels                                     # needs Triton
+
 BITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8, 16)
 # --quantizer: rotate?, and the largest |h| / scale that gets a gradient, from (bits, grid). The
 # baselines share QuEST's grid and scale; "lsq" learns its step instead (LsqLinear).
@@ -152,6 +155,30 @@ class QuestFunction(torch.autograd.Function):
             gx = rotate(gx, dtype=ctx.dtype)
         return gx, None, None, None, None, *gws
 
+class FusedQuest(torch.autograd.Function):
+    """QuestFunction for a GPU, a kernel for each of its lines: integer products forward, and masks
+    of one bit. Keeps x_hat and w_hat for the backward pass, which are its operands as they are."""
+
+    @staticmethod
+    def forward(ctx, x, bits, a_bits, *weights):
+        *a, x_hat, x_trusted = kernels.hadamard_quantize(x, a_bits, x.dtype)
+        ys, saved = [], [x_hat, x_trusted]
+        for weight in weights:
+            *w, w_hat, w_trusted = kernels.hadamard_quantize(weight, bits, x.dtype)
+            ys.append(kernels.quest_matmul(a, w, a_bits, bits, x.dtype))           # (B, O)
+            saved += [w_hat, w_trusted]
+        ctx.save_for_backward(*saved)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *gs):
+        x_hat, x_trusted, *saved = ctx.saved_tensors
+        gx, gws = None, []
+        for g, w_hat, w_trusted in zip(gs, saved[::2], saved[1::2]):
+            gx = g @ w_hat if gx is None else torch.addmm(gx, g, w_hat)            # (B, C)
+            gws.append(kernels.rotate_trusted(g.t() @ x_hat, w_trusted, torch.float32))
+        return kernels.rotate_trusted(gx, x_trusted, gx.dtype), None, None, *gws
+
 class QuestLinear(nn.Module):
     """A linear with quantized weights and inputs; `weight` is the float32 master (O, C)."""
 
@@ -165,7 +192,13 @@ class QuestLinear(nn.Module):
     @staticmethod
     def fused(x, linears):
         """[linear(x) for each], quantizing x once."""
-        ys = QuestFunction.apply(x.flatten(0, -2), *linears[0].how, *[m.weight for m in linears])
+        (bits, a_bits, grid, quantizer), weights = linears[0].how, [m.weight for m in linears]
+        flat = x.flatten(0, -2)                                                    # (B, C)
+        if (TRUST is None and (grid, quantizer) == ("uniform", "quest") and x.is_cuda
+                and kernels.quest_fits(x, bits, a_bits)):
+            ys = FusedQuest.apply(flat, bits, a_bits, *weights)
+        else:
+            ys = QuestFunction.apply(flat, *linears[0].how, *weights)
         return [y.view(*x.shape[:-1], -1) for y in ys]
 
     @torch.no_grad()
