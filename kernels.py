@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from quantizers import (EPS, GAUSSIAN_CLIP, _signs, clip_limit, code_linear, code_offset, pack,
+from quantizers import (EPS, GAUSSIAN_CLIP, hadamard_signs, clip_limit, code_linear, code_offset, pack,
                         quest_codes, rotate, trust_limit, unpack)
 
 @triton.jit
@@ -56,42 +56,42 @@ def _hadamard_quantize(x, signs, codes, scale, sums, values, trusted, T, C: tl.c
                        CLIP: tl.constexpr, EPS: tl.constexpr, TOP: tl.constexpr,
                        SHIFT: tl.constexpr, LIMIT: tl.constexpr, PLANES: tl.constexpr,
                        TRAIN: tl.constexpr, n: tl.constexpr, NB: tl.constexpr,
-                       ROWS: tl.constexpr):
-    i, col = tl.arange(0, ROWS * NB), tl.arange(0, n)                      # NB blocks of n a row
-    row, block = tl.program_id(0) * ROWS + i // NB, i % NB
-    live = ((row < T) & (block < C // n))[:, None]
-    at = (row.to(tl.int64) * C + block * n)[:, None]
-    v = tl.load(x + at + col[None, :], mask=live, other=0.0)               # (ROWS NB, n)
+                       ROWS: tl.constexpr, STAGES: tl.constexpr):
+    i, r, col = tl.arange(0, ROWS * NB), tl.arange(0, ROWS), tl.arange(0, n)
     order = (col % (n // PLANES)) * PLANES + col // (n // PLANES)
-    H = tl.trans(tl.load(signs + order[:, None] * n + col[None, :]))
-    f = v.to(tl.float32)
-    first = v.to(signs.dtype.element_ty)
-    if x.dtype.element_ty == tl.float32:               # three bfloat16 add up to it: 24 bits
-        rest = f - first.to(tl.float32)
-        second = rest.to(signs.dtype.element_ty)
-        third = (rest - second.to(tl.float32)).to(signs.dtype.element_ty)
-        h = tl.dot(first, H, tl.dot(second, H, tl.dot(third, H)))
-    else:
-        h = tl.dot(first, H)
-    square = tl.sum(tl.reshape(tl.sum(f * f, 1), (ROWS, NB)), 1)           # (ROWS,)
-    s = (CLIP * tl.sqrt(square / C) + EPS) * (2.0 / TOP)
-    u = h * (n**-0.5 / tl.reshape(tl.broadcast_to(s[:, None], (ROWS, NB)), (ROWS * NB,)))[:, None]
-    c = 2.0 * tl.floor(u + SHIFT) + (1.0 - 2.0 * SHIFT)
-    c = tl.minimum(tl.maximum(c, -TOP), TOP)
-    tl.store(codes + at + col[None, :], (c if TOP < 128 else tl.floor(0.5 * c)).to(tl.int8),
-             mask=live)
-    total = tl.sum(tl.reshape(tl.sum(tl.where(live, c, 0.0), 1), (ROWS, NB)), 1)
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tl.store(scale + r, s, mask=r < T)
-    tl.store(sums + r, total.to(tl.int32), mask=r < T)
-    if TRAIN:
-        half = tl.reshape(tl.broadcast_to(0.5 * s[:, None], (ROWS, NB)), (ROWS * NB,))[:, None]
-        tl.store(values + at + col[None, :], (c * half).to(values.dtype.element_ty), mask=live)
-        bit = (tl.abs(u) <= LIMIT).to(tl.int32) << (col % 8)[None, :]
-        byte = tl.sum(tl.reshape(bit, (ROWS * NB, n // 8, 8)), 2)
-        tl.store(trusted + at // 8 + tl.arange(0, n // 8)[None, :], byte.to(tl.uint8), mask=live)
+    H = tl.trans(tl.load(signs + order[:, None] * n + col[None, :]))       # (n, n), once a program
+    within = (i // NB * C + i % NB * n)[:, None] + col[None, :]            # NB blocks of n a row
+    within8 = (i // NB * C + i % NB * n)[:, None] // 8 + tl.arange(0, n // 8)[None, :]
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, ROWS), tl.num_programs(0),
+                         num_stages=STAGES):
+        at = tl.cast(tile, tl.int64) * (ROWS * C)
+        live = ((tile * ROWS + i // NB < T) & (i % NB < C // n))[:, None]
+        v = tl.load(x + at + within, mask=live, other=0.0)                 # (ROWS NB, n)
+        f = v.to(tl.float32)
+        square = tl.sum(tl.reshape(tl.sum(f * f, 1), (ROWS, NB)), 1)       # (ROWS,)
+        s = (CLIP * tl.sqrt(square / C) + EPS) * (2.0 / TOP)
+        each = tl.reshape(tl.broadcast_to(s[:, None], (ROWS, NB)), (ROWS * NB,))[:, None]
+        if x.dtype.element_ty == tl.float32:           # two float16 hold 22 bits of it
+            f = f * (n**-0.5 / each)
+            high = f.to(tl.float16)
+            u = tl.dot(high, H, tl.dot((f - high.to(tl.float32)).to(tl.float16), H))
+        else:
+            u = tl.dot(v, H) * (n**-0.5 / each)
+        near = (u + (SHIFT - 0.5)) + 12582912.0 - 12582912.0       # 1.5 * 2^23: to the nearest
+        c = tl.minimum(tl.maximum(2.0 * near + (1.0 - 2.0 * SHIFT), -TOP), TOP)
+        k = (c if TOP < 128 else 0.5 * c - 0.5) + 12582912.0       # its low byte is the integer
+        tl.store(codes + at + within, k.to(tl.int32, bitcast=True).to(tl.int8), mask=live)
+        total = tl.sum(tl.reshape(tl.sum(tl.where(live, c, 0.0), 1), (ROWS, NB)), 1)
+        out = tile * ROWS + r
+        tl.store(scale + out, s, mask=out < T)
+        tl.store(sums + out, total.to(tl.int32), mask=out < T)
+        if TRAIN:
+            tl.store(values + at + within, (c * (0.5 * each)).to(values.dtype.element_ty), mask=live)
+            bit = (tl.abs(u) <= LIMIT).to(tl.int32) << (col % 8)[None, :]
+            byte = tl.sum(tl.reshape(bit, (ROWS * NB, n // 8, 8)), 2).to(tl.uint8)
+            tl.store(trusted + at // 8 + within8, byte, mask=live)
 
-TILE, WARPS, TILE32, WARPS32 = 64, 4, 64, 8
+TILE, WARPS, TILE32, WARPS32, STAGES, PROGRAMS = 64, 4, 64, 4, 1, 396
 
 def hadamard_quantize(x, bits, dtype=None, planes=1):
     """QuEST's codes of the rows of x (T, C): codes int8 (T, C), scale float32 (T,), sums int32 (T,).
@@ -110,37 +110,41 @@ def hadamard_quantize(x, bits, dtype=None, planes=1):
     if dtype is not None:
         outputs += (torch.empty(T, C, dtype=dtype, device=x.device),
                     torch.empty(T, C // 8, dtype=torch.uint8, device=x.device))
-    half = x.dtype if x.dtype != torch.float32 else torch.bfloat16 if x.is_cuda else torch.float16
+    half = torch.float16 if x.dtype == torch.float32 else x.dtype
     NB = triton.next_power_of_2(C // n)
     wide, warps = (TILE32, WARPS32) if x.dtype == torch.float32 else (TILE, WARPS)
     ROWS = max(1, (wide if T * C >= 2**20 else 16) // NB)  # few tokens: one each, for latency
-    _hadamard_quantize[triton.cdiv(T, ROWS),](
-        x.contiguous(), _signs(n, x.device, half), codes, scale, sums, outputs[-2], outputs[-1], T, C,
+    _hadamard_quantize[min(triton.cdiv(T, ROWS), PROGRAMS),](
+        x.contiguous(), hadamard_signs(n, x.device, half), codes, scale, sums, outputs[-2], outputs[-1], T, C,
         GAUSSIAN_CLIP[bits], EPS, 2.0 * clip_limit(bits), 0.5 - code_offset(bits),
-        trust_limit(bits), planes, dtype is not None, n, NB, ROWS,
+        trust_limit(bits), planes, dtype is not None, n, NB, ROWS, STAGES,
         num_warps=8 if NB * ROWS > 64 else warps)
     return outputs
 
 @triton.jit
-def _rotate_trusted(g, trusted, signs, out, blocks, n: tl.constexpr, R: tl.constexpr):
-    i, col = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, n)
-    live, at = (i < blocks)[:, None], i[:, None] * n
-    v = tl.load(g + at + col[None, :], mask=live, other=0.0)               # (R, n)
-    byte = tl.load(trusted + at // 8 + tl.arange(0, n // 8)[None, :], mask=live, other=0)
-    bit = tl.reshape((byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, (R, n))
-    v = tl.where(bit != 0, v, 0.0).to(signs.dtype.element_ty)
-    h = tl.dot(v, tl.load(signs + col[:, None] * n + col[None, :])) * n**-0.5
-    tl.store(out + at + col[None, :], h.to(out.dtype.element_ty), mask=live)
+def _rotate_trusted(g, trusted, signs, out, blocks, n: tl.constexpr, R: tl.constexpr,
+                    STAGES: tl.constexpr):
+    i, col, bits = tl.arange(0, R)[:, None], tl.arange(0, n)[None, :], tl.arange(0, 8)
+    H = tl.load(signs + tl.arange(0, n)[:, None] * n + col)
+    bytes = i * (n // 8) + tl.arange(0, n // 8)[None, :]
+    for tile in tl.range(tl.program_id(0), tl.cdiv(blocks, R), tl.num_programs(0),
+                         num_stages=STAGES):
+        live, at = tile * R + i < blocks, tl.cast(tile, tl.int64) * (R * n)
+        v = tl.load(g + at + i * n + col, mask=live, other=0.0)            # (R, n)
+        mask = tl.load(trusted + at // 8 + bytes, mask=live, other=0)[:, :, None] >> bits & 1
+        v = tl.where(tl.reshape(mask, (R, n)) != 0, v, 0.0).to(signs.dtype.element_ty)
+        tl.store(out + at + i * n + col, (tl.dot(v, H) * n**-0.5).to(out.dtype.element_ty),
+                 mask=live)
 
-ROTATE_R, ROTATE_W = 64, 4
+ROTATE_R, ROTATE_W, ROTATE_S, ROTATE_P = 64, 4, 2, 396
 
 def rotate_trusted(g, trusted, dtype):
     """rotate(g * mask) in dtype, for the backward pass: g (T, C) float16 or bfloat16, contiguous,
     trusted (T, C / 8) as hadamard_quantize returns it. Products are exact, sums float32."""
     n, out = math.gcd(g.size(1), 128), torch.empty(g.shape, dtype=dtype, device=g.device)
     blocks = g.numel() // n
-    _rotate_trusted[triton.cdiv(blocks, ROTATE_R),](
-        g.contiguous(), trusted, _signs(n, g.device, g.dtype), out, blocks, n, ROTATE_R,
+    _rotate_trusted[min(triton.cdiv(blocks, ROTATE_R), ROTATE_P),](
+        g.contiguous(), trusted, hadamard_signs(n, g.device, g.dtype), out, blocks, n, ROTATE_R, ROTATE_S,
         num_warps=ROTATE_W)
     return out
 
@@ -170,33 +174,30 @@ def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, M, N, K: tl.constexpr
     PLANES: tl.constexpr = 8 // FIELD
     WIDTH: tl.constexpr = BK // PLANES
     SEGMENT: tl.constexpr = 128 // PLANES
-    word, j = tl.arange(0, BK * FIELD // 32), tl.arange(0, WIDTH)
-    w += (rows % N).to(tl.int64)[:, None] * (K if FIELD == 8 else K * FIELD // 32)
-    a += (tokens % M).to(tl.int64)[None, :] * K
+    word, j = tl.arange(0, BK * FIELD // 32)[None, :], tl.arange(0, WIDTH)
+    w += (rows % N).to(tl.int64)[:, None] * (K * FIELD // 32)
+    a += tokens.to(tl.int64)[None, :] * K
     acc = tl.zeros((BN, BM), tl.int32)
     for k in range(0, K, BK):
-        if FIELD == 8:
-            acc = tl.dot(tl.load(w + k + j[None, :]), tl.load(a + k + j[:, None]), acc,
+        words = tl.load(w + k * FIELD // 32 + word).to(tl.uint32)          # (BN, BK FIELD / 32)
+        for f in tl.static_range(PLANES):
+            x = words << (8 - FIELD - FIELD * f)
+            x = (x & (0x01010101 * (256 - 2**(8 - FIELD)))) | HALF
+            b0, b1 = x.to(tl.int8), (x >> 8).to(tl.int8)
+            b2, b3 = (x >> 16).to(tl.int8), (x >> 24).to(tl.int8)
+            tile = tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), (BN, WIDTH))
+            at = k + j // SEGMENT * 128 + f * SEGMENT + j % SEGMENT        # this plane's columns
+            acc = tl.dot(tile, tl.load(a + at[:, None], mask=(tokens < M)[None, :], other=0), acc,
                          out_dtype=tl.int32)
-        else:
-            words = tl.load(w + k * FIELD // 32 + word[None, :]).to(tl.uint32)     # (BN, .)
-            for f in tl.static_range(PLANES):
-                x = words << (8 - FIELD - FIELD * f)
-                x = (x & (0x01010101 * (256 - 2**(8 - FIELD)))) | HALF
-                b0, b1 = x.to(tl.int8), (x >> 8).to(tl.int8)
-                b2, b3 = (x >> 16).to(tl.int8), (x >> 24).to(tl.int8)
-                tile = tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), (BN, WIDTH))
-                at = k + j // SEGMENT * 128 + f * SEGMENT + j % SEGMENT
-                acc = tl.dot(tile, tl.load(a + at[:, None]), acc, out_dtype=tl.int32)
     if A8 or W8:                                       # the half steps that 8-bit codes leave out
         acc = acc * (4 if A8 and W8 else 2)
     if A8:
         acc += tl.load(w_sum + rows % N)[:, None] * 2**(7 - FIELD if FIELD < 8 else 0)
     if W8:
-        acc += tl.load(a_sum + tokens % M)[None, :] - (K if A8 else 0)
+        acc += tl.load(a_sum + tokens, mask=tokens < M, other=0)[None, :] - (K if A8 else 0)
     unit = 0.25 if FIELD == 8 else 2.0**(FIELD - 9)
     out = acc.to(tl.float32) * unit * tl.load(w_scale + rows % N)[:, None]
-    out = tl.trans(out * tl.load(a_scale + tokens % M)[None, :])           # (BM, BN)
+    out = tl.trans(out * tl.load(a_scale + tokens, mask=tokens < M, other=0.0)[None, :])  # (BM, BN)
     tl.store(y + tokens.to(tl.int64)[:, None] * N + rows[None, :], out.to(y.dtype.element_ty),
              mask=(tokens < M)[:, None] & (rows < N)[None, :])
 
@@ -218,7 +219,7 @@ def quest_matmul(a, w, a_bits, bits, dtype):
     BM, BN, BK, warps, stages = next(tile[1:] for tile in QUEST_TILES if M <= tile[0])
     BK = math.gcd(K, 256 if field == 1 else BK)        # a plane of a tile has 32 columns at least
     _quest_matmul[triton.cdiv(M, BM) * triton.cdiv(N, BN),](
-        a[0], a[1], a[2], w[0] if field == 8 else w[0].view(torch.int32), w[1], w[2], y, M, N, K,
+        a[0], a[1], a[2], w[0].view(torch.int32), w[1], w[2], y, M, N, K,
         field, 0 if bits == 1.58 or field == 8 else 0x01010101 << (7 - field), a_bits == 8,
         bits == 8, BM, BN, BK, 8, num_warps=warps, num_stages=stages)
     return y
@@ -253,43 +254,41 @@ def quest_fits(x, bits, a_bits):
 # table; then every code of these inputs is a look-up and an addition in place of 8 multiplications.
 
 @triton.jit
-def _vq_matvec(x, codes, books, scales, table, parts, tickets, y, tokens, N, G: tl.constexpr,
-               BOOKS: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-               R: tl.constexpr):
+def _vq_matvec(x, codes, books, scales, table, parts, tickets, y, B, N, G: tl.constexpr,
+               M: tl.constexpr, MP: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr,
+               SPLIT: tl.constexpr, R: tl.constexpr):
     tile, part = tl.program_id(0), tl.program_id(1)
-    n, r = tile * BN + tl.arange(0, BN), tl.arange(0, R)                   # row = token, group
-    token, group, e = r // BG, r % BG, tl.arange(0, 16)                    # 8 inputs and 8 zeros
-    c, inside = tl.arange(0, 256), (n < N)[None, :]
-    table += (tile * SPLIT + part).to(tl.int64) * R * 256                  # this program's own
-    acc = tl.zeros((R, BN), tl.float32)
-    for g in range(0, G, BG * SPLIT):
-        first = g + part * BG
-        v = tl.load(x + (token * G + first + group)[:, None] * 8 + e[None, :],
-                    mask=(token < tokens)[:, None] & (e < 8)[None, :], other=0.0)  # (R, 16)
-        for m in tl.static_range(BOOKS):
-            code = tl.load(codes + ((m * G + first + group) * N.to(tl.int64))[:, None] + n[None, :],
-                           mask=inside, other=0).to(tl.int32)              # (R, BN)
-            book = tl.load(books + (m * 256 + c)[None, :] * 8 + e[:, None],
-                           mask=(e < 8)[:, None], other=0.0)               # (16, 256)
-            tl.debug_barrier()                         # the last look-ups are done
-            tl.store(table + r[:, None] * 256 + c[None, :],
-                     tl.dot(v, book).to(table.dtype.element_ty))
-            tl.debug_barrier()
-            acc += tl.load(table + r[:, None] * 256 + code).to(tl.float32)
-    sums = tl.sum(tl.reshape(acc, (R // BG, BG, BN)), 1)                   # (tokens, BN)
-    t = tl.arange(0, R // BG)
-    at, live = t[:, None] * N + n[None, :], (t < tokens)[:, None] & inside
-    tl.store(parts + part * tokens * N + at, sums, mask=live)
+    n, e, c = tile * BN + tl.arange(0, BN), tl.arange(0, 16), tl.arange(0, MP * 256)
+    r, q = tl.arange(0, R), tl.arange(0, MP * R)       # r: token and group, q: book and r
+    inside, has = (n < N)[None, :], (q // R < M)[:, None]
+    book = tl.load(books + c[None, :] * 8 + e[:, None],                    # 8 inputs and 8 zeros
+                   mask=(e < 8)[:, None] & (c < M * 256)[None, :], other=0.0)      # (16, MP 256)
+    table += (tile * SPLIT + part).to(tl.int64) * R * MP * 256             # this program's own
+    acc = tl.zeros((MP * R, BN), tl.float32)
+    for g in range(part * BG, G, BG * SPLIT):
+        code = tl.load(codes + (q // R * G + g + q % BG)[:, None] * N.to(tl.int64) + n[None, :],
+                       mask=has & inside, other=0).to(tl.int32)            # (MP R, BN)
+        v = tl.load(x + (r // BG * G + g + r % BG)[:, None] * 8 + e[None, :],
+                    mask=(r // BG < B)[:, None] & (e < 8)[None, :], other=0.0)     # (R, 16)
+        tl.debug_barrier()                             # the last look-ups are done
+        tl.store(table + r[:, None] * (MP * 256) + c[None, :],
+                 tl.dot(v, book).to(table.dtype.element_ty))
+        tl.debug_barrier()
+        acc += tl.load(table + (q % R * (MP * 256) + q // R * 256)[:, None] + code).to(tl.float32)
+    TOKENS: tl.constexpr = R // BG
+    t, p = tl.arange(0, TOKENS)[:, None], tl.arange(0, SPLIT)[:, None, None]
+    sums = tl.sum(tl.sum(tl.reshape(acc, (MP, TOKENS, BG, BN)), 2), 0)     # (tokens, BN)
+    tl.store(parts + (part * TOKENS + t) * N + n[None, :], sums, mask=inside)
     tl.debug_barrier()
-    if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLIT - 1:   # all parts are there: the
-        sums = tl.zeros((R // BG, BN), tl.float32)                     # same order every time
-        for p in range(SPLIT):
-            sums += tl.load(parts + p * tokens * N + at, mask=live, other=0.0, cache_modifier=".cg")
-        sums *= tl.load(scales + n, mask=n < N, other=0.0)[None, :]
-        tl.store(y + at, sums.to(y.dtype.element_ty), mask=live)
+    if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLIT - 1:       # all parts are there
+        each = tl.load(parts + (p * TOKENS + t[None, :, :]) * N + n[None, None, :],
+                       mask=inside[None, :, :], other=0.0, cache_modifier=".cg")
+        scale = tl.load(scales + n, mask=n < N, other=0.0)[None, :]
+        tl.store(y + t * N + n[None, :], (tl.sum(each, 0) * scale).to(y.dtype.element_ty),
+                 mask=(t < B) & inside)
         tl.atomic_xchg(tickets + tile, 0)
 
-VQ_BN, VQ_PROGRAMS, VQ_R, VQ_WARPS = 512, 264, 32, 8
+VQ_BN, VQ_PROGRAMS, VQ_R, VQ_WARPS = 512, 264, 16, 8
 _TICKETS = {}  # zeros, which every call leaves as zeros
 
 def vq_codes(codes):
@@ -307,14 +306,15 @@ def vq_matmul(x, codes, codebooks, scales):
         return vq_matmul_reference(x, codes, codebooks, scales)
     BN, R = VQ_BN, VQ_R
     BG, tiles = R // triton.next_power_of_2(B), triton.cdiv(N, BN)
-    SPLIT = math.gcd(G // BG, triton.next_power_of_2(max(1, VQ_PROGRAMS // tiles)))
+    SPLIT = math.gcd(G // BG, triton.next_power_of_2(max(1, VQ_PROGRAMS // tiles)), 128 * BG // R)
     if x.device not in _TICKETS:
         _TICKETS[x.device] = torch.zeros(4096, dtype=torch.int32, device=x.device)
-    table = torch.empty(tiles * SPLIT * R * 256, dtype=x.dtype, device=x.device)
-    parts = torch.empty(SPLIT * B * N, dtype=torch.float32, device=x.device)
+    MP = triton.next_power_of_2(M)
+    table = torch.empty(tiles * SPLIT * R * MP * 256, dtype=x.dtype, device=x.device)
+    parts = torch.empty(SPLIT * R // BG * N, dtype=torch.float32, device=x.device)
     y = torch.empty(B, N, dtype=x.dtype, device=x.device)
     _vq_matvec[tiles, SPLIT](x, codes, codebooks, scales, table, parts, _TICKETS[x.device], y, B, N,
-                             G, M, BG, BN, SPLIT, R, num_warps=VQ_WARPS)
+                             G, M, MP, BG, BN, SPLIT, R, num_warps=VQ_WARPS)
     return y
 
 def vq_matmul_reference(x, codes, codebooks, scales):

@@ -26,7 +26,7 @@ EPS = 1e-8  # the smallest clip: a row of zeros gets codes of about zero and a l
 _SIGNS = {}  # made once, so that torch.compile sees a constant
 WIDE_MM = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm has out_dtype
 
-def _signs(n, device, dtype):
+def hadamard_signs(n, device, dtype):
     """sqrt(n) * hadamard(n): entries +-1, exact in every format, also in TF32 and bfloat16."""
     if (n, device, dtype) not in _SIGNS:
         h = torch.ones(1, 1)
@@ -39,7 +39,7 @@ def hadamard(n):
     """Orthonormal Sylvester matrix, float32 (n, n), n a power of two; it is its own inverse."""
     if n < 1 or n & (n - 1):
         raise ValueError(f"a Sylvester-Hadamard matrix needs a power of two, not {n}")
-    return _signs(n, torch.device("cpu"), torch.float32) * n**-0.5
+    return hadamard_signs(n, torch.device("cpu"), torch.float32) * n**-0.5
 
 def rotate(x, block=128, dtype=torch.float32):
     """Block-diagonal Hadamard transform of the last dimension (..., C), in dtype; float64 stays.
@@ -49,10 +49,10 @@ def rotate(x, block=128, dtype=torch.float32):
     """
     n = math.gcd(x.size(-1), block)
     if WIDE_MM and x.is_cuda and x.dtype == torch.bfloat16 and dtype == torch.float32:
-        signs = _signs(n, x.device, x.dtype)           # exact products, float32 sums and result
+        signs = hadamard_signs(n, x.device, x.dtype)           # exact products, float32 sums and result
         return (torch.mm(x.reshape(-1, n), signs, out_dtype=dtype) * n**-0.5).view(x.shape)
     x = x if x.dtype == torch.float64 else x.to(dtype)
-    signs = _signs(n, x.device, x.dtype)               # the factor below is alpha: a free pass
+    signs = hadamard_signs(n, x.device, x.dtype)               # the factor below is alpha: a free pass
     return torch.addmm(signs[0], x.reshape(-1, n), signs, beta=0, alpha=n**-0.5).view(x.shape)
 
 # ---- QuEST's grid (section 3.1) -------------------------------------------------------------

@@ -32,7 +32,7 @@ from model import (Parser, UsageError, add_flags, batch, evaluate, finish, heade
                    load_training_data, new_model, resolve, run, sample_text, save_checkpoint, say,
                    settings, show, tensor_bytes, train)
 from quantizers import (QuantLinear, bits_per_weight, clip_limit, code_linear, code_offset,
-                        keep_two_of_four, num_levels, quest_codes, rotate, trust_limit)
+                        hadamard_signs, keep_two_of_four, num_levels, quest_codes, rotate, trust_limit)
 
 if torch.cuda.is_available():
     import kernels                                     # needs Triton
@@ -185,6 +185,8 @@ class QuestLinear(nn.Module):
     def __init__(self, weight, bits, a_bits, grid="uniform", quantizer="quest"):
         super().__init__()
         self.weight, self.how = weight, (bits, a_bits, grid, quantizer)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):       # or torch.compile sees
+            hadamard_signs(math.gcd(weight.size(1), 128), weight.device, dtype)    # them change
 
     def forward(self, x):
         return self.fused(x, [self])[0]

@@ -209,7 +209,7 @@ def test_integer_matmul_compiles_for_an_h100_to_tensor_cores_without_spills(fiel
     _, BM, BN, BK, warps, stages = kernels.QUEST_TILES[tile]
     spills, shared, count = compiled(
         kernels._quest_matmul, warps, stages, a="*i8", a_scale="*fp32", a_sum="*i32",
-        w="*i8" if field == 8 else "*i32", w_scale="*fp32", w_sum="*i32", y="*bf16", M="i32",
+        w="*i32", w_scale="*fp32", w_sum="*i32", y="*bf16", M="i32",
         N="i32", K=4096, FIELD=field, HALF=0 if field == 8 else 0x01010101 << (7 - field),
         A8=field == 8, W8=field == 8, BM=BM, BN=BN, BK=256 if field == 1 else BK, GROUP=8)
     assert spills == 0 and shared <= 227 * 1024 and count["IGMMA"] and count["LDGSTS"]
@@ -224,10 +224,10 @@ def test_hadamard_quantize_compiles_for_an_h100_to_tensor_cores_without_spills(x
                    (kernels.TILE, kernels.WARPS))
     R = max(wide, NB)
     spills, shared, count = compiled(
-        kernels._hadamard_quantize, 8 if R > 64 else warps, x=x, signs="*bf16", codes="*i8",
+        kernels._hadamard_quantize, 8 if R > 64 else warps, x=x, signs="*fp16" if x == "*fp32" else "*bf16", codes="*i8",
         scale="*fp32", sums="*i32", values="*bf16", trusted="*u8", T="i32", C=C, CLIP=2.514,
         EPS=1e-8, TOP=15.0, SHIFT=0.0, LIMIT=8.0, PLANES=1 if train else 2, TRAIN=train, n=n,
-        NB=NB, ROWS=R // NB)
+        NB=NB, ROWS=R // NB, STAGES=kernels.STAGES)
     assert spills == 0 and shared <= 227 * 1024 and count["HGMMA"] + count["HMMA"]
 
 def main():
