@@ -173,11 +173,11 @@ class FusedQuest(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gs):
         x_hat, x_trusted, *saved = ctx.saved_tensors
-        gx, gws = None, []
+        gxs, gws = [], []
         for g, w_hat, w_trusted in zip(gs, saved[::2], saved[1::2]):
-            gx = g @ w_hat if gx is None else torch.addmm(gx, g, w_hat)            # (B, C)
-            gws.append(kernels.rotate_trusted(g.t() @ x_hat, w_trusted, torch.float32))
-        return kernels.rotate_trusted(gx, x_trusted, gx.dtype), None, None, *gws
+            gxs.append(g @ w_hat)                                                  # (B, C)
+            gws.append(kernels.rotate_trusted([g.t() @ x_hat], w_trusted, torch.float32))
+        return kernels.rotate_trusted(gxs, x_trusted, x_hat.dtype), None, None, *gws
 
 class QuestLinear(nn.Module):
     """A linear with quantized weights and inputs; `weight` is the float32 master (O, C)."""
