@@ -93,8 +93,12 @@ def _hadamard_quantize(x, signs, codes, scale, sums, values, trusted, T, C: tl.c
             tl.store(trusted + at // 8 + (start // 8 + tl.arange(0, n // 8)[None, :]), byte,
                      mask=live)
 
-# rows of H's width a tile, warps, tiles loaded ahead, programs. @HQ@
-QUANTIZE, QUANTIZE_FLOAT32, ROTATE = (64, 4, 3, 264), (32, 4, 1, 264), (64, 4, 1, 396)
+# (rows of H's width a tile, warps, tiles in flight, programs), the fastest measured on an H100.
+# 64 rows are the least that its wide tensor-core instruction takes; more rows, or more than two
+# programs a processor, did not pay, tiles loaded ahead did. Float32 rows take too many registers
+# for 64, and rows of more than 64 blocks need wider tiles.
+QUANTIZE, QUANTIZE_WIDE = (64, 4, 3, 264), (128, 8, 2, 264)
+QUANTIZE_FLOAT32, ROTATE = (32, 4, 1, 264), (64, 4, 1, 396)
 
 def hadamard_quantize(x, bits, dtype=None, planes=1):
     """Rows x (T, C) -> codes int8 (T, C) of rotate(x), scale float32 (T,), sums int32 (T,).
@@ -109,14 +113,15 @@ def hadamard_quantize(x, bits, dtype=None, planes=1):
     out = [empty(T, C, dtype=torch.int8), empty(T), empty(T, dtype=torch.int32)]
     if dtype is not None:
         out += [empty(T, C, dtype=dtype), empty(T, C // 8, dtype=torch.uint8)]
-    tile, warps, stages, programs = QUANTIZE_FLOAT32 if wide else QUANTIZE
     NB = triton.next_power_of_2(C // n)
+    tile, warps, stages, programs = (QUANTIZE_WIDE if NB > 64 else QUANTIZE_FLOAT32 if wide else
+                                     QUANTIZE)
     ROWS = max(1, (tile if T * C >= 2**20 else 16) // NB)  # few tokens: one each, for latency
     _hadamard_quantize[min(triton.cdiv(T, ROWS), programs),](
         x.contiguous(), hadamard_signs(n, x.device, torch.float16 if wide else x.dtype), *out[:3],
         out[-2], out[-1], T, C, GAUSSIAN_CLIP[bits], EPS, 2.0 * clip_limit(bits),
         0.5 - code_offset(bits), trust_limit(bits), planes, dtype is not None, n, NB, ROWS, stages,
-        num_warps=8 if NB * ROWS > 64 else warps)
+        num_warps=warps)
     return out
 
 def hadamard_quantize_reference(x, bits):
@@ -165,43 +170,48 @@ def rotate_trusted(gs, trusted, dtype):
 @triton.jit
 def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, M, N, K: tl.constexpr, b: tl.constexpr,
                   HALF: tl.constexpr, A8: tl.constexpr, W8: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr, BK: tl.constexpr, SS: tl.constexpr):
+                  BN: tl.constexpr, BK: tl.constexpr):
+    i, tiles = tl.program_id(0), tl.cdiv(M, BM)        # 8 rows of tiles together: L2 holds them
+    high = tl.minimum(tl.cdiv(N, BN) - i // (8 * tiles) * 8, 8)
+    n = (i // (8 * tiles) * 8 + i % (8 * tiles) % high) * BN + tl.arange(0, BN)
+    m = i % (8 * tiles) // high * BM + tl.arange(0, BM)
     PLANES: tl.constexpr = 8 // b
     WIDE: tl.constexpr = 128 // PLANES
-    m, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
-    word, j, live = tl.arange(0, BK * b // 32), tl.arange(0, BK // PLANES), m < M
-    w8 = w.to(tl.pointer_type(tl.int8), bitcast=True) + (n % N).to(tl.int64)[:, None] * K + j[None, :]
-    w += (n % N).to(tl.int64)[:, None] * (K * b // 32) + word[None, :]
+    j, live, row = tl.arange(0, BK // PLANES), (m < M)[None, :], (n % N).to(tl.int64)[:, None] * K
+    w8 = w.to(tl.pointer_type(tl.int8), bitcast=True) + row + j[None, :]
+    w += row // 32 * b + tl.arange(0, BK * b // 32)[None, :]
     a += m.to(tl.int64)[None, :] * K
     acc = tl.zeros((BN, BM), tl.int32)
     for k in range(0, K, BK):
-        if SS:
-            acc = tl.dot(tl.load(w8 + k), tl.load(a + (k + j)[:, None], mask=live[None, :], other=0), acc, out_dtype=tl.int32)
+        if A8 and W8:                                  # the registers are needed for the sums
+            acc = tl.dot(tl.load(w8 + k), tl.load(a + (k + j)[:, None], mask=live, other=0), acc,
+                         out_dtype=tl.int32)
         else:
-          words = tl.load(w + k * b // 32).to(tl.uint32)                     # (BN, BK b / 32)
-          for f in tl.static_range(PLANES):
-              top = (words << (8 - b - b * f)) & (0x01010101 * (256 - 2**(8 - b))) | HALF
-              b0, b1 = top.to(tl.int8), (top >> 8).to(tl.int8)
-              b2, b3 = (top >> 16).to(tl.int8), (top >> 24).to(tl.int8)
-              tile = tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), (BN, BK // PLANES))
-              at = k + j // WIDE * 128 + f * WIDE + j % WIDE                 # this plane's columns
-              acc = tl.dot(tile, tl.load(a + at[:, None], mask=live[None, :], other=0), acc,
-                           out_dtype=tl.int32)
+            words = tl.load(w + k // 32 * b).to(tl.uint32)                 # (BN, BK b / 32)
+            for f in tl.static_range(PLANES):
+                top = (words << (8 - b - b * f)) & (0x01010101 * (256 - 2**(8 - b))) | HALF
+                b0, b1 = top.to(tl.int8), (top >> 8).to(tl.int8)
+                b2, b3 = (top >> 16).to(tl.int8), (top >> 24).to(tl.int8)
+                tile = tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), (BN, BK // PLANES))
+                at = k + j // WIDE * 128 + f * WIDE + j % WIDE             # this plane's columns
+                acc = tl.dot(tile, tl.load(a + at[:, None], mask=live, other=0), acc,
+                             out_dtype=tl.int32)
     acc *= (2 if A8 else 1) * (2 if W8 else 1)         # and the half steps that 8-bit codes lack:
     if A8:
         acc += (tl.load(w_sum + n % N) * 2**(7 - b if b < 8 else 0))[:, None]
     if W8:
-        acc += tl.load(a_sum + m, mask=live, other=0)[None, :] - (K if A8 else 0)
+        acc += tl.load(a_sum + m[None, :], mask=live, other=0) - (K if A8 else 0)
     unit = 0.25 if b == 8 else 2.0**(b - 9)
     out = acc.to(tl.float32) * (unit * tl.load(w_scale + n % N))[:, None]
-    out = tl.trans(out * tl.load(a_scale + m, mask=live, other=0.0)[None, :])      # (BM, BN)
+    out = tl.trans(out * tl.load(a_scale + m[None, :], mask=live, other=0.0))      # (BM, BN)
     tl.store(y + m.to(tl.int64)[:, None] * N + n[None, :], out.to(y.dtype.element_ty),
-             mask=live[:, None] & (n < N)[None, :])
+             mask=(m < M)[:, None] & (n < N)[None, :])
 
-# (most tokens, BM, BN, BK, warps, stages) @QM@
+# (most tokens, BM, BN, BK, warps, stages). A few tokens: small tiles, so that there are programs
+# enough to read the weight at the pace of memory. Many: two programs of 8 warps share a processor
+# and hide each other's waits; for 8 x 8 bits one with twice the tokens, which halves the traffic.
 QUEST_TILES = ((16, 16, 64, 256, 4, 4), (64, 64, 64, 256, 4, 3), (math.inf, 128, 128, 128, 8, 4))
-
-SSX, EXTRA = False, {}
+QUEST_TILE_8x8 = (256, 128, 128, 8, 4)
 
 def quest_matmul(a, w, a_bits, bits, dtype):
     """QuEST inputs times QuEST weights, (M, N) in dtype; sums are exact integers.
@@ -213,11 +223,13 @@ def quest_matmul(a, w, a_bits, bits, dtype):
     (M, K), N, b = a[0].shape, w[0].size(0), 8 * w[0].size(1) // a[0].size(1)
     y = torch.empty(M, N, dtype=dtype, device=a[0].device)
     BM, BN, BK, warps, stages = next(tile[1:] for tile in QUEST_TILES if M <= tile[0])
+    if M > 64 and a_bits == bits == 8:
+        BM, BN, BK, warps, stages = QUEST_TILE_8x8
     BK = math.gcd(K, 256 if b == 1 else BK)            # a plane of a tile has 32 columns at least
-    _quest_matmul[triton.cdiv(M, BM), triton.cdiv(N, BN)](
+    _quest_matmul[triton.cdiv(M, BM) * triton.cdiv(N, BN),](
         *a[:3], w[0].view(torch.int32), *w[1:3], y, M, N, K, b,
-        0 if bits == 1.58 or b == 8 else 0x01010101 << (7 - b), a_bits == 8, bits == 8, BM, BN, BK, SSX and b == 8,
-        num_warps=warps, num_stages=stages, **EXTRA)
+        0 if bits == 1.58 or b == 8 else 0x01010101 << (7 - b), a_bits == 8, bits == 8, BM, BN, BK,
+        num_warps=warps, num_stages=stages)
     return y
 
 def quest_operand(packed, scale, bits, K):
@@ -252,42 +264,44 @@ def quest_fits(x, bits, a_bits):
 # table; then every code of these inputs is a look-up and an addition in place of 8 multiplications.
 
 @triton.jit
-def _vq_matvec(x, codes, books, scales, table, parts, tickets, y, B, N, G: tl.constexpr,
-               M: tl.constexpr, MP: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr,
-               SPLIT: tl.constexpr, R: tl.constexpr):
+def _vq_matvec(x, codes, books, scales, table, parts, tickets, y, tokens, N, G: tl.constexpr,
+               BOOKS: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+               R: tl.constexpr):
     tile, part = tl.program_id(0), tl.program_id(1)
-    n, e, c = tile * BN + tl.arange(0, BN), tl.arange(0, 16), tl.arange(0, MP * 256)
-    r, q = tl.arange(0, R), tl.arange(0, MP * R)       # r: token and group, q: book and r
-    inside, has = (n < N)[None, :], (q // R < M)[:, None]
-    book = tl.load(books + c[None, :] * 8 + e[:, None],                    # 8 inputs and 8 zeros
-                   mask=(e < 8)[:, None] & (c < M * 256)[None, :], other=0.0)      # (16, MP 256)
-    table += (tile * SPLIT + part).to(tl.int64) * R * MP * 256             # this program's own
-    acc = tl.zeros((MP * R, BN), tl.float32)
-    for g in range(part * BG, G, BG * SPLIT):
-        code = tl.load(codes + (q // R * G + g + q % BG)[:, None] * N.to(tl.int64) + n[None, :],
-                       mask=has & inside, other=0).to(tl.int32)            # (MP R, BN)
-        v = tl.load(x + (r // BG * G + g + r % BG)[:, None] * 8 + e[None, :],
-                    mask=(r // BG < B)[:, None] & (e < 8)[None, :], other=0.0)     # (R, 16)
-        tl.debug_barrier()                             # the last look-ups are done
-        tl.store(table + r[:, None] * (MP * 256) + c[None, :],
-                 tl.dot(v, book).to(table.dtype.element_ty))
-        tl.debug_barrier()
-        acc += tl.load(table + (q % R * (MP * 256) + q // R * 256)[:, None] + code).to(tl.float32)
-    TOKENS: tl.constexpr = R // BG
-    t, p = tl.arange(0, TOKENS)[:, None], tl.arange(0, SPLIT)[:, None, None]
-    sums = tl.sum(tl.sum(tl.reshape(acc, (MP, TOKENS, BG, BN)), 2), 0)     # (tokens, BN)
-    tl.store(parts + (part * TOKENS + t) * N + n[None, :], sums, mask=inside)
+    n, r = tile * BN + tl.arange(0, BN), tl.arange(0, R)                   # row = token, group
+    token, group, e = r // BG, r % BG, tl.arange(0, 16)                    # 8 inputs and 8 zeros
+    c, inside = tl.arange(0, 256), (n < N)[None, :]
+    table += (tile * SPLIT + part).to(tl.int64) * R * 256                  # this program's own
+    acc = tl.zeros((R, BN), tl.float32)
+    for g in range(0, G, BG * SPLIT):
+        first = g + part * BG
+        v = tl.load(x + (token * G + first + group)[:, None] * 8 + e[None, :],
+                    mask=(token < tokens)[:, None] & (e < 8)[None, :], other=0.0)  # (R, 16)
+        for m in tl.static_range(BOOKS):
+            code = tl.load(codes + ((m * G + first + group) * N.to(tl.int64))[:, None] + n[None, :],
+                           mask=inside, other=0).to(tl.int32)              # (R, BN)
+            book = tl.load(books + (m * 256 + c)[None, :] * 8 + e[:, None],
+                           mask=(e < 8)[:, None], other=0.0)               # (16, 256)
+            tl.debug_barrier()                         # the last look-ups are done
+            tl.store(table + r[:, None] * 256 + c[None, :],
+                     tl.dot(v, book).to(table.dtype.element_ty))
+            tl.debug_barrier()
+            acc += tl.load(table + r[:, None] * 256 + code).to(tl.float32)
+    sums = tl.sum(tl.reshape(acc, (R // BG, BG, BN)), 1)                   # (tokens, BN)
+    t = tl.arange(0, R // BG)
+    at, live = t[:, None] * N + n[None, :], (t < tokens)[:, None] & inside
+    tl.store(parts + part * tokens * N + at, sums, mask=live)
     tl.debug_barrier()
-    if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLIT - 1:       # all parts are there
-        each = tl.load(parts + (p * TOKENS + t[None, :, :]) * N + n[None, None, :],
-                       mask=inside[None, :, :], other=0.0, cache_modifier=".cg")
-        scale = tl.load(scales + n, mask=n < N, other=0.0)[None, :]
-        tl.store(y + t * N + n[None, :], (tl.sum(each, 0) * scale).to(y.dtype.element_ty),
-                 mask=(t < B) & inside)
-        tl.store(tickets + tile, 0)
+    if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLIT - 1:   # all parts are there: the
+        sums = tl.zeros((R // BG, BN), tl.float32)                     # same order every time
+        for p in range(SPLIT):
+            sums += tl.load(parts + p * tokens * N + at, mask=live, other=0.0, cache_modifier=".cg")
+        sums *= tl.load(scales + n, mask=n < N, other=0.0)[None, :]
+        tl.store(y + at, sums.to(y.dtype.element_ty), mask=live)
+        tl.atomic_xchg(tickets + tile, 0)
 
-# outputs a program, programs in all, tables a step, warps @VQ@
-VQ_TILE = (512, 264, 16, 8)
+# (outputs a program, programs in all, tables a step, warps), the fastest measured of seven
+VQ_TILE = (512, 264, 16, 4)
 _TICKETS = {}  # zeros, which every call leaves as zeros
 
 def vq_matmul(x, codes, codebooks, scales):
@@ -301,18 +315,18 @@ def vq_matmul(x, codes, codebooks, scales):
     if B > 4 or G % 32 or N % 16 or codebooks.shape != (M, 256, 8) or x.dtype == torch.float32:
         return vq_matmul_reference(x, codes, codebooks, scales)
     BN, programs, R, warps = VQ_TILE
-    BG, tiles, MP = R // triton.next_power_of_2(B), triton.cdiv(N, BN), triton.next_power_of_2(M)
-    SPLIT = math.gcd(G // BG, triton.next_power_of_2(max(1, programs // tiles)), 128 * BG // R)
+    BG, tiles = R // triton.next_power_of_2(B), triton.cdiv(N, BN)
+    SPLIT = math.gcd(G // BG, triton.next_power_of_2(max(1, programs // tiles)))
     if x.device not in _TICKETS:
         _TICKETS[x.device] = torch.zeros(4096, dtype=torch.int32, device=x.device)
-    table = x.new_empty(tiles * SPLIT * R * MP * 256)
-    parts, y = scales.new_empty(SPLIT * R // BG * N), x.new_empty(B, N)
+    table = x.new_empty(tiles * SPLIT * R * 256)
+    parts, y = scales.new_empty(SPLIT * B * N), x.new_empty(B, N)
     _vq_matvec[tiles, SPLIT](x.contiguous(), codes, codebooks, scales, table, parts,
-                             _TICKETS[x.device], y, B, N, G, M, MP, BG, BN, SPLIT, R,
-                             num_warps=warps)
+                             _TICKETS[x.device], y, B, N, G, M, BG, BN, SPLIT, R, num_warps=warps)
     return y
 
 def vq_matmul_reference(x, codes, codebooks, scales):
-    """The same by a dense weight: w[n, 8 g + e] = scales[n] sum_m codebooks[m, codes[m, g, n], e]."""
+    """The same by a dense weight (N, 8 G): row n's vectors are sums of codebooks[m, codes[m, g, n]]
+    over m."""
     w = sum(book[index.long()] for book, index in zip(codebooks, codes))          # (G, N, 8)
     return F.linear(x, w.transpose(0, 1).flatten(1)) * scales.to(x.dtype)

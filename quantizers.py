@@ -49,10 +49,10 @@ def rotate(x, block=128, dtype=torch.float32):
     """
     n = math.gcd(x.size(-1), block)
     if WIDE_MM and x.is_cuda and x.dtype == torch.bfloat16 and dtype == torch.float32:
-        signs = hadamard_signs(n, x.device, x.dtype)           # exact products, float32 sums and result
+        signs = hadamard_signs(n, x.device, x.dtype)   # exact products, float32 sums and result
         return (torch.mm(x.reshape(-1, n), signs, out_dtype=dtype) * n**-0.5).view(x.shape)
     x = x if x.dtype == torch.float64 else x.to(dtype)
-    signs = hadamard_signs(n, x.device, x.dtype)               # the factor below is alpha: a free pass
+    signs = hadamard_signs(n, x.device, x.dtype)       # the factor below is alpha: a free pass
     return torch.addmm(signs[0], x.reshape(-1, n), signs, beta=0, alpha=n**-0.5).view(x.shape)
 
 # ---- QuEST's grid (section 3.1) -------------------------------------------------------------
@@ -401,7 +401,7 @@ class QuantLinear(nn.Module):
     def integers(self, x):
         """Whether kernels.py has this layer (quest), on a GPU."""
         s = self.spec
-        if not x.is_cuda or self.a_scale is not None or not (s["rotate"] and s["grid"] == "uniform"):
+        if not (x.is_cuda and self.a_scale is None and s["rotate"] and s["grid"] == "uniform"):
             return False
         from kernels import quest_fits
         return quest_fits(x, s["bits"], s["a_bits"])

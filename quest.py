@@ -17,8 +17,9 @@ Paper: QuEST, Panferov et al. 2025 (arXiv 2502.05003); code: github.com/IST-DASL
 Ours differs: clips are exact (theirs stop early); the ternary grid has three levels (theirs four);
 FP4's trust zone comes from FP4's own levels; rows of zeros keep learning; weight-only runs rotate
 both operands, so that they also suit a trained model; H is exact, not bfloat16 (on a GPU TF32
-rounds the float32 weights to 11 bits before they are rotated; inputs, sums and codes are exact).
-Not here: a speed-up. Training computes in floats, and is slower than dense training.
+rounds the float32 weights to 11 bits before they are rotated where FusedQuest is not used).
+Not here: a speed-up. On a GPU the forward products are integer products, but training is still
+slower than dense training; the gradients' products are of bfloat16.
 
 Shapes: x (..., C) inputs, w (O, C) weights, y (..., O); h rotated rows, q integer codes.
 """
@@ -32,7 +33,8 @@ from model import (Parser, UsageError, add_flags, batch, evaluate, finish, heade
                    load_training_data, new_model, resolve, run, sample_text, save_checkpoint, say,
                    settings, show, tensor_bytes, train)
 from quantizers import (QuantLinear, bits_per_weight, clip_limit, code_linear, code_offset,
-                        hadamard_signs, keep_two_of_four, num_levels, quest_codes, rotate, trust_limit)
+                        hadamard_signs, keep_two_of_four, num_levels, quest_codes, rotate,
+                        trust_limit)
 
 if torch.cuda.is_available():
     import kernels                                     # needs Triton
@@ -156,8 +158,11 @@ class QuestFunction(torch.autograd.Function):
         return gx, None, None, None, None, *gws
 
 class FusedQuest(torch.autograd.Function):
-    """QuestFunction for a GPU, a kernel for each of its lines: integer products forward, and masks
-    of one bit. Keeps x_hat and w_hat for the backward pass, which are its operands as they are."""
+    """QuestFunction on a GPU: a kernel for each of its lines, and integer products forward.
+
+    One pass makes codes, x_hat in x's dtype and the trust mask, a bit a value. x_hat and w_hat are
+    kept as they are, as the backward pass multiplies with them: 2 1/8 bytes a value.
+    """
 
     @staticmethod
     def forward(ctx, x, bits, a_bits, *weights):
