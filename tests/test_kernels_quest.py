@@ -152,7 +152,7 @@ def check_lookups_equal_the_dense_weight():
             codes = torch.randint(256, (N, K // 8, M), generator=torch.Generator().manual_seed(2))
             codes, scales = codes.to(DEVICE, torch.uint8), randn(N, seed=3).abs()
             w = sum(books.double()[m][codes[..., m].long()] for m in range(M)).flatten(1)
-            for programs in (264, 1):                  # sums in many parts, or in one
+            for programs in (1, 264):                  # sums in one part, or in many
                 kernels.VQ_TILE = kernels.VQ_TILE[0], programs, *kernels.VQ_TILE[2:]
                 poison()
                 y = vq_matmul(x, vq_order(codes), books, scales)
