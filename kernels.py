@@ -210,7 +210,7 @@ def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, M, N, K: tl.constexpr
 # (most tokens, BM, BN, BK, warps, stages). A few tokens: small tiles, so that there are programs
 # enough to read the weight at the pace of memory. Many: two programs of 8 warps share a processor
 # and hide each other's waits; for 8 x 8 bits one with twice the tokens, which halves the traffic.
-QUEST_TILES = ((16, 16, 64, 256, 4, 4), (64, 64, 64, 256, 4, 3), (math.inf, 128, 128, 128, 8, 4))
+QUEST_TILES = ((16, 16, 64, 256, 4, 4), (64, 64, 64, 256, 4, 3), (2**31, 128, 128, 128, 8, 4))
 QUEST_TILE_8x8 = (256, 128, 128, 8, 4)
 
 def quest_matmul(a, w, a_bits, bits, dtype):
