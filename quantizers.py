@@ -26,7 +26,7 @@ EPS = 1e-8  # the smallest clip: a row of zeros gets codes of about zero and a l
 _SIGNS = {}  # made once, so that torch.compile sees a constant
 WIDE_MM = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm has out_dtype
 
-def _signs(n, device, dtype):
+def hadamard_signs(n, device, dtype):
     """sqrt(n) * hadamard(n): entries +-1, exact in every format, also in TF32 and bfloat16."""
     if (n, device, dtype) not in _SIGNS:
         h = torch.ones(1, 1)
@@ -39,7 +39,7 @@ def hadamard(n):
     """Orthonormal Sylvester matrix, float32 (n, n), n a power of two; it is its own inverse."""
     if n < 1 or n & (n - 1):
         raise ValueError(f"a Sylvester-Hadamard matrix needs a power of two, not {n}")
-    return _signs(n, torch.device("cpu"), torch.float32) * n**-0.5
+    return hadamard_signs(n, torch.device("cpu"), torch.float32) * n**-0.5
 
 def rotate(x, block=128, dtype=torch.float32):
     """Block-diagonal Hadamard transform of the last dimension (..., C), in dtype; float64 stays.
@@ -49,10 +49,10 @@ def rotate(x, block=128, dtype=torch.float32):
     """
     n = math.gcd(x.size(-1), block)
     if WIDE_MM and x.is_cuda and x.dtype == torch.bfloat16 and dtype == torch.float32:
-        signs = _signs(n, x.device, x.dtype)           # exact products, float32 sums and result
+        signs = hadamard_signs(n, x.device, x.dtype)   # exact products, float32 sums and result
         return (torch.mm(x.reshape(-1, n), signs, out_dtype=dtype) * n**-0.5).view(x.shape)
     x = x if x.dtype == torch.float64 else x.to(dtype)
-    signs = _signs(n, x.device, x.dtype)               # the factor below is alpha: a free pass
+    signs = hadamard_signs(n, x.device, x.dtype)       # the factor below is alpha: a free pass
     return torch.addmm(signs[0], x.reshape(-1, n), signs, beta=0, alpha=n**-0.5).view(x.shape)
 
 # ---- QuEST's grid (section 3.1) -------------------------------------------------------------
@@ -353,7 +353,7 @@ class QuantLinear(nn.Module):
         self.spec = dict(spec)
         for name in ("packed", "scale", "zero_point", "keep", "a_scale"):
             self.register_buffer(name, tensors.get(name))
-        self.fast = None                               # (packed, the same in the kernels' order)
+        self.fast = None                               # (packed, the same as kernels.py wants it)
 
     @classmethod
     def affine(cls, q, scale, zero_point, bits, group_size=-1, a_bits=16):
@@ -367,7 +367,8 @@ class QuantLinear(nn.Module):
     @classmethod
     def quest(cls, w, bits, a_bits, grid="uniform", rotated=True, w_scale=None, a_scale=None):
         """QuEST codes of the weight w (O, C); the scales follow from the rows unless given."""
-        h = rotate(w) if rotated else w
+        with full_float32():                           # as training on a GPU does
+            h = rotate(w) if rotated else w
         q, scale, _ = quest_codes(h, bits, grid, w_scale)
         tensors = dict(scale=scale.view(-1, 1), a_scale=a_scale)
         if grid == "fp4":                              # +-0..12 -> sign bit, 3 bits of magnitude
@@ -400,12 +401,39 @@ class QuantLinear(nn.Module):
         q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
         return dequantize(q, self.scale, self.zero_point, s["group_size"])
 
+    @torch.compiler.disable
+    def kernel(self, x):
+        """x w_hat^T by kernels.py, None where it has no kernel for this layer."""
+        import kernels
+        s = self.spec
+        if s["kind"] == "quest" and not (
+                self.a_scale is None and s["rotate"] and s["grid"] == "uniform"
+                and kernels.quest_fits(x, s["bits"], s["a_bits"])):
+            return None
+        if self.fast is None or self.fast[0] is not self.packed:       # first use, or it moved
+            if s["kind"] == "quest":
+                w = kernels.quest_operand(self.packed, self.scale, s["bits"], s["in_features"])
+            else:
+                q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
+                w = kernels.pack_weight(q, self.scale, self.zero_point, s["bits"], s["group_size"])
+            self.fast = self.packed, w
+        if s["kind"] == "quest":
+            return kernels.quest_linear(x, self.fast[1], s["a_bits"], s["bits"])
+        if self.fast[1] is None:
+            return kernels.once(f"kernels.py has no kernel for {s['bits']} bits, "
+                                f"{s['in_features']} inputs, groups of {s['group_size']}: these "
+                                "layers run in PyTorch")
+        return kernels.lowbit_matmul(x, self.fast[1])
+
     def forward(self, x):
         s = self.spec
+        if s["kind"] == "affine" and s["a_bits"] < 16:
+            x = fake_quant_tokens(x, s["a_bits"])
+        if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and not x.requires_grad:
+            y = self.kernel(x)
+            if y is not None:
+                return y
         if s["kind"] == "affine":
-            x = fake_quant_tokens(x, s["a_bits"]) if s["a_bits"] < 16 else x
-            if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and not x.requires_grad:
-                return self.kernel(x)
             return F.linear(x, self.weight().to(x.dtype))
         h, h_scale = rotate(x) if s["rotate"] else x.float(), None
         if s["a_bits"] < 16:
@@ -413,21 +441,6 @@ class QuantLinear(nn.Module):
             q, h_scale, _ = quest_codes(h, s["a_bits"], grid, self.a_scale)
             h = q + code_offset(s["a_bits"], grid)
         return code_linear(h, h_scale, self.levels(x.dtype), self.scale, x.dtype)
-
-    @torch.compiler.disable
-    def kernel(self, x):
-        """x w_hat^T by kernels.py (affine); by PyTorch, said once, where it has no kernel."""
-        import kernels
-        s = self.spec
-        if self.fast is None or self.fast[0] is not self.packed:       # first use, or it moved
-            q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
-            self.fast = self.packed, kernels.pack_weight(q, self.scale, self.zero_point, s["bits"],
-                                                         s["group_size"])
-        if self.fast[1] is None:
-            kernels.once(f"kernels.py has no kernel for {s['bits']} bits, {s['in_features']} "
-                         f"inputs, groups of {s['group_size']}: these layers run in PyTorch")
-            return F.linear(x, self.weight().to(x.dtype))
-        return kernels.lowbit_matmul(x, self.fast[1])
 
 def bits_per_weight(model):
     """(bits of codes, scales, zero points and masks per weight they stand for, those weights).

@@ -18,8 +18,9 @@ Paper: QuEST, Panferov et al. 2025 (arXiv 2502.05003); code: github.com/IST-DASL
 Ours differs: clips are exact (theirs stop early); the ternary grid has three levels (theirs four);
 FP4's trust zone comes from FP4's own levels; rows of zeros keep learning; weight-only runs rotate
 both operands, so that they also suit a trained model; H is exact, not bfloat16 (on a GPU TF32
-rounds the float32 weights to 11 bits before they are rotated; inputs, sums and codes are exact).
-Not here: a speed-up. Training computes in floats, and is slower than dense training.
+rounds the float32 weights to 11 bits before they are rotated where FusedQuest is not used).
+Not here: a speed-up. On a GPU the forward products are integer products, but training is still
+slower than dense training; the gradients' products are of bfloat16.
 
 Shapes: x (..., C) inputs, w (O, C) weights, y (..., O); h rotated rows, q integer codes.
 """
@@ -34,7 +35,11 @@ from model import (Parser, UsageError, add_flags, batch, evaluate, finish, heade
                    load_training_data, new_model, progress, resolve, run, sample_text,
                    save_checkpoint, say, settings, show, tensor_bytes, train)
 from quantizers import (QuantLinear, bits_per_weight, clip_limit, code_linear, code_offset,
-                        keep_two_of_four, num_levels, quest_codes, rotate, trust_limit)
+                        hadamard_signs, keep_two_of_four, num_levels, quest_codes, rotate,
+                        trust_limit)
+
+if torch.cuda.is_available():
+    import kernels                                     # needs Triton
 
 BITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8, 16)
 # --quantizer: rotate?, and the largest |h| / scale that gets a gradient, from (bits, grid). The
@@ -156,12 +161,41 @@ class QuestFunction(torch.autograd.Function):
             gx = rotate(gx, dtype=ctx.dtype)
         return gx, None, None, None, None, *gws
 
+class FusedQuest(torch.autograd.Function):
+    """QuestFunction on a GPU: a kernel for each of its lines, and integer products forward.
+
+    One pass makes codes, x_hat in x's dtype and the trust mask, a bit a value. x_hat and w_hat are
+    kept as they are, as the backward pass multiplies with them: 2 1/8 bytes a value.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bits, a_bits, *weights):
+        *a, x_hat, x_trusted = kernels.hadamard_quantize(x, a_bits, x.dtype)
+        ys, saved = [], [x_hat, x_trusted]
+        for weight in weights:
+            *w, w_hat, w_trusted = kernels.hadamard_quantize(weight, bits, x.dtype)
+            ys.append(kernels.quest_matmul(a, w, a_bits, bits, x.dtype))           # (B, O)
+            saved += [w_hat, w_trusted]
+        ctx.save_for_backward(*saved)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx, *gs):
+        x_hat, x_trusted, *saved = ctx.saved_tensors
+        gxs, gws = [], []
+        for g, w_hat, w_trusted in zip(gs, saved[::2], saved[1::2]):
+            gxs.append(g @ w_hat)                                                  # (B, C)
+            gws.append(kernels.rotate_trusted([g.t() @ x_hat], w_trusted, torch.float32))
+        return kernels.rotate_trusted(gxs, x_trusted, x_hat.dtype), None, None, *gws
+
 class QuestLinear(nn.Module):
     """A linear with quantized weights and inputs; `weight` is the float32 master (O, C)."""
 
     def __init__(self, weight, bits, a_bits, grid="uniform", quantizer="quest"):
         super().__init__()
         self.weight, self.how = weight, (bits, a_bits, grid, quantizer)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):       # or torch.compile sees
+            hadamard_signs(math.gcd(weight.size(1), 128), weight.device, dtype)    # them change
 
     def forward(self, x):
         return self.fused(x, [self])[0]
@@ -169,7 +203,13 @@ class QuestLinear(nn.Module):
     @staticmethod
     def fused(x, linears):
         """[linear(x) for each], quantizing x once."""
-        ys = QuestFunction.apply(x.flatten(0, -2), *linears[0].how, *[m.weight for m in linears])
+        (bits, a_bits, grid, quantizer), weights = linears[0].how, [m.weight for m in linears]
+        flat = x.flatten(0, -2)                                                    # (B, C)
+        if (TRUST is None and (grid, quantizer) == ("uniform", "quest") and x.is_cuda
+                and kernels.quest_fits(x, bits, a_bits)):
+            ys = FusedQuest.apply(flat, bits, a_bits, *weights)
+        else:
+            ys = QuestFunction.apply(flat, *linears[0].how, *weights)
         return [y.view(*x.shape[:-1], -1) for y in ys]
 
     @torch.no_grad()

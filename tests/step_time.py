@@ -2,6 +2,7 @@
 
     python tests/step_time.py                          # tiny preset on the CPU
     python tests/step_time.py 100M cuda 32000          # compiled, batch 32 x 512, vocabulary 32000
+    python tests/step_time.py 5M cuda 1024             # no preset: 6 blocks of width 256
 
 Random tokens; medians of 30 steps after 5 to warm up, with the optimizer and the gradient's clip.
 """
@@ -18,7 +19,8 @@ from quest import QuestLinear
 
 def main():
     size, device, vocab = (sys.argv[1:] + ["tiny", "cpu", "1024"][len(sys.argv) - 1:])[:3]
-    cuda, p = device == "cuda", m.PRESETS[size]
+    cuda, small = device == "cuda", m.Preset(6, 256, 4, 768, 0, 0, 32, 1, 512)
+    p = small if size == "5M" else m.PRESETS[size]
     torch.set_float32_matmul_precision("high" if cuda else "highest")
     ids = torch.randint(int(vocab), (32 if cuda else p.batch_size, p.seq_len), device=device)
     config = m.LlamaConfig(int(vocab), p.n_layer, p.n_embd, p.n_head, p.n_head, p.n_hidden,

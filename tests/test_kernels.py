@@ -134,7 +134,7 @@ def test_layer_on_a_gpu_goes_through_the_kernel_and_says_once_if_it_cannot(monke
         assert layer.fast is not packed                                # the layer moved
     layer = QuantLinear.affine(*random_codes(24, 48, 24, 4, False), 4, 24)
     x = torch.randn(3, 48)
-    assert torch.equal(layer.kernel(x), layer(x)) and torch.equal(layer.kernel(x), layer(x))
+    assert layer.kernel(x) is None and layer.kernel(x) is None         # forward uses PyTorch
     assert capsys.readouterr().out.count("no kernel for 4 bits, 48 inputs, groups of 24") == 1
 
 def overwritten_operands(sass):

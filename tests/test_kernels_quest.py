@@ -1,0 +1,279 @@
+"""kernels.py: hadamard_quantize, rotate_trusted, quest_matmul and vq_matmul.
+
+Oracles: the plain PyTorch of quantizers.py and quest.py, in float64. Without a GPU the kernels run
+in Triton's interpreter, in float16 (it has no bfloat16), and are compiled for an H100 without one;
+on a GPU they run compiled, in float16 and bfloat16. Both in one process of their own.
+"""
+import collections
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
+ULP = {torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+def poison():
+    """Memory that torch.empty may hand out next holds NaN and large integers."""
+    if DEVICE == "cuda":
+        del [torch.full((n,), torch.nan, device=DEVICE) for n in [2**k for k in range(6, 22)]][:]
+    else:
+        torch.use_deterministic_algorithms(True)       # torch.empty fills with NaN and the like
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+def close(y, expected, bound):
+    error = (y.double() - expected.double()).abs().max() / expected.double().abs().max()
+    assert error <= bound, f"relative error {error:.1e} > {bound:.1e}"
+
+def bools(mask, shape):
+    """Mask bytes (T, C / 8) -> bool (T, C)."""
+    return (mask[..., None] >> torch.arange(8, device=mask.device) & 1).bool().view(shape)
+
+def vq_order(codes):
+    return codes.permute(2, 1, 0).contiguous()
+
+def check_codes_scales_values_and_masks_equal_plain_pytorch():
+    """All bits; widths with an odd number of blocks, and blocks of 32; a row of zeros.
+
+    A code may differ where float rounding moves a value over a border: at most 1 in 10^5 here.
+    """
+    differ = total = 0
+    for bits in GAUSSIAN_CLIP:
+        for T, C, dtype in ((5, 640, torch.float16), (3, 256, DTYPES[-1]), (7, 96, torch.float32)):
+            x = 3 * randn(T, C, dtype=dtype)
+            x[1] = 0
+            poison()
+            codes, scale, sums, values, mask = hadamard_quantize(x, bits, DTYPES[-1])
+            with full_float32():
+                expected = hadamard_quantize_reference(x.double(), bits)
+            close(scale, expected[1], 1e-6)
+            wrong = codes != expected[0]
+            differ, total = differ + wrong.sum().item(), total + wrong.numel()
+            assert ((codes.int() - expected[0])[wrong].abs() <= 2).all()
+            c = codes.int() * 2 + 1 if bits == 8 else codes.int()
+            assert torch.equal(sums, c.sum(1, dtype=torch.int32))
+            close(values, c * scale[:, None] / 2, ULP[values.dtype])
+            assert (bools(mask, x.shape) != expected[4]).sum() <= 1e-5 * x.numel()
+    assert differ <= max(1e-5 * total, 0), f"{differ} of {total} codes"
+
+def check_a_row_does_not_depend_on_its_neighbours_or_the_tile():
+    """Many rows a program or one: the same bits."""
+    x = randn(2**20 // 256 + 3, 256, dtype=DTYPES[-1])
+    if DEVICE == "cpu":
+        x = x[:70]
+    whole = hadamard_quantize(x, 4, DTYPES[-1])
+    for i in (0, 1, 37, len(x) - 1):
+        for a, b in zip(whole, hadamard_quantize(x[i:i + 1], 4, DTYPES[-1])):
+            assert torch.equal(a[i:i + 1], b)
+
+def check_gradient_is_masked_then_rotated_back():
+    for dtype in DTYPES:
+        for T, C in ((5, 640), (3, 96)):
+            g = randn(T, C, dtype=dtype)
+            mask = torch.randint(256, (T, C // 8), generator=torch.Generator().manual_seed(1))
+            mask = mask.to(DEVICE, torch.uint8)
+            expected = rotate(g.double() * bools(mask, g.shape))
+            poison()
+            close(rotate_trusted([g], mask, torch.float32), expected, 1e-6)
+            close(rotate_trusted([g], mask, dtype), expected, ULP[dtype])
+            for n in (2, 3):
+                gs = [randn(T, C, seed=i, dtype=dtype) for i in range(n)]
+                expected = rotate(sum(g.double() for g in gs) * bools(mask, g.shape))
+                close(rotate_trusted(gs, mask, torch.float32), expected, ULP[dtype])
+
+def check_integer_matmul_equals_float64_at_all_bits():
+    """Weights as a checkpoint packs them; odd batches, and sizes that fill no tile."""
+    for bits, a_bits in ((1, 1), (2, 4), (4, 4), (4, 8), (8, 8), (8, 4), (3, 3), (1.58, 1.58),
+                         (1.58, 8), (6, 6), (5, 8), (8, 1.58), (1, 8)):
+        for M, N, K in ((1, 64, 512), (3, 72, 256), (17, 130, 384)):
+            layer = QuantLinear.quest(randn(N, K), bits, a_bits)
+            x = randn(M, K, seed=1, dtype=DTYPES[-1])
+            w = quest_operand(layer.packed, layer.scale, bits, K)
+            codes, scale, *_ = hadamard_quantize(x, a_bits)
+            levels = codes.double() + 0.5 if a_bits == 8 else codes.double() / 2
+            expected = (levels @ layer.levels(torch.float64).T) * scale[:, None].double()
+            expected *= layer.scale.double().T
+            poison()
+            close(quest_linear(x, w, a_bits, bits), expected, ULP[x.dtype])
+            a = hadamard_quantize(x, a_bits, planes=K // w[0].size(1))
+            poison()                                   # integers are exact, the scales are float32
+            close(quest_matmul(a, w, a_bits, bits, torch.float32), expected, 3e-7)
+            if a_bits != 8:                            # few values lie near a border of codes
+                q = unpack(layer.packed, bits, K, signed=True)
+                close(quest_linear_reference(x, q, layer.scale, a_bits, bits), expected, 2e-2)
+
+def check_no_sum_overflows_where_all_codes_are_extreme():
+    """+-120 times -128 over the widest row: beyond 2^24, where float32 sums lose units."""
+    K = 32512 if DEVICE == "cuda" else 8192
+    a = (torch.full((2, K), -128, dtype=torch.int8, device=DEVICE), torch.ones(2, device=DEVICE),
+         torch.full((2,), -255 * K, dtype=torch.int32, device=DEVICE))
+    for bits, code, c in ((4, 0x88, -15), (8, -128, -255)):
+        packed = torch.full((3, K * bits // 8), code, device=DEVICE).to(torch.uint8)
+        w = (packed if bits == 4 else packed.view(torch.int8), torch.ones(3, device=DEVICE),
+             torch.full((3,), c * K, dtype=torch.int32, device=DEVICE))
+        y = quest_matmul(a, w, 8, bits, torch.float32)
+        close(y, torch.full((2, 3), -255.0 * c * K / 4, device=DEVICE), 1e-7)
+
+def check_fused_training_step_equals_the_plain_one():
+    """Output and gradients of quest.py's two autograd functions, two weights that share x."""
+    quest.kernels = kernels
+    for bits, a_bits in ((4, 4), (1, 1), (8, 8), (1.58, 3)):
+        for dtype in DTYPES:
+            x = randn(24, 256, dtype=dtype).requires_grad_()
+            ws = [randn(40, 256, seed=i).mul(0.1).requires_grad_() for i in (1, 2)]
+            gs = [randn(24, 40, seed=i, dtype=dtype) for i in (3, 4)]
+            with full_float32():
+                exact = quest.QuestFunction.apply(x.double(), bits, a_bits, "uniform", "quest",
+                                                  *[w.double() for w in ws])
+                e = torch.autograd.grad(exact, (x, *ws), [g.double() for g in gs])
+            ys = quest.FusedQuest.apply(x, bits, a_bits, *ws)
+            for a, b, bound in zip((*ys, *torch.autograd.grad(ys, (x, *ws), gs)), (*exact, *e),
+                                   [1, 1, 3, 3, 3]):
+                close(a, b, bound * ULP[dtype])
+
+def check_lookups_equal_the_dense_weight():
+    """1 to 3 codebooks, 1 to 5 tokens (5: PyTorch), outputs that fill no tile, split sums."""
+    for B, N, K, M in ((1, 64, 256, 2), (3, 80, 512, 1), (4, 528, 256, 2), (2, 48, 4096, 3),
+                       (5, 48, 256, 2)):
+        for dtype in DTYPES:
+            x, books = randn(B, K, dtype=dtype), randn(M, 256, 8, seed=1, dtype=dtype)
+            codes = torch.randint(256, (N, K // 8, M), generator=torch.Generator().manual_seed(2))
+            codes, scales = codes.to(DEVICE, torch.uint8), randn(N, seed=3).abs()
+            w = sum(books.double()[m][codes[..., m].long()] for m in range(M)).flatten(1)
+            for programs in (1, 264):                  # sums in one part, or in many
+                kernels.VQ_TILE = kernels.VQ_TILE[0], programs, *kernels.VQ_TILE[2:]
+                poison()
+                y = vq_matmul(x, vq_order(codes), books, scales)
+                close(y, x.double() @ w.T * scales.double(), 2 * ULP[dtype])
+
+def check_a_repeat_gives_the_same_bits():
+    x, w = randn(9, 512, dtype=DTYPES[-1]), randn(96, 512)
+    layer = QuantLinear.quest(w, 4, 4).to(DEVICE)
+    operand = quest_operand(layer.packed, layer.scale, 4, 512)
+    codes = torch.randint(256, (512, 512, 2), dtype=torch.uint8, device=DEVICE)
+    books, scales, x1 = randn(2, 256, 8, dtype=x.dtype), randn(512), randn(1, 4096, dtype=x.dtype)
+    for f in (lambda: quest_linear(x, operand, 4, 4),
+              lambda: vq_matmul(x1, vq_order(codes), books, scales)):
+        first = f()
+        for _ in range(20 if DEVICE == "cuda" else 2):
+            assert torch.equal(f(), first)
+
+CHECKS = [name for name in list(globals()) if name.startswith("check_")]
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """name -> "ok" or a traceback, of all checks in one process: Triton's interpreter must be
+    chosen before Triton is imported."""
+    pytest.importorskip("triton")
+    env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
+    env |= {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, __file__], cwd=ROOT, text=True, capture_output=True,
+                            env=env)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_kernels(name, outcomes):
+    assert outcomes[name] == "ok", outcomes[name]
+
+def compiled(kernel, warps, stages=3, **arguments):
+    """Compile for an H100 -> registers' spills in bytes, shared memory, counts of instructions.
+
+    arguments: the constants, or types of the others ("*i8", "i32"), pointers aligned as torch's.
+    """
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    names = kernel.arg_names
+    types = {n: v if isinstance(v, str) else "constexpr" for n, v in arguments.items()}
+    constants = {(names.index(n),): v for n, v in arguments.items() if not isinstance(v, str)}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, v in types.items() if "*" in v}
+    binary = triton.compile(ASTSource(kernel, {n: types[n] for n in names}, constants, aligned),
+                            target=GPUTarget("cuda", 90, 32),
+                            options=dict(num_warps=warps, num_stages=stages))
+    tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(binary.asm["cubin"])
+        f.flush()
+        usage, code = (subprocess.run([tools / command[0], command[1], f.name], text=True,
+                                      capture_output=True, check=True).stdout
+                       for command in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
+    spills = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    return spills, binary.metadata.shared, collections.Counter(re.findall(r"\b[A-Z]{2,}\b", code))
+
+@pytest.mark.parametrize("b, tile, eight", [(1, 2, False), (2, 0, False), (4, 0, False),
+                                            (4, 2, False), (8, 2, False), (8, 2, True)])
+def test_integer_matmul_compiles_for_an_h100_to_tensor_cores_without_spills(b, tile, eight):
+    import kernels
+    tile = kernels.QUEST_TILE_8x8 if eight else kernels.QUEST_TILES[tile][1:]
+    BM, BN, BK, warps, stages = tile
+    spills, shared, count = compiled(
+        kernels._quest_matmul, warps, stages, a="*i8", a_scale="*fp32", a_sum="*i32", w="*i32",
+        w_scale="*fp32", w_sum="*i32", y="*bf16", M="i32", N="i32", K=4096, b=b,
+        HALF=0 if b == 8 else 0x01010101 << (7 - b), A8=eight, W8=eight, BM=BM, BN=BN,
+        BK=256 if b == 1 else BK)
+    assert spills == 0 and shared <= 227 * 1024 and count["IGMMA"] and count["LDGSTS"]
+
+@pytest.mark.parametrize("x, C, train", [("*bf16", 14336, False), ("*bf16", 1024, True),
+                                         ("*bf16", 2816, True), ("*fp32", 1024, True)])
+def test_hadamard_quantize_compiles_for_an_h100_to_tensor_cores_without_spills(x, C, train):
+    import kernels
+    n, NB = 128, 1 << (C // 128 - 1).bit_length()
+    wide, warps, stages, _ = (kernels.QUANTIZE_WIDE if NB > 64 else
+                              kernels.QUANTIZE_FLOAT32 if x == "*fp32" else kernels.QUANTIZE)
+    R = max(wide, NB)
+    spills, shared, count = compiled(
+        kernels._hadamard_quantize, warps, stages, x=x, codes="*i8",
+        signs="*fp16" if x == "*fp32" else "*bf16", scale="*fp32", sums="*i32", values="*bf16",
+        trusted="*u8", T="i32", C=C, CLIP=2.514, EPS=1e-8, TOP=15.0, SHIFT=0.0,
+        LIMIT=8.0, PLANES=1 if train else 2, TRAIN=train, n=n, NB=NB, ROWS=R // NB, STAGES=stages)
+    assert spills == 0 and shared <= 227 * 1024 and count["HGMMA"] + count["HMMA"]
+
+@pytest.mark.parametrize("count, out", [(1, "*fp32"), (3, "*bf16")])
+def test_rotation_of_gradients_compiles_for_an_h100_without_spills(count, out):
+    import kernels
+    R, warps, stages, _ = kernels.ROTATE
+    spills, shared, count = compiled(
+        kernels._rotate_trusted, warps, stages, g="*bf16", g2="*bf16", g3="*bf16", trusted="*u8",
+        signs="*bf16", out=out, blocks="i32", COUNT=count, n=128, R=R, STAGES=stages)
+    assert spills == 0 and shared <= 227 * 1024 and count["HGMMA"]
+
+def test_lookups_compile_for_an_h100_without_spills():
+    import kernels
+    BN, _, R, warps = kernels.VQ_TILE
+    spills, shared, _ = compiled(
+        kernels._vq_matvec, warps, x="*bf16", codes="*u8", books="*bf16", scales="*fp32",
+        table="*bf16", parts="*fp32", tickets="*i32", y="*bf16", tokens="i32", N="i32", G=512,
+        BOOKS=2, BG=R, BN=BN, SPLIT=32, R=R)
+    assert spills == 0 and shared <= 227 * 1024
+
+def main():
+    results = {}
+    for name in CHECKS:
+        try:
+            globals()[name]()
+            results[name] = "ok"
+        except Exception:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))
+
+if __name__ == "__main__":
+    import kernels
+    import quest
+    from kernels import (hadamard_quantize, hadamard_quantize_reference, quest_linear,
+                         quest_linear_reference, quest_matmul, quest_operand, rotate_trusted,
+                         vq_matmul)
+    from quantizers import GAUSSIAN_CLIP, QuantLinear, full_float32, rotate, unpack
+    main()
