@@ -3,11 +3,13 @@
   1. A grid turns floats into small integers `q` and a few real numbers.
      affine:  w_hat = (q - zero_point) * scale     `rtn` and `gptq`, one scale a row or a group
      QuEST:   h_hat = (q + 1/2) * scale            `quest_codes`, on Hadamard-rotated rows
+     vector:  w_hat = (a sum of M codewords) * scale, one code for g weights      `vq_fit`
   2. `pack` lays the integers side by side, `bits` bits each; `unpack` is its exact inverse.
   3. `QuantLinear` holds packed integers and scales, and multiplies with them.
 
 Papers: QuEST (arXiv 2502.05003) for the Gaussian grids and the rotation; GPTQ (2210.17323) and
-its code for the affine grid. Not here: anything that trains (see the method files).
+its code for the affine grid; AQLM (2401.06118) for the codebooks. Not here: anything that trains
+(see the method files).
 
 Shapes: O output channels, C input channels, g = group_size, G = C / g groups, ... any others.
 """
@@ -305,13 +307,175 @@ def _gptq_columns(w, u, scale, zero_point, bits):
         w[:, i:] -= error[:, i:i + 1] * u[i, i:]
     return q, error
 
+# ---- Vector quantization: additive codebooks (AQLM) -----------------------------------------
+# g neighbouring inputs of a row share M codes, one into each of M codebooks of K = 2^B vectors:
+# W[i, jg:jg+g] = scales_i * sum_m codebooks[m, codes[i, j, m]]. J = C / g groups a row.
+
+class _LookUp(torch.autograd.Function):
+    """codebook[codes]: codes (L, n), codebook (L, K, g) -> (L, n, g). Its backward pass adds up in
+    a fixed order on a CPU; on a GPU by a product with one-hot codes, as atomic sums would queue."""
+
+    @staticmethod
+    def forward(ctx, codes, codebook):
+        L, K, _ = ctx.shape = codebook.shape
+        rows = codes + K * torch.arange(L, device=codes.device).unsqueeze(1)
+        ctx.save_for_backward(rows)
+        return F.embedding(rows, codebook.flatten(0, 1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,), (L, K, g) = ctx.saved_tensors, ctx.shape
+        if not grad.is_cuda or K > 64:
+            total = grad.new_zeros(L * K, g).index_add_(0, rows.flatten(), grad.flatten(0, 1))
+            return None, total.view(L, K, g)
+        parts = L * math.gcd(rows.size(1), 512)        # or the sum would run on few cores
+        hot = (rows.unsqueeze(2) % K == torch.arange(K, device=rows.device)).to(grad.dtype)
+        with full_float32():
+            total = hot.view(parts, -1, K).mT @ grad.reshape(parts, -1, g)
+        return None, total.view(L, -1, K, g).sum(1)
+
+def vq_sum(codes, codebooks):
+    """codes (L, n, M), codebooks (L, M, K, g) -> sums of codewords (L, n, g), differentiable."""
+    return sum(_LookUp.apply(codes[..., m], codebooks[:, m]) for m in range(codes.size(2)))
+
+def vq_dequantize(codes, codebooks, scales):
+    """codes (O, J, M), codebooks (M, K, g), scales (O,) -> floats (O, C), differentiable; also for
+    a stack of L linears of one shape, each of the four with L in front."""
+    if codes.dim() == 3:
+        return vq_dequantize(codes[None], codebooks[None], scales[None])[0]
+    return vq_sum(codes.flatten(1, 2), codebooks).view(*scales.shape, -1) * scales.unsqueeze(2)
+
+def vq_bits(O, C, num_codebooks, bits, group_size):
+    """Bits per weight of one matrix: codes, 16-bit codebooks and 16-bit scales."""
+    codes = O * (C // group_size) * num_codebooks * bits
+    return (codes + 16 * num_codebooks * 2**bits * group_size + 16 * O) / (O * C)
+
+def kmeans(x, k, iterations=100, generator=None):
+    """Lloyd's algorithm from k random points: x (n, g) -> centroids (k, g), the nearest (n,).
+
+    A cluster without points keeps its centroid. generator: of the CPU, as everywhere here.
+    """
+    if k > len(x):
+        raise ValueError(f"{k} centroids need as many points; there are {len(x)}")
+    def nearest(c):                                    # |x - c|^2 without |x|^2, in bounded memory
+        return torch.cat([torch.addmm(c.square().sum(1), part, c.t(), alpha=-2).min(1)[1]
+                          for part in x.split(max(1, 2**24 // k))])
+    centroids = x[torch.randperm(len(x), generator=generator)[:k].to(x.device)]
+    for i in range(iterations):
+        owner, before = nearest(centroids), centroids
+        total = torch.zeros_like(before).index_add_(0, owner, x)
+        count = owner.bincount(minlength=k).unsqueeze(1)                           # (k, 1)
+        centroids = torch.where(count > 0, total / count.clamp(min=1), before)
+        if i % 10 == 9 and torch.allclose(centroids, before, rtol=1e-6, atol=1e-8):
+            break
+    return centroids, nearest(centroids)
+
+@full_float32()
+def vq_search(x, codes, codebooks, beam=1, generator=None, keep=1):
+    """The best `keep` codes (L, n, keep, M) near x (L, n, g) that a search from codes (L, n, M)
+    finds, each of the L in its own codebooks (L, M, K, g).
+
+    A beam search: it visits the codebooks once, in random order, and replaces that codebook's part
+    of every hypothesis. The error never grows. With one codebook, or two and beam >= K, it tries
+    everything. All groups at once, in bounded memory.
+    """
+    (L, M, K, g), found = codebooks.shape, []
+    order = torch.randperm(M, generator=generator).tolist()
+    size = max(1, 2**24 // (L * beam * K))
+    for x, q in zip(x.split(size, 1), codes.long().split(size, 1)):
+        n, rest = x.size(1), (x - vq_sum(q, codebooks)).unsqueeze(2)               # (L, n, b, g)
+        q = q.unsqueeze(2)                                                         # (L, n, b, M)
+        for i, m in enumerate(order):
+            c, b = codebooks[:, m], q.size(2)                                      # (L, K, g)
+            part = lambda q: _LookUp.apply(q[..., m].flatten(1), c).view(*q.shape[:3], g)
+            rest = rest + part(q)
+            score = torch.baddbmm(c.square().sum(2).unsqueeze(1), rest.flatten(1, 2), c.mT,
+                                  alpha=-2).view(L, n, b, K)
+            if b > 1:
+                score = score + rest.square().sum(-1, True)
+            index = _lowest(score.flatten(2), keep if i == M - 1 else beam)        # (L, n, b')
+            parent = (index // K).unsqueeze(-1)
+            q = q.gather(2, parent.expand(-1, -1, -1, M))
+            q[..., m] = index % K
+            rest = rest.gather(2, parent.expand(-1, -1, -1, g)) - part(q)
+        found.append(q)
+    return torch.cat(found, 1)
+
+def _lowest(score, n):
+    """Indices of the n lowest along the last dimension, fast where n is 1."""
+    if n == 1:
+        return score.min(-1, keepdim=True).indices
+    return score.topk(min(n, score.size(-1)), largest=False).indices
+
+def vq_search_xtx(w, hessian, codes, codebooks, scales, beam=1, generator=None):
+    """One pass of AQLM's search for codes with a small <(w_hat - w) H, w_hat - w> of each row.
+
+    Groups and codebooks in random order, all rows at once -> codes (O, J, M), loss (O,), which
+    never grows. A change of one part by d changes the loss by 2 d (w_hat - w) H + d H_gg d.
+    """
+    (M, K, g), O, s = codebooks.shape, len(w), scales.view(-1, 1, 1)
+    rows, q = torch.arange(O, device=w.device).unsqueeze(1), codes.unsqueeze(1)    # (O, b, J, M)
+    error = vq_dequantize(codes, codebooks, scales) - w
+    slope = (error @ hessian).unsqueeze(1)                                         # (O, b, C)
+    loss = (slope[:, 0] * error).sum(-1, keepdim=True)                             # (O, b)
+    for j in torch.randperm(codes.size(1), generator=generator).tolist():
+        part = slice(j * g, j * g + g)
+        h = hessian[part, part]                                                    # H_gg (g, g)
+        for m in torch.randperm(M, generator=generator).tolist():
+            old, c = s * codebooks[m, q[:, :, j, m]], codebooks[m]                 # (O, b, g)
+            here = slope[..., part]
+            fixed = ((old @ h - 2 * here) * old).sum(-1) + loss
+            change = (2 * s * (here - old @ h)) @ c.t() + s**2 * ((c @ h) * c).sum(1)
+            total = (change + fixed.unsqueeze(-1)).flatten(1)                      # (O, b K)
+            index = _lowest(total, beam)                                           # (O, b')
+            loss = total.gather(1, index)
+            parent, code = index // K, index % K
+            q = q[rows, parent]
+            q[:, :, j, m] = code
+            slope = slope[rows, parent] + (s * c[code] - old[rows, parent]) @ hessian[part]
+    return q[:, 0], loss[:, 0]
+
+@full_float32()
+def vq_fit(w, hessian, num_codebooks, bits, group_size, rounds=3, steps=25, beam=1, generator=None):
+    """w (O, C), hessian (C, C) = E[x x^T] -> codes (O, J, M), codebooks (M, K, g), scales (O,).
+
+    Residual k-means on the rows over their norms; then `rounds` times Adam on codebooks and scales
+    (`steps` of a percent) and, between, a pass of vq_search_xtx, until they win less than 1 %.
+    """
+    w = w.detach().float()
+    scales = torch.linalg.vector_norm(w, dim=1) + 1e-9                             # whole rows
+    rest, codes, codebooks = (w / scales.unsqueeze(1)).reshape(-1, group_size), [], []
+    for _ in range(num_codebooks):
+        c, q = kmeans(rest, 2**bits, 30, generator)
+        rest = rest - c[q]
+        codebooks.append(c), codes.append(q)
+    codes, codebooks = torch.stack(codes, 1).view(len(w), -1, num_codebooks), torch.stack(codebooks)
+    h, best = hessian.to(w) / hessian.diagonal().mean(), math.inf
+    learn = [codebooks.requires_grad_(), scales.requires_grad_()]
+    adam = torch.optim.Adam([{"params": [p], "lr": 0.01 * p.detach().square().mean().sqrt().item()}
+                             for p in learn], betas=(0.0, 0.95), amsgrad=True)
+    for i in range(rounds):
+        for _ in range(steps):
+            w_hat = vq_dequantize(codes, codebooks, scales)
+            slope = (w_hat.detach() - w) @ h           # half of the loss's gradient
+            loss = ((w_hat.detach() - w) * slope).sum()
+            adam.zero_grad()
+            w_hat.backward(slope)
+            adam.step()
+        if i == rounds - 1 or loss > 0.99 * best:
+            break
+        best = loss
+        with torch.no_grad():
+            codes = vq_search_xtx(w, h, codes, *learn, beam, generator)[0]
+    return codes, codebooks.detach(), scales.detach()
+
 # ---- Packing: bits only, lossless -----------------------------------------------------------
 
 def pack(q, bits):
     """Codes (O, n) -> uint8 (O, ceil(n * bits / 8)), the first code in the lowest bits.
 
-    Signed codes keep their low bits (two's complement). At 1.58 bits, five of the codes -1, 0, 1
-    share a byte in base 3: 1.6 bits each.
+    1 to 16 bits. Signed codes keep their low bits (two's complement). At 1.58 bits, five of the
+    codes -1, 0, 1 share a byte in base 3: 1.6 bits each.
     """
     if bits == 1.58:
         q = F.pad(q.to(torch.int32) + 1, (0, -q.size(1) % 5)).view(q.size(0), -1, 5)
@@ -321,7 +485,8 @@ def pack(q, bits):
     return (stream * _powers(2, 8, q.device)).sum(-1).to(torch.uint8)
 
 def unpack(packed, bits, n, signed=False):
-    """The exact inverse of pack: uint8 (O, bytes) -> (O, n) uint8; int8 if signed or 1.58 bits."""
+    """The exact inverse of pack: uint8 (O, bytes) -> (O, n) uint8; int8 if signed or 1.58 bits;
+    int32 above 8 bits."""
     if bits == 1.58:
         digits = packed.to(torch.int32).unsqueeze(-1) // _powers(3, 5, packed.device) % 3
         return (digits.flatten(1)[:, :n] - 1).to(torch.int8)
@@ -331,9 +496,9 @@ def unpack(packed, bits, n, signed=False):
     else:                                              # codes that cross the bytes' borders
         stream = packed.unsqueeze(-1) >> torch.arange(8, device=packed.device) & 1
         stream = stream.flatten(1)[:, :n * bits].reshape(-1, n, bits)
-        q = (stream * _powers(2, bits, packed.device)).sum(-1).to(torch.uint8)
-    half = 2 ** (bits - 1)
-    return ((q.to(torch.int16) ^ half) - half).to(torch.int8) if signed else q
+        q = (stream * _powers(2, bits, packed.device)).sum(-1, dtype=torch.int32)
+    q, half = q if bits > 8 else q.to(torch.uint8), 2 ** (bits - 1)
+    return ((q.int() ^ half) - half).to(torch.int8 if bits <= 8 else torch.int32) if signed else q
 
 def _powers(base, n, device):
     return torch.tensor([base**i for i in range(n)], dtype=torch.int32, device=device)
@@ -341,17 +506,18 @@ def _powers(base, n, device):
 class QuantLinear(nn.Module):
     """y = x w_hat^T from packed codes: (..., C) -> (..., O). For inference; nothing to train.
 
-    spec, plain values that a checkpoint keeps: kind "affine" or "quest", bits, a_bits (of the
-    inputs; 16: not quantized), in_features, signed (two's complement codes), group_size (affine;
-    -1 is one scale a row), and for quest rotate, grid ("uniform", "fp4" or "sparse").
+    spec, plain values that a checkpoint keeps: kind "affine", "vq" or "quest", bits, a_bits (of
+    the inputs; 16: not quantized), in_features, signed (two's complement codes), group_size
+    (affine; -1 is one scale a row), and for quest rotate, grid ("uniform", "fp4" or "sparse").
     tensors: packed uint8, scale float32 (O, G), zero_point uint8 (O, G) where asymmetric, keep
-    (sparse: one bit a pair), a_scale (a fixed scale of the inputs, instead of one a token).
+    (sparse: one bit a pair), a_scale (a fixed scale of the inputs, instead of one a token); vq:
+    codebooks float16 (M, K, g), scale float16 (O,).
     """
 
     def __init__(self, spec, tensors):
         super().__init__()
         self.spec = dict(spec)
-        for name in ("packed", "scale", "zero_point", "keep", "a_scale"):
+        for name in ("packed", "scale", "zero_point", "keep", "a_scale", "codebooks"):
             self.register_buffer(name, tensors.get(name))
         self.fast = None                               # (packed, the same as kernels.py wants it)
 
@@ -363,6 +529,15 @@ class QuantLinear(nn.Module):
             tensors["zero_point"] = zero_point.to(torch.uint8)
         return cls(dict(kind="affine", bits=bits, a_bits=a_bits, in_features=q.size(1),
                         group_size=group_size, signed=zero_point is None), tensors)
+
+    @classmethod
+    def vq(cls, codes, codebooks, scales):
+        """From what `vq_fit` returns; codebooks and scales become float16."""
+        bits = (codebooks.size(1) - 1).bit_length()
+        tensors = dict(packed=pack(codes.flatten(1), bits), scale=scales.half(),
+                       codebooks=codebooks.half())
+        return cls(dict(kind="vq", bits=bits, a_bits=16, signed=False,
+                        in_features=codes.size(1) * codebooks.size(2)), tensors)
 
     @classmethod
     def quest(cls, w, bits, a_bits, grid="uniform", rotated=True, w_scale=None, a_scale=None):
@@ -398,6 +573,10 @@ class QuantLinear(nn.Module):
         if s["kind"] == "quest":
             w = self.levels(torch.float32) * self.scale
             return rotate(w) if s["rotate"] else w
+        if s["kind"] == "vq":
+            M, _, g = self.codebooks.shape
+            q = unpack(self.packed, s["bits"], s["in_features"] // g * M).long()
+            return vq_dequantize(q.view(len(q), -1, M), self.codebooks.float(), self.scale.float())
         q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
         return dequantize(q, self.scale, self.zero_point, s["group_size"])
 
@@ -410,15 +589,24 @@ class QuantLinear(nn.Module):
                 self.a_scale is None and s["rotate"] and s["grid"] == "uniform"
                 and kernels.quest_fits(x, s["bits"], s["a_bits"])):
             return None
+        if s["kind"] == "vq" and self.codebooks.shape[1:] != (256, 8):
+            return None
         if self.fast is None or self.fast[0] is not self.packed:       # first use, or it moved
             if s["kind"] == "quest":
                 w = kernels.quest_operand(self.packed, self.scale, s["bits"], s["in_features"])
+            elif s["kind"] == "vq":                    # codes (M, J, O)
+                w = (self.packed.view(len(self.packed), -1, len(self.codebooks)).permute(2, 1, 0)
+                     .contiguous(), self.codebooks.to(x.dtype), self.scale.float())
             else:
                 q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
                 w = kernels.pack_weight(q, self.scale, self.zero_point, s["bits"], s["group_size"])
             self.fast = self.packed, w
         if s["kind"] == "quest":
             return kernels.quest_linear(x, self.fast[1], s["a_bits"], s["bits"])
+        if s["kind"] == "vq":
+            codes, codebooks, scale = self.fast[1]
+            y = kernels.vq_matmul(x.flatten(0, -2), codes, codebooks.to(x.dtype), scale)
+            return y.view(*x.shape[:-1], -1)
         if self.fast[1] is None:
             return kernels.once(f"kernels.py has no kernel for {s['bits']} bits, "
                                 f"{s['in_features']} inputs, groups of {s['group_size']}: these "
@@ -427,13 +615,13 @@ class QuantLinear(nn.Module):
 
     def forward(self, x):
         s = self.spec
-        if s["kind"] == "affine" and s["a_bits"] < 16:
+        if s["kind"] != "quest" and s["a_bits"] < 16:
             x = fake_quant_tokens(x, s["a_bits"])
         if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and not x.requires_grad:
             y = self.kernel(x)
             if y is not None:
                 return y
-        if s["kind"] == "affine":
+        if s["kind"] != "quest":
             return F.linear(x, self.weight().to(x.dtype))
         h, h_scale = rotate(x) if s["rotate"] else x.float(), None
         if s["a_bits"] < 16:

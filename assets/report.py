@@ -7,8 +7,8 @@ Every script appends one JSON line a run to OUT/results.jsonl. Here the runs tha
 but the seed become one line: mean and standard deviation over seeds, and the paired difference to
 the dense runs of the same seeds, size and tokens. normtweak.jsonl holds one line for each quantized
 model, without and with the tweak; its table pairs them by calibration seed. lrqat.jsonl: one line an
-arm, rate and seed, the arm's rate chosen by the mean loss on the dev split. The figure needs
-matplotlib.
+arm, rate and seed, the arm's rate chosen by the mean loss on the dev split. pvtune.jsonl: one line
+an arm, also those of the search for rates on the dev split. The figure needs matplotlib.
 """
 import collections
 import json
@@ -114,6 +114,38 @@ def print_lrqat(rows):
         print(f"| {r['arm']} | {r['phi'] if r['arm'] == 'LR-QAT' else ''} | "
               f"{'yes' if r['lean'] else 'no'} | {peak} | {r.get('tokens/s', 0):.0f} |")
 
+def print_pv(rows, seeds=3):
+    """PV-Tuning's arms with `seeds` seeds or more and, paired by seed, what they win over P only.
+    Rows of different runs start from different fits and are never averaged."""
+    groups, p_only = collections.defaultdict(dict), {}
+    for r in rows:
+        names = ["run", "scheme", "start", "arm", "lr"] + ["code_lr", "rank"] * (r["arm"] != "p")
+        key = tuple(r.get(name, "") for name in names)
+        groups[key + ("",) * (7 - len(key))][r["seed"]] = r
+    groups = {k: list(runs.values()) for k, runs in groups.items()
+              if len(runs) >= seeds or k[3] in ("dense", "RTN", "as fitted")}
+    tuned = collections.Counter(key[:3] for key in groups if key[4] != "")
+    for key, runs in groups.items():
+        if key[3] == "p":
+            p_only[key[:3]] = {r["seed"]: r["val_loss"] for r in runs}
+    print("\n| run | scheme | start | arm | lr | code lr | ranking | bits/weight | seeds | "
+          "dev loss | val loss | minus P only | codes changed | budget used |")
+    print("|---" * 14 + "|")
+    order = lambda g: (*g[0][:3], statistics.mean(r["val_loss"] for r in g[1]))
+    for key, runs in sorted(groups.items(), key=order):
+        if tuned[key[:3]] < 2:                         # a run that was only a search
+            continue
+        dev, val = (mean_std([r[k] for r in runs]) for k in ("dev_loss", "val_loss"))
+        cells = [*key, f"{runs[0]['bpw']:.2f}", len(runs),
+                 *(f"{m:.4f} ± {s:.4f}" if len(runs) > 1 else f"{m:.4f}" for m, s in (dev, val))]
+        if key[5] != "" and key[:3] in p_only:
+            p = p_only[key[:3]]
+            less = mean_std([r["val_loss"] - p[r["seed"]] for r in runs if r["seed"] in p])
+            cells += [f"{less[0]:+.4f} ± {less[1]:.4f}",
+                      *(f"{100 * statistics.mean(r[k] for r in runs):.2f} %"
+                        for k in ("changed", "budget"))]
+        print("| " + " | ".join(map(str, cells + [""] * (14 - len(cells)))) + " |")
+
 def draw_quest(table, path):
     """Loss over dense for QuEST and its baselines by bit-width."""
     import matplotlib
@@ -154,6 +186,7 @@ def main():
     if not sys.argv[1:]:
         print_tweaks(read_rows([HERE / "normtweak.jsonl"]))
         print_lrqat(read_rows([HERE / "lrqat.jsonl"]))
+        print_pv(read_rows([HERE / "pvtune.jsonl"]))
         try:
             draw_quest(table, HERE / "quest.png")
         except ModuleNotFoundError:

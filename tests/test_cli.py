@@ -21,6 +21,7 @@ import torch
 import lrqat
 import model
 import normtweak
+import pvtune
 import quest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -303,7 +304,7 @@ def test_every_command_of_the_readme_parses(readme, monkeypatch):
         pass
     def stop(args):
         raise Parsed
-    scripts = SCRIPTS | {"normtweak.py": normtweak, "lrqat.py": lrqat}
+    scripts = SCRIPTS | {"normtweak.py": normtweak, "lrqat.py": lrqat, "pvtune.py": pvtune}
     for module in scripts.values():
         monkeypatch.setattr(module, "resolve", stop)   # parse, then go no further
     monkeypatch.setattr(model, "load_checkpoint", stop)                    # model.py export

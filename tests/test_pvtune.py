@@ -1,0 +1,875 @@
+"""PV-Tuning against brute force in float64, hand-written loops and exhaustive code searches.
+
+Theory (A): all c^d vectors on problems of six numbers. Code search (B): full distance matrices.
+Optimizer (C): a straight-through loop, a layer that autograd differentiates, LAMB's formula.
+Format (D): the published bits per weight. What needs several trained models (E1 to E4: P only below
+the fit, the subspace below P only, a naive step ten times as large above it) is measured, not
+asserted: assets/pvtune.jsonl. Only E5 and "a naive step that is small changes no code" are here.
+"""
+import copy
+import functools
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import model as trunk
+import pvtune
+from model import LlamaConfig, LLaMA, UsageError
+from pvtune import (Codebooks, Distilled, Grid, PVLinear, PVOptimizer, exact_p, exact_v, kl_loss,
+                    lamb_step, linear_v, move_codes, ste, v_step)
+from quantizers import (QuantLinear, bits_per_weight, dequantize, kmeans, pack, rtn, unpack,
+                        vq_bits, vq_dequantize, vq_fit, vq_search, vq_search_xtx)
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+# ---- A: the exact theory ------------------------------------------------------------------------
+
+def quadratic(seed, d=6, c=3, coupling=3.0):
+    """A random SPD problem (A, b), phi, and a start of c values."""
+    g = seeded(seed)
+    root = torch.randn(d, d, generator=g, dtype=torch.float64)
+    A = root @ root.t() / d + coupling * torch.ones(d, d).double() + 0.1 * torch.eye(d).double()
+    b, values = (torch.randn(n, generator=g, dtype=torch.float64) for n in (d, c))
+    codes = torch.cat((torch.arange(c), torch.randint(c, (d - c,), generator=g)))
+    return A, b, (lambda x: (x @ A @ x / 2 - b @ x).item()), values[codes]
+
+@pytest.mark.parametrize("c", [1, 2, 3])
+def test_exact_pv_never_rises_stays_feasible_and_both_halves_are_brute_force(c):
+    for seed in range(10):
+        A, b, phi, x = quadratic(seed, c=c)
+        for _ in range(3):
+            y = exact_p(A, b, x)
+            assert phi(y) <= phi(x) + 1e-12 and len(y.unique()) <= c
+            for v in x.unique():                       # no slope along what x ties together
+                assert abs((A @ y - b) @ (x == v).double()) < 1e-9
+            assert all((y[x == v] == y[x == v][0]).all() for v in x.unique())
+            x = exact_v(A, b, y)
+            best = min(phi(torch.stack(t)) for t in itertools.product(y.unique(), repeat=6))
+            assert phi(x) <= phi(y) + 1e-12 and abs(phi(x) - best) < 1e-12
+            assert set(x.tolist()) <= set(y.tolist())
+
+@pytest.mark.parametrize("tau", [6, 1, 2, 4])
+def test_linear_v_step_descends_and_is_the_minimum_of_its_bound(tau):
+    changes = 0
+    for seed in range(20):
+        A, b, phi, x = quadratic(seed, c=3)
+        y = exact_p(A, b, x) + 0.0
+        values = y.unique()
+        x, g = linear_v(A, b, y, values, tau), A @ y - b
+        moved = (x != y).nonzero().flatten()
+        assert phi(x) <= phi(y) + 1e-12 and set(x.tolist()) <= set(values.tolist())
+        assert len(moved) <= tau
+        ahead = torch.tensor([any((v - y[i]) * -g[i] > 0 for v in values) for i in range(6)])
+        S = torch.where(ahead, g.abs(), -1.0).argsort(descending=True, stable=True)[:tau]
+        L = torch.linalg.eigvalsh(A[S][:, S])[-1]
+        bound = lambda v: (g[S] @ (v - y[S]) + L / 2 * (v - y[S]).square().sum()).item()
+        best = min(bound(torch.stack(t)) for t in itertools.product(values, repeat=len(S)))
+        assert abs(bound(x[S]) - best) < 1e-10
+        d = (x - y).abs()[moved]
+        assert phi(y) - phi(x) >= (g[moved].abs() * d - L * d.square() / 2).sum() - 1e-12
+        gap = [min((abs(v - y[i]) for v in values if (v - y[i]) * -g[i] > 1e-12),
+                   default=math.inf) for i in S]
+        assert bool(len(moved)) == any(2 * abs(g[i]) > L * w for i, w in zip(S, gap))
+        changes += len(moved)
+    assert changes > 0
+
+def test_smoothness_on_a_subspace_grows_with_it_and_stays_below_the_whole():
+    A, _, _, _ = quadratic(0)
+    L = lambda S: torch.linalg.eigvalsh(A[S][:, S])[-1].item()
+    for S in itertools.combinations(range(6), 3):
+        assert max(A[i, i] for i in S) <= L(list(S)) + 1e-12
+        assert L(list(S)) <= L(list(S) + [i for i in range(6) if i not in S][:1]) + 1e-12
+        assert L(list(S)) <= L(list(range(6))) + 1e-12
+
+def test_ten_coordinates_stuck_swinging_and_solved():
+    A, b, values = torch.ones(10, 10).double(), torch.full((10,), 4.0).double(), torch.arange(2.)
+    values, phi = values.double(), lambda x: (x.sum().item() - 4) ** 2 / 2
+    def curve(tau, n=6):
+        x, out = torch.zeros(10).double(), []
+        for _ in range(n):
+            out.append(phi(x))
+            x = linear_v(A, b, x, values, tau)
+        return out
+    assert curve(10, 50) == [8.0] * 50
+    assert curve(1) == [8, 4.5, 2, 0.5, 0, 0] and curve(2) == [8, 2, 0, 0, 0, 0]
+    assert curve(3) == [8] + [0.5] * 5
+    for lr in (0.02, 0.05, 0.1):
+        seen = [phi(x) for x in ste(A, b, torch.zeros(10).double(), values, lr, 200)]
+        assert set(seen) == {8.0, 18.0}
+
+def test_as_many_values_as_numbers_is_the_minimum_and_one_value_the_best_constant():
+    A, b, phi, x = quadratic(3, c=6)
+    assert (exact_p(A, b, x) - torch.linalg.solve(A, b)).abs().max() < 1e-10
+    A, b, phi, x = quadratic(3, c=1)
+    assert (exact_p(A, b, x) - b.sum() / A.sum()).abs().max() < 1e-12
+
+# ---- B: the code search -------------------------------------------------------------------------
+
+def layer(O=8, C=32, M=2, K=16, g=4, seed=0, dtype=torch.float64):
+    """codes (O, J, M), codebooks (M, K, g), scales (O,) and a reference (O, C) near by."""
+    gen = seeded(seed)
+    codes = torch.randint(K, (O, C // g, M), generator=gen)
+    codebooks = torch.randn(M, K, g, generator=gen, dtype=dtype)
+    scales = torch.rand(O, generator=gen, dtype=dtype) + 0.5
+    w = vq_dequantize(codes, codebooks, scales)
+    return codes, codebooks, scales, w + 0.7 * torch.randn(O, C, generator=gen, dtype=dtype)
+
+def one(*parts):
+    """Codebooks of a stack of one linear."""
+    return Codebooks(*(x[None] for x in parts))
+
+def search(x, codes, codebooks, *args, **how):
+    """vq_search of one linear: x (n, g), codes (n, M) -> (n, keep, M)."""
+    return vq_search(x[None], codes[None], codebooks[None], *args, **how)[0]
+
+def brute(x, codebooks):
+    """The nearest of all sums of codewords: codes (n, M) and squared errors (n,)."""
+    M, K, _ = codebooks.shape
+    every = torch.tensor(list(itertools.product(range(K), repeat=M)))
+    sums = sum(codebooks[m][every[:, m]] for m in range(M))                        # (K^M, g)
+    errors = (x.unsqueeze(1) - sums).square().sum(-1)
+    return every[errors.argmin(1)], errors.amin(1)
+
+def test_dequantize_sums_one_codeword_of_each_codebook_along_the_inputs():
+    codes, codebooks, scales, _ = layer(M=3)
+    w = vq_dequantize(codes, codebooks, scales)
+    for i, j in itertools.product(range(8), range(8)):
+        part = scales[i] * sum(codebooks[m, codes[i, j, m]] for m in range(3))
+        assert (w[i, 4 * j:4 * j + 4] - part).abs().max() < 1e-14
+    disjoint = torch.stack((torch.eye(4), 10 * torch.eye(4)))                      # (2, 4, 4)
+    assert vq_dequantize(torch.tensor([[[1, 2]]]), disjoint, torch.ones(1)).tolist() == [
+        [0, 1, 10, 0]]
+
+def test_one_codebook_is_the_argmin_of_the_distance_matrix():
+    codes, codebooks, scales, w = layer(M=1)
+    x = (w / scales.unsqueeze(1)).view(-1, 4)
+    assert torch.equal(search(x, codes.flatten(0, 1), codebooks)[:, 0], brute(x, codebooks)[0])
+
+def test_two_codebooks_and_a_full_beam_are_exhaustive():
+    codes, codebooks, scales, w = layer(O=50)
+    x = (w / scales.unsqueeze(1)).view(-1, 4)
+    found = search(x, codes.flatten(0, 1), codebooks, beam=16)
+    assert len(x) == 400 and torch.equal(found[:, 0], brute(x, codebooks)[0])
+
+@pytest.mark.parametrize("M,beam", [(1, 1), (2, 1), (2, 3), (3, 1), (3, 4)])
+def test_the_search_never_raises_an_error_and_its_runner_up_is_another_code(M, beam):
+    codes, codebooks, scales, w = layer(M=M)
+    x, start = (w / scales.unsqueeze(1)).view(-1, 4), codes.flatten(0, 1)
+    error = lambda q: (x - sum(codebooks[m][q[:, m]] for m in range(M))).square().sum(1)
+    found, before = search(x, start, codebooks, beam, seeded(), keep=2), error(start)
+    first, second = error(found[:, 0]), error(found[:, 1])
+    assert (first <= before + 1e-12).all() and (first < before - 1e-6).any()
+    assert (first <= second).all() and (found[:, 0] != found[:, 1]).any(1).all()
+
+def test_the_search_in_pieces_equals_the_search_at_once():
+    codes, codebooks, scales, w = layer(M=2)
+    x = (w / scales.unsqueeze(1)).view(-1, 4)
+    whole = search(x, codes.flatten(0, 1), codebooks, 2, seeded(1))
+    parts = [search(a, b, codebooks, 2, seeded(1))
+             for a, b in zip(x.split(7), codes.flatten(0, 1).split(7))]
+    assert torch.equal(whole, torch.cat(parts))
+
+@pytest.mark.parametrize("rank", ["residual", "improvement"])
+def test_at_most_the_fraction_changes_and_the_chosen_groups_are_those_of_the_rank(rank):
+    codes, codebooks, scales, w = layer(M=1)
+    for fraction in (0.01, 0.1, 0.5, 1.0):
+        new = v_step(w, codes, codebooks, scales, fraction, rank=rank)
+        moved = (new != codes).any(-1).flatten()
+        assert moved.sum() <= math.ceil(fraction * 64)
+        x = (w / scales.unsqueeze(1)).view(-1, 4)
+        best, lowest = brute(x, codebooks)
+        s = scales.repeat_interleave(8).square()
+        error = (w - vq_dequantize(codes, codebooks, scales)).view(-1, 4).square().sum(1)
+        score = error if rank == "residual" else error - lowest * s
+        top = score.argsort(descending=True)[:math.ceil(fraction * 64)]
+        expected = codes.flatten(0, 1).clone()
+        expected[top] = best[top]
+        assert torch.equal(new.flatten(0, 1), expected)
+    assert torch.equal(new, v_step(w, codes, codebooks, scales, 1.0, rank=rank, trust=1e9))
+
+def test_a_group_counts_once_and_a_tiny_weight_may_always_change_one():
+    codes, codebooks, scales, w = layer(M=3)
+    for fraction, groups in ((1e-9, 1), (4.5 / 64, 5)):
+        new = v_step(w, codes, codebooks, scales, fraction, beam=8, generator=seeded())
+        assert (new != codes).any(-1).sum() == groups
+    assert (new != codes).sum() > groups
+
+def test_ranking_is_in_the_weights_own_unit():
+    codes, codebooks, scales, w = layer(M=1)
+    before = v_step(w, codes, codebooks, scales, 1.0)
+    scales[3] *= 100
+    w[3] *= 100
+    new = v_step(w, codes, codebooks, scales, 8 / 64, rank="residual")
+    assert (new != codes).any(-1).any(-1).nonzero().flatten().tolist() == [3]
+    assert torch.equal(v_step(w, codes, codebooks, scales, 1.0), before)
+
+def test_published_ranking_starves_and_improvement_does_not():
+    codes, codebooks = torch.zeros(1, 2, 1).long(), torch.tensor([[[0.0], [1.0]]])
+    R, ones = torch.tensor([[-5.0, 0.9]]), torch.ones(1)
+    stuck = codes
+    for _ in range(5):
+        stuck = v_step(R, stuck, codebooks, ones, 0.5, rank="residual")
+    assert torch.equal(stuck, codes)
+    assert v_step(R, codes, codebooks, ones, 0.5).flatten().tolist() == [0, 1]
+
+def test_trust_region_keeps_the_groups_up_to_the_one_that_crosses_it():
+    codes, codebooks, scales, w = layer(O=32, M=1)
+    before = vq_dequantize(codes, codebooks, scales)
+    for rho in (1e-6, 0.1, 0.2, 0.4):
+        form = one(codes, codebooks, scales)
+        made, moved, used = move_codes(form, w[None], 0.9, trust=rho)
+        assert torch.equal(made, form.dequantize())
+        change = (form.dequantize()[0] - before).detach().view(-1, 4).square().sum(1)
+        limit = (rho * before.norm()).square()
+        assert moved == (change > 0).sum() and moved >= 1
+        error = (w - before).view(-1, 4).square().sum(1)
+        gain = error - (w - form.dequantize()[0]).detach().view(-1, 4).square().sum(1)
+        last = torch.where(change > 0, gain, math.inf).argmin()            # the lowest rank kept
+        assert change.sum() - change[last] < limit
+        assert abs(used - (change.sum() / limit).sqrt()) < 1e-9
+    free = one(codes, codebooks, scales)
+    assert move_codes(free, w[None], 0.9)[1] > moved
+
+def test_temperature_draws_without_replacement_by_error():
+    codebooks, ones = torch.tensor([[[0.0], [9.0]]]), torch.ones(1)
+    form = one(torch.zeros(1, 3, 1).long(), codebooks, ones)
+    R, g, counts = torch.tensor([[[1.0, 2.0, 4.0]]]), seeded(), torch.zeros(3)
+    for _ in range(1500):                              # forced: what is chosen changes
+        form.codes.zero_()
+        move_codes(form, R, 1 / 3, rank="residual", temperature=1.0, generator=g, force=True)
+        counts += form.codes.flatten()
+    assert counts.sum() == 1500
+    assert (counts / 1500 - torch.tensor([1, 2, 4]) / 7).abs().max() < 0.04
+    form.codes.zero_()
+    move_codes(form, R, 0.6, rank="residual", temperature=1.0, generator=g, force=True)
+    assert form.codes.sum() == 2
+
+def test_stochastic_rounding_has_the_published_odds_and_keeps_exact_matches():
+    codebooks = torch.tensor([[[-1.0], [2.0]]])        # 0 is at errors 1 and 2
+    form = one(torch.zeros(1, 9000, 1).long(), codebooks, torch.ones(1))
+    move_codes(form, torch.zeros(1, 1, 9000), 1.0, rounding=1.0, generator=seeded())
+    assert abs((form.codes == 0).float().mean() - 2 / 3) < 0.02
+    move_codes(form, torch.full((1, 1, 9000), 2.0), 1.0, rounding=1.0, generator=seeded())
+    assert (form.codes == 1).all()
+
+def test_forced_groups_all_change_to_the_best_other_code():
+    codes, codebooks, scales, w = layer(M=1)
+    new = v_step(w, codes, codebooks, scales, 1.0, force=True)
+    x = (w / scales.unsqueeze(1)).view(-1, 4)
+    distance = (x.unsqueeze(1) - codebooks[0]).square().sum(-1)                    # (n, K)
+    distance.scatter_(1, codes.flatten(0, 1), math.inf)
+    assert torch.equal(new.flatten(), distance.argmin(1))
+
+def test_lazy_improvement_searches_a_group_again_only_as_its_error_grows():
+    form = one(torch.zeros(1, 2, 1).long(), torch.tensor([[[0.0], [1.0]]]), torch.ones(1))
+    R, left = torch.tensor([[[-5.0, 0.9]]]), torch.zeros(1, 2)
+    assert move_codes(form, R, 0.5, left=left)[1] == 0 and left.tolist() == [[25, 0]]
+    assert move_codes(form, R, 0.5, left=left)[1] == 1 and form.codes.flatten().tolist() == [0, 1]
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_the_search_on_inputs_reports_its_loss_and_never_raises_it(beam):
+    codes, codebooks, scales, w = layer()
+    x = torch.randn(100, 32, generator=seeded(), dtype=torch.float64)
+    H = x.t() @ x / 100
+    loss = lambda q: (((vq_dequantize(q, codebooks, scales) - w) @ H)
+                      * (vq_dequantize(q, codebooks, scales) - w)).sum(1)
+    before = loss(codes)
+    for seed in range(3):
+        codes, reported = vq_search_xtx(w, H, codes, codebooks, scales, beam, seeded(seed))
+        assert (loss(codes) - reported).abs().max() < 1e-9
+        assert (reported <= before + 1e-9).all() and (seed or (reported < before - 1e-3).any())
+        before = reported
+    assert codes.shape == (8, 8, 2)
+
+def test_the_search_on_white_inputs_is_the_plain_one():
+    codes, codebooks, scales, w = layer(M=1)
+    found = vq_search_xtx(w, torch.eye(32).double(), codes, codebooks, scales)[0]
+    assert torch.equal(found, v_step(w, codes, codebooks, scales, 1.0))
+
+# ---- The fit ------------------------------------------------------------------------------------
+
+def test_kmeans_finds_separate_clusters_and_survives_duplicates():
+    centers = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
+    x = centers.repeat(50, 1) + 0.1 * torch.randn(150, 2, generator=seeded())
+    best = min(((x - c[q]).square().sum().item() for c, q in
+                (kmeans(x, 3, generator=seeded(s)) for s in range(5))))
+    assert best < 6
+    c, q = kmeans(torch.ones(20, 2), 4, generator=seeded())                # three stay empty
+    assert torch.isfinite(c).all() and (c[q] == 1).all()
+    with pytest.raises(ValueError, match="4 centroids need as many points"):
+        kmeans(torch.ones(3, 2), 4)
+    a, b = (kmeans(x, 3, generator=seeded(7)) for _ in range(2))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+def test_kmeans_ends_where_every_centroid_is_the_mean_of_its_points():
+    x = torch.randn(500, 3, generator=seeded(), dtype=torch.float64)
+    c, q = kmeans(x, 8, 1000, seeded(1))
+    assert torch.equal(q, (x.unsqueeze(1) - c).square().sum(-1).argmin(1))
+    for k in range(8):
+        assert (x[q == k].mean(0) - c[k]).abs().max() < 1e-4
+
+def test_fit_starts_at_row_norms_and_each_part_of_it_lowers_the_loss_on_the_inputs():
+    g = seeded()
+    w = torch.randn(32, 64, generator=g) * torch.logspace(-2, 0, 32).unsqueeze(1)
+    x = torch.randn(500, 64, generator=g) @ torch.randn(64, 64, generator=g)
+    H = x.t() @ x / 500
+    def loss(codes, codebooks, scales):
+        e = vq_dequantize(codes, codebooks, scales) - w
+        return ((e @ H) * e).sum().item()
+    start = vq_fit(w, H, 2, 4, 4, rounds=1, steps=0, generator=seeded(1))
+    assert torch.equal(start[2], torch.linalg.vector_norm(w, dim=1) + 1e-9)
+    adam = vq_fit(w, H, 2, 4, 4, rounds=1, generator=seeded(1))
+    both = vq_fit(w, H, 2, 4, 4, generator=seeded(1))
+    assert torch.equal(start[0], adam[0]) and not torch.equal(start[0], both[0])
+    assert loss(*both) < 0.9 * loss(*adam) < 0.9 * loss(*start)
+
+# ---- The grid -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bits,group_size", [(2, 8), (3, -1)])
+def test_grid_codes_are_the_nearest_integers_and_the_runner_up(bits, group_size):
+    w = torch.randn(6, 32, generator=seeded(), dtype=torch.float64)
+    q, scale, zero = rtn(w, bits, group_size)
+    form = Grid(q[None], scale[None], zero[None], bits)
+    assert torch.equal(form.dequantize()[0], dequantize(q, scale, zero, group_size))
+    R = w + 0.5 * torch.randn(6, 32, generator=seeded(1), dtype=torch.float64)
+    codes, values = (x[0] for x in form.nearest(R.view(1, -1, 1), torch.arange(192)[None], keep=2))
+    C = 32 // scale.size(1)
+    levels = (torch.arange(2**bits) - zero.repeat_interleave(C, 1).unsqueeze(-1)) * (
+        scale.repeat_interleave(C, 1).unsqueeze(-1))                               # (O, C, 2^b)
+    distance = (levels - R.unsqueeze(-1)).square().flatten(0, 1)
+    lowest = distance.topk(2, largest=False)
+    assert torch.equal(codes[:, :, 0].long(), lowest.indices)
+    errors = (values[:, :, 0] - R.view(-1, 1)).square()
+    assert (errors - lowest.values).abs().max() < 1e-12
+
+def test_grid_moves_codes_keeps_zero_points_and_packs_what_it_stands_for():
+    w = torch.randn(6, 32, generator=seeded())
+    q, scale, zero = rtn(w, 2, 8)
+    form = Grid(q[None], scale[None], zero[None], 2)
+    R = w + 0.3 * torch.randn(6, 32, generator=seeded(1))
+    _, moved, _ = move_codes(form, R[None], 0.1)
+    assert 0 < moved <= math.ceil(0.1 * 192) and torch.equal(form.zero_point[0], zero)
+    assert (form.codes.view(6, 32) != q).sum() == moved
+    assert torch.equal(form.pack()[0].weight(), form.dequantize()[0])
+    made = form.dequantize()[0]
+    G = torch.randn(6, 32, generator=seeded(2))
+    g, = torch.autograd.grad(made, form.scale, G)
+    plain = ((form.codes.view(6, 4, 8) - zero.unsqueeze(-1)) * G.view(6, 4, 8)).sum(-1)
+    assert (g[0] - plain).abs().max() < 1e-5
+
+# ---- C: the optimizer ---------------------------------------------------------------------------
+
+def settings(**flags):
+    return types.SimpleNamespace(**dict(
+        lr=3e-3, code_lr=0.3, tau=0.05, rank="improvement", trust=None, seed=0, device="cpu",
+        batch_size=4, accumulate=1, seq_len=32, steps=1000, compile=False) | flags)
+
+def tokens(n=4000, vocab=64):
+    rng = np.random.default_rng(0)
+    return types.SimpleNamespace(train=(rng.integers(0, 3, n).cumsum() % vocab).astype(np.int64))
+
+@functools.lru_cache(maxsize=None)
+def fitted(M, seed, tied, grid):
+    torch.manual_seed(seed)
+    teacher = LLaMA(LlamaConfig(64, 2, 32, 4, 2, 48, 32, tied=tied)).requires_grad_(False)
+    def compress(_, m):
+        if grid:
+            return PVLinear(Grid(*(x[None] for x in rtn(m.weight.detach(), 2, 16)), 2))
+        return PVLinear(one(*vq_fit(m.weight, torch.eye(m.weight.size(1)), M, 3, 4, rounds=1,
+                                    generator=seeded())))
+    return copy.deepcopy(teacher).requires_grad_(True).replace_linears(compress), teacher
+
+def student(M=2, seed=0, tied=False, grid=False):
+    """A Distilled 2-layer LLaMA of random weights in codebooks of 8, and its teacher."""
+    return Distilled(*copy.deepcopy(fitted(M, seed, tied, grid)))
+
+def take_steps(model, optimizer, args, steps, first=0):
+    return [trunk.train_step(model, optimizer, tokens(), args, first + i)[0].item()
+            for i in range(steps)]
+
+def lamb(p, g, v, m, t, lr, b1, b2):
+    """The formula, written out: the new p, v and m."""
+    v = b2 * v + (1 - b2) * g * g
+    m = b1 * m + (1 - b1) * g
+    u = m / (v.sqrt() + 1e-6)
+    u = u * (p.norm() / u.norm()) * lr
+    return p - u * math.sqrt(1 - b2**t) / (1 - b1**t), v, m
+
+def linears(model):
+    """Of every linear: its layer, and codes (O, J, M), codebooks, scales (or those of a grid)."""
+    return [(m, [x[i] for x in form.parts()]) for form, layers in zip(model.forms, model.layers)
+            for i, m in enumerate(layers)]
+
+def test_codes_are_those_of_a_plain_straight_through_loop():
+    model, args = student(M=1), settings(lr=0.0)
+    optimizer, by_hand = PVOptimizer(model, args, "ste"), copy.deepcopy(model)
+    optimizer.schedule = lambda step, steps, peak: peak
+    shadows = [[m, *(x.detach().clone() for x in parts), m.weight.detach().clone(), 0]
+               for m, parts in linears(by_hand)]
+    flips = 0
+    for t in range(1, 13):
+        take_steps(model, optimizer, args, 1, t)
+        x, y = trunk.batch(tokens().train, t, 4, 32, 0, "cpu")
+        by_hand(x, y)[1].backward()
+        nn.utils.clip_grad_norm_(by_hand.student.parameters(), 1.0)
+        for own, (_, (codes, _, _)) in zip(shadows, linears(model)):
+            m, q, codebooks, scales, shadow, v = own
+            shadow, v, _ = lamb(shadow, m.weight.grad, v, 0, t, 0.3, 0.0, 0.95)
+            groups = (shadow / scales.unsqueeze(1)).view(-1, 1, 4)
+            new = (groups - codebooks[0]).square().sum(-1).argmin(1).view(q.shape)
+            flips += (new != q).sum().item()
+            m.weight.data = vq_dequantize(new, codebooks, scales)
+            own[1], own[4], own[5] = new, shadow, v
+            assert torch.equal(codes, new.int()), t
+        by_hand.zero_grad()
+    assert flips > 100
+
+def test_a_small_naive_step_is_p_only_with_no_code_changed():
+    states = []
+    for variant, code_lr in (("p", 1.0), ("naive", 1e-4)):
+        model, args = student(), settings(code_lr=code_lr)
+        optimizer = PVOptimizer(model, args, variant)
+        take_steps(model, optimizer, args, 4)
+        assert optimizer.changed() == 0
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+class Direct(nn.Module):
+    """The layer as autograd differentiates it: no dense weight in between."""
+
+    def __init__(self, codes, codebooks, scales):
+        super().__init__()
+        self.codes = codes.clone()
+        self.codebooks = nn.Parameter(codebooks.detach().clone())
+        self.scales = nn.Parameter(scales.detach().clone())
+
+    def forward(self, x):
+        return F.linear(x, vq_dequantize(self.codes, self.codebooks, self.scales))
+
+def test_p_half_is_training_the_layer_that_autograd_differentiates():
+    model, args = student(), settings()
+    plain, made = copy.deepcopy(model), {m: parts for m, parts in linears(model)}
+    names = [(n, Direct(*made[m])) for n, m in model.student.linears()]
+    plain.student.replace_linears(lambda name, _: dict(names)[name])
+    optimizer, state = PVOptimizer(model, args, "p"), {}
+    optimizer.schedule = lambda step, steps, peak: peak
+    for t in range(1, 4):
+        take_steps(model, optimizer, args, 1, t)
+        x, y = trunk.batch(tokens().train, t, 4, 32, 0, "cpu")
+        plain(x, y)[1].backward()
+        for name, p in plain.student.named_parameters():
+            v, m = state.get(name, (0, 0))
+            p.data, *state[name] = lamb(p.detach(), p.grad, v, m, t, 3e-3, 0.9, 0.95)
+        plain.zero_grad()
+    made = {m: parts for m, parts in linears(model)}
+    for (_, direct), (_, m) in zip(names, model.student.linears()):
+        codes, codebooks, scales = made[m]
+        assert torch.equal(codes, direct.codes)
+        assert (codebooks - direct.codebooks).abs().max() < 2e-6
+        assert (scales - direct.scales).abs().max() < 2e-6
+    rest, other = (dict(m.student.named_parameters()) for m in (model, plain))
+    rest = [n for n in rest if n in other]
+    assert len(rest) == 7                              # norms, embedding and head learn too
+    assert all((dict(model.student.named_parameters())[n] - other[n]).abs().max() < 2e-6
+               for n in rest)
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_without_the_p_half_only_codes_move(grid):
+    model, args = student(grid=grid), settings(lr=0.0)
+    optimizer = PVOptimizer(model, args, "pv")
+    before = copy.deepcopy(model.state_dict())
+    take_steps(model, optimizer, args, 8)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and {k.rsplit(".", 1)[1] for k in changed} == {"codes", "weight"}
+    assert not any("norm" in k or "embed" in k or "head" in k for k in changed)
+
+def test_codebook_and_scale_gradients_are_sums_over_the_groups_times_the_scale():
+    codes, codebooks, scales, G = layer()
+    codebooks.requires_grad_(), scales.requires_grad_()
+    got = torch.autograd.grad(vq_dequantize(codes, codebooks, scales), (codebooks, scales), G)
+    expected = torch.zeros_like(codebooks)
+    for i, j, m in itertools.product(range(8), range(8), range(2)):
+        expected[m, codes[i, j, m]] += (scales[i] * G[i, 4 * j:4 * j + 4]).detach()
+    w = vq_dequantize(codes, codebooks, torch.ones(8).double())
+    assert (got[0] - expected).abs().max() < 1e-12
+    assert (got[1] - (w * G).sum(1)).abs().max() < 1e-12
+
+@pytest.mark.parametrize("variant", tuple(pvtune.VARIANTS))
+def test_dense_weights_are_always_what_the_codes_stand_for(variant):
+    model, args = student(), settings()
+    optimizer = PVOptimizer(model, args, variant)
+    take_steps(model, optimizer, args, 3)
+    for form, layers in zip(model.forms, model.layers):
+        for m, w in zip(layers, form.dequantize()):
+            assert torch.equal(m.weight, w)
+        state = optimizer.state[layers[0].weight]
+        assert ("buffer" in state) == (variant in ("ste", "pv"))
+        assert all(t.dtype == torch.float32 for t in state.values() if torch.is_tensor(t))
+    assert 0 <= optimizer.changed() <= 3 * optimizer.allowed()[0]
+    assert variant not in ("stochastic", "ste", "pv") or optimizer.changed() > 0
+
+def test_codes_move_on_the_codebooks_that_the_p_half_has_moved():
+    model, args = student(M=1), settings(lr=0.3, code_lr=0.3)
+    optimizer = PVOptimizer(model, args, "ste")
+    old, stale = copy.deepcopy(model.forms), 0
+    take_steps(model, optimizer, args, 1)
+    for before, form, layers in zip(old, model.forms, model.layers):
+        R = optimizer.state[layers[0].weight]["buffer"].view(len(layers), -1, 4)
+        everything = torch.arange(R.size(1)).expand(len(layers), -1)
+        assert torch.equal(form.nearest(R, everything)[0][:, :, 0].int(), form.codes)
+        stale += (before.nearest(R, everything)[0][:, :, 0] != form.codes).sum()
+    assert stale > 0
+
+@pytest.mark.parametrize("variant", ["pv", "stochastic"])
+def test_a_loaded_state_takes_the_same_next_steps(variant):
+    model, args = student(), settings(trust=0.2)
+    optimizer = PVOptimizer(model, args, variant)
+    take_steps(model, optimizer, args, 3)
+    other = student(seed=1)
+    again = PVOptimizer(other, args, variant)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other.load_state_dict(saved[0])
+    other.teacher = model.teacher
+    again.load_state_dict(saved[1])
+    for m, o in ((model, optimizer), (other, again)):
+        take_steps(m, o, args, 3, first=3)
+    a, b = model.state_dict(), other.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a) and optimizer.changed() == again.changed() > 0
+
+@pytest.mark.parametrize("betas,first,second", [((0.0, 0.95), 0.2236, 0.3122),
+                                                 ((0.9, 0.95), 2.236, 1.643)])
+def test_lamb_steps_have_the_norm_of_the_formula_for_each_tensor_of_a_stack(betas, first, second):
+    p, state = torch.randn(3, 5, 10, generator=seeded()), {}
+    p[1] *= 100
+    for t, factor in ((1, first), (2, second)):
+        g = torch.randn(3, 5, 10, generator=seeded(t)) * torch.tensor([1, 1e3, 1]).view(3, 1, 1)
+        step = lamb_step(p, g, state, 0.01, betas)
+        exact = math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+        for l in range(3):
+            assert abs(step[l].norm() / (0.01 * p[l].norm()) - exact) < 1e-5
+        assert abs(exact - factor) < 1e-3
+
+def test_nothing_moves_where_the_student_is_the_teacher():
+    model, args = student(), settings()
+    same = LLaMA(model.config)
+    same.load_state_dict(model.student.state_dict())
+    model.teacher[0] = same.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    losses = take_steps(model, PVOptimizer(model, args, "pv"), args, 3)
+    assert max(map(abs, losses)) < 1e-6
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+def test_order_of_the_codewords_does_not_matter():
+    models = [student(M=1), student(M=1)]
+    for form in models[1].forms:
+        order = torch.randperm(8, generator=seeded())
+        form.codebooks.data = form.codebooks.data[:, :, order]
+        form.codes.copy_(order.argsort()[form.codes.long()])
+    args = settings()
+    for model in models:
+        take_steps(model, PVOptimizer(model, args, "pv"), args, 5)
+    for (a, _), (b, _) in zip(*map(linears, models)):
+        assert (a.weight - b.weight).abs().max() < 1e-5
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_a_stack_moves_as_its_linears_do_one_by_one(grid):
+    model = student(M=1, grid=grid)
+    form = model.forms[0]
+    alone = [type(form)(*(x[i:i + 1] for x in copy.deepcopy(form).parts()), *form.more)
+             for i in range(4)]
+    w, left = form.dequantize().detach(), torch.zeros(form.codes.shape[:2])
+    R = w + 0.02 * torch.randn(w.shape, generator=seeded())
+    for _ in range(2):
+        new, changed, used = move_codes(form, R, 0.1, trust=0.3, left=left)
+    for i, f in enumerate(alone):
+        own = torch.zeros(1, left.size(1))
+        for _ in range(2):
+            made, moved, share = move_codes(f, R[i:i + 1], 0.1, trust=0.3, left=own)
+        assert torch.equal(made[0], new[i]) and torch.equal(f.codes[0], form.codes[i])
+        assert moved == changed[i] and share == used[i] and torch.equal(own[0], left[i])
+    assert changed.sum() > 0
+
+def test_order_of_the_codebooks_does_not_matter_to_a_full_search():
+    codes, codebooks, scales, w = layer()
+    a = v_step(w, codes, codebooks, scales, 0.5, beam=16)
+    b = v_step(w, codes.flip(-1), codebooks.flip(0), scales, 0.5, beam=16)
+    assert torch.equal(a, b.flip(-1)) and not torch.equal(a, codes)
+
+class One(nn.Module):
+    """A model of one weight (2, 4) of ones, the first of the values 1 and 1 + gap."""
+
+    def __init__(self, gap):
+        super().__init__()
+        self.layer = PVLinear(one(torch.zeros(2, 4, 1).long(),
+                                  torch.tensor([[[1.0], [1.0 + gap]]]), torch.ones(2)))
+        self.layers, self.forms = [[self.layer]], [self.layer.form]
+
+def push(optimizer, s):
+    """A step whose virtual dense weight moves by s everywhere, the rest by nothing."""
+    (form, (w,)), = optimizer.stacks
+    t = optimizer.state[w].get("t", 0) + 1
+    start = optimizer.state[w].get("buffer", w)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    size = start.norm().item() * math.sqrt(1 - 0.95**t) / math.sqrt(8)     # of a step at rate 1
+    optimizer.param_groups[2]["lr"] = s / size
+    w.grad = -torch.ones(2, 4)
+    optimizer.step()
+    optimizer.zero_grad()
+    return form.codes.sum().item()
+
+@pytest.mark.parametrize("variant,flips", [("naive", [0, 0, 0]), ("ste", [0, 8, 8])])
+def test_the_buffer_remembers_half_steps_and_without_it_they_are_forgotten(variant, flips):
+    optimizer = PVOptimizer(One(1.0), settings(), variant)
+    assert [push(optimizer, 0.3) for _ in range(3)] == flips
+
+@pytest.mark.parametrize("delta,gap", [(0.9, 0.111), (0.5, 1.0), (0.1, 9.0)])
+def test_a_leaky_buffer_stops_at_its_fixed_point(delta, gap, monkeypatch):
+    monkeypatch.setitem(pvtune.VARIANTS, "leaky", (delta, 1, 0))
+    model, s = One(100.0), 0.01
+    optimizer = PVOptimizer(model, settings(), "leaky")
+    for _ in range(120):
+        assert push(optimizer, s) == 0
+    buffer = optimizer.state[model.layer.weight]["buffer"]
+    assert ((buffer - 1) / s - gap).abs().max() < 0.01 * max(gap, 0.1)
+
+def test_buffers_are_float32_because_bfloat16_loses_small_steps():
+    w = torch.randn(1000, generator=seeded()).bfloat16()
+    assert (w + 1e-3 * w == w).float().mean() > 0.9
+    model, args = student(), settings()
+    model.student.dtype = model.teacher[0].dtype = torch.bfloat16
+    optimizer = PVOptimizer(model, args, "pv")
+    take_steps(model, optimizer, args, 1)
+    for layers in model.layers:
+        buffer = optimizer.state[layers[0].weight]["buffer"]
+        assert layers[0].weight.dtype == buffer.dtype == torch.float32
+
+def test_kl_is_the_mean_over_tokens_of_teacher_against_student():
+    a, b = (torch.randn(2, 5, 9, generator=seeded(s)).double() for s in (0, 1))
+    p, q = a.softmax(-1), b.softmax(-1)
+    assert abs(kl_loss(a, b) - (p * (p / q).log()).sum() / 10) < 1e-12
+    assert abs(kl_loss(b, a) - kl_loss(a, b)) > 1e-3 and kl_loss(a, a).abs() < 1e-15
+
+def test_the_teacher_is_frozen_and_not_saved_and_evaluation_scores_the_text():
+    model, args = student(), settings()
+    before = copy.deepcopy(model.teacher[0].state_dict())
+    take_steps(model, PVOptimizer(model, args, "pv"), args, 2)
+    assert all(torch.equal(v, before[k]) for k, v in model.teacher[0].state_dict().items())
+    assert not any("teacher" in k for k in model.state_dict())
+    ids = tokens().train[:200]
+    assert trunk.evaluate(model, ids, 32) == trunk.evaluate(model.student, ids, 32)
+
+def test_norms_embedding_and_head_learn_and_tied_ones_stay_tied():
+    model, args = student(tied=True), settings()
+    before = copy.deepcopy(model.state_dict())
+    take_steps(model, PVOptimizer(model, args, "p"), args, 2)
+    s = model.student
+    assert s.head.weight is s.embed.weight
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+def test_same_seed_same_bits_other_seed_others():
+    states = []
+    for seed in (0, 0, 1):
+        model, args = student(), settings(seed=seed)
+        take_steps(model, PVOptimizer(model, args, "stochastic"), args, 3)
+        states.append(torch.cat([form.codes.flatten() for form in model.forms]))
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+def test_pv_changes_codes_within_its_budget_and_lowers_the_loss():
+    model, args = student(M=1), settings(steps=40, code_lr=0.3, tau=0.02)
+    optimizer = PVOptimizer(model, args, "pv")
+    losses = take_steps(model, optimizer, args, 40)
+    allowed, groups = optimizer.allowed()
+    assert groups == sum(m.weight.numel() // 4 for m, _ in linears(model))
+    assert 0 < optimizer.changed() <= 40 * allowed
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+# ---- D: the format ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_packing_is_lossless_up_to_16_bits(bits):
+    edges = torch.tensor([[0, 2**bits - 1, 2 ** (bits - 1) - 1, 2 ** (bits - 1), 1]])
+    q = torch.cat((edges, torch.randint(2**bits, (1, 32), generator=seeded(bits))), 1)
+    packed = pack(q, bits)
+    assert packed.size(1) == math.ceil(37 * bits / 8) and torch.equal(unpack(packed, bits, 37), q)
+    assert torch.equal(unpack(pack(q - 2 ** (bits - 1), bits), bits, 37, True),
+                       q - 2 ** (bits - 1))
+
+LLAMA = {"7B": [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)],
+         "13B": [(5120, 5120)] * 4 + [(13824, 5120)] * 2 + [(5120, 13824)],
+         "70B": [(8192, 8192)] * 2 + [(1024, 8192)] * 2 + [(28672, 8192)] * 2 + [(8192, 28672)],
+         "3-8B": [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]}
+PUBLISHED = {"7B": (2.294, 2.023, 2.006, 1.584, 1.231, 1.023, 1.004, 3.012),
+             "13B": (2.188, 1.970, 2.004, 1.373, 1.125, 0.970, 1.003, 3.008),
+             "70B": (2.070, 1.911, 2.002, 1.139, 1.008, 0.911, 1.002, 3.004),
+             "3-8B": (2.272, 2.013, 2.005, 1.542, 1.210, 1.013, 1.004, 3.012)}
+
+@pytest.mark.parametrize("name", LLAMA)
+def test_bits_per_weight_are_the_published_ones(name):
+    schemes = ("1x16g8", "1x15g8", "2x8g8", "1x16g16", "1x15g16", "1x14g16", "1x8g8", "1x12g4")
+    shapes = LLAMA[name]
+    weights = sum(O * C for O, C in shapes)
+    got = [sum(O * C * vq_bits(O, C, *pvtune.parse_scheme(s)) for O, C in shapes) / weights
+           for s in schemes]
+    assert [round(x, 3) for x in got] == list(PUBLISHED[name])
+
+def test_bits_of_one_matrix_and_of_the_tiny_blocks():
+    assert round(vq_bits(4096, 4096, 1, 16, 8), 3) == 2.504
+    assert round(vq_bits(4096, 4096, 2, 8, 8), 3) == 2.008
+    blocks = {(128, 384): (2.17, 1.14, 2.18), (256, 688): (2.07, 1.06, 1.34),
+              (384, 1024): (2.04, 1.04, 1.17), (512, 1376): (2.03, 1.03, 1.10)}
+    for (d, f), expected in blocks.items():
+        shapes = [(d, d)] * 4 + [(f, d)] * 2 + [(d, f)]
+        for (M, B, g), bpw in zip(((2, 4, 4), (1, 4, 4), (1, 8, 8)), expected):
+            total = sum(O * C * vq_bits(O, C, M, B, g) for O, C in shapes)
+            assert round(total / sum(O * C for O, C in shapes), 2) == bpw
+
+@pytest.mark.parametrize("M,B,g", [(2, 4, 4), (1, 8, 8), (1, 10, 2), (1, 16, 1)])
+def test_packed_layer_stores_exactly_the_counted_bits(M, B, g):
+    codes, codebooks, scales, _ = layer(O=16, C=64, M=M, K=2**B, g=g, dtype=torch.float32)
+    packed = QuantLinear.vq(codes, codebooks, scales)
+    assert torch.equal(packed.weight(), vq_dequantize(codes, codebooks.half().float(),
+                                                      scales.half().float()))
+    x = torch.randn(3, 64, generator=seeded())
+    dense = F.linear(x, vq_dequantize(codes, codebooks, scales))
+    assert (packed(x) - dense).norm() < 2e-3 * dense.norm()
+    assert abs(bits_per_weight(nn.Sequential(packed))[0] - vq_bits(16, 64, M, B, g)) < 1e-12
+
+def test_changed_codes_change_the_weight():
+    codes, codebooks, scales, _ = layer(dtype=torch.float32)
+    form = one(codes, codebooks, scales)
+    before = form.dequantize().detach()
+    form.codes[0, 5] = (form.codes[0, 5] + 1) % 16
+    assert (form.dequantize() != before).view(-1, 4).any(1).nonzero().flatten().tolist() == [5]
+
+# ---- The script ---------------------------------------------------------------------------------
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a text, a small base and a token cache of its own."""
+    path = tmp_path_factory.mktemp("pv")
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("XDG_CACHE_HOME", str(path))
+        text = "".join(f"def f{i}(x):\n    return x + {i * i}\n\n" for i in range(1500))
+        (path / "text.txt").write_text(text)
+        data = trunk.load_data(str(path / "text.txt"), "300", 32)
+        torch.manual_seed(0)
+        base = LLaMA(LlamaConfig(data.tokenizer.n_vocab, 2, 32, 4, 4, 64, 32))
+        trunk.save_checkpoint(str(path / "base.pt"), base, tokenizer=data.spec, data=data.digest,
+                              method="dense", settings={"data": data.name, "vocab": "300"})
+        yield path
+
+def script(work, capsys, monkeypatch, flags):
+    """Run pvtune.py in this process -> (stdout, its last line)."""
+    monkeypatch.setattr(sys, "argv", ["pvtune.py", "--model", str(work / "base.pt"), "--out",
+                                      str(work), "--device", "cpu", *flags.split()])
+    trunk.run(pvtune.main)
+    out = capsys.readouterr().out
+    return out, json.loads(out.strip().splitlines()[-1])
+
+@pytest.mark.parametrize("flags,name,arms", [
+    ("--bits 2 --scheme 2x3g4", "pvtune-2x3g4", ["P only", "STE", "PV"]),
+    ("--scheme affine --bits 2 --group-size 16 --variant pv", "pvtune-affine-w2", ["PV"])])
+def test_main_job_compares_packs_and_resumes(work, capsys, monkeypatch, flags, name, arms):
+    flags += " --steps 4 --batch-size 4 --seq-len 32 --code-lr 0.3"
+    out, row = script(work, capsys, monkeypatch, flags)
+    assert list(row["arms"]) == ["dense", "RTN", "as fitted", *arms]
+    assert float(out.split("differs from live by ")[1].split()[0]) < 1e-3
+    m, _ = trunk.load_checkpoint(str(work / f"{name}.pt"))
+    data = trunk.load_data(str(work / "text.txt"), "300", 32)
+    assert abs(trunk.evaluate(m, data.val, 32)["loss"] - row["val_loss"]) < 1e-6
+    assert bits_per_weight(m)[0] == pytest.approx(row["bpw"], abs=1e-6)
+    assert "codes " in out and "trust " in out and "eta " in out
+    whole, (out, again) = trunk.read_checkpoint(str(work / f"{name}.pt"))["model"], script(
+        work, capsys, monkeypatch, flags + " --resume")
+    assert "resumed" in out and again["arms"]["PV"]["loss"] == row["arms"]["PV"]["loss"]
+    other = trunk.read_checkpoint(str(work / f"{name}.pt"))["model"]
+    assert all(torch.equal(whole[k], other[k]) for k in whole)
+
+def test_an_interrupted_run_goes_on_bit_for_bit(work, capsys, monkeypatch):
+    flags = "--scheme 1x4g4 --variant pv --steps 6 --batch-size 4 --seq-len 32 --code-lr 0.5"
+    _, whole = script(work, capsys, monkeypatch, flags)
+    packed = trunk.read_checkpoint(str(work / "pvtune-1x4g4.pt"))["model"]
+    step = trunk.train_step
+    def interrupt(model, optimizer, data, args, i):
+        if i == 3:
+            trunk.STOP.append(True)                    # as Ctrl-C does
+        return step(model, optimizer, data, args, i)
+    monkeypatch.setattr(trunk, "train_step", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        script(work, capsys, monkeypatch, flags)
+    assert stop.value.code == 130 and "--resume" in capsys.readouterr().out
+    monkeypatch.setattr(trunk, "train_step", step)
+    out, again = script(work, capsys, monkeypatch, flags + " --resume")
+    assert "at step 4/6" in out and again["val_loss"] == whole["val_loss"]
+    assert again["arms"]["PV"]["changed"] == whole["arms"]["PV"]["changed"] > 0
+    other = trunk.read_checkpoint(str(work / "pvtune-1x4g4.pt"))["model"]
+    assert all(torch.equal(packed[k], other[k]) for k in packed)
+
+def test_demo_prints_the_theory_in_a_process_of_its_own():
+    out = subprocess.run([sys.executable, "pvtune.py", "--demo"], cwd=ROOT, text=True,
+                         capture_output=True, check=True).stdout.splitlines()
+    rows = {line.split("|")[0].strip(): line.split("|")[1].split() for line in out if "|" in line}
+    rows = {name: [float(v) for v in values if v[0].isdigit()] for name, values in rows.items()}
+    assert rows["naive, step 1/L"] == [8] * 10
+    assert rows["subspace, tau 1"] == [8, 4.5, 2, 0.5] + [0] * 6
+    assert all(set(rows[f"STE, lr {lr}"][:10]) == {8, 18} for lr in (0.02, 0.05, 0.1))
+    for c in range(1, 7):
+        exact, linear, subspace = (rows[f"c = {c}, {name}"] for name in ("exact", "linear",
+                                                                        "subspace"))
+        assert all(a >= b for curve in (exact, linear, subspace) for a, b in zip(curve, curve[1:]))
+        assert exact[-1] <= min(linear[-1], subspace[-1]) + 1e-9
+
+# ---- Bad input ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags,words", [
+    ("--scheme 2x8", ["2x8", "MxBgG"]), ("--scheme 0x8g8", ["0x8g8"]),
+    ("--scheme 1x17g8", ["2^17", "16 bits"]), ("--scheme 2x8g7", ["7", "256", "divide"]),
+    ("--scheme 1x16g8", ["65536", "quarter", "8192"]), ("--tau 0", ["--tau 0", "(0, 1]"]),
+    ("--tau 1.5", ["--tau 1.5"]), ("--tau nan", ["--tau nan"]), ("--bits 9", ["9", "1 to 8"]),
+    ("--bits 2 --group-size 64", ["--group-size 64", "affine"]),
+    ("--scheme affine --group-size 100", ["100", "256", "divide"]),
+    ("--scheme affine --group-size 0", ["--group-size 0"]),
+    ("--variant vp", ["vp"]), ("--rank best", ["best"]), ("--code-lr 0", ["--code-lr"]),
+    ("--trust 0", ["--trust"])])
+def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
+    base = LLaMA(LlamaConfig(64, 1, 256, 4, 4, 768, 32))
+    monkeypatch.setattr(pvtune, "load_base", lambda args: (base, {"linears": {}}, None))
+    monkeypatch.setattr(sys, "argv", ["pvtune.py", *flags.split(), "--device", "cpu", "--out",
+                                      str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        trunk.run(pvtune.main)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+    assert all(word in lines[0] for word in words), lines[0]
+
+def test_a_packed_model_is_refused(work, tmp_path, monkeypatch, capsys):
+    m = LLaMA(LlamaConfig(300, 1, 32, 4, 4, 64, 32))
+    m.replace_linears(lambda _, w: QuantLinear.affine(*rtn(w.weight.detach(), 2), 2))
+    content = trunk.read_checkpoint(str(work / "base.pt"))
+    trunk.save_checkpoint(str(tmp_path / "p.pt"), m, **{
+        k: content[k] for k in ("tokenizer", "data", "method", "settings")})
+    monkeypatch.setattr(sys, "argv", ["pvtune.py", "--model", str(tmp_path / "p.pt"), "--out",
+                                      str(tmp_path), "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        trunk.run(pvtune.main)
+    assert "is packed" in capsys.readouterr().err
+
+def test_schemes_follow_from_the_bits():
+    for bits in (1, 2, 3):
+        args = pvtune.parse_args(["--bits", str(bits), "--device", "cpu"])
+        assert args.scheme == f"{bits}x4g4" and args.group_size == 4
+    assert pvtune.parse_args(["--scheme", "affine", "--device", "cpu"]).group_size == -1
