@@ -5,6 +5,7 @@
     python model.py eval out/base.pt           # loss on the whole validation split
     python model.py sample out/base.pt --prompt "def main("
     python model.py export out/rtn-w4.pt DIR   # any checkpoint as a Hugging Face folder
+    torchrun --standalone --nproc_per_node=8 model.py --size 100M      # the same run on 8 GPUs
 
 The idea:
   1. Text becomes tokens by a byte-pair encoding that is trained in seconds on the text itself.
@@ -21,6 +22,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import heapq
 import http.client
@@ -41,6 +43,7 @@ import zipfile
 import numpy as np
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -57,7 +60,8 @@ class UsageError(ValueError):
     """A mistake of the user's. The message is one line: the value, the limit and the fix."""
 
 def say(text):
-    print(text, flush=True)
+    if rank() == 0:
+        print(text, flush=True)
 
 def progress(items, label):
     """Yield the items; every 10 s say how far it is and how long it will take."""
@@ -67,6 +71,98 @@ def progress(items, label):
         if time.time() - last > 10:
             last = time.time()
             say(f"{label} {i}/{len(items)} | eta {(last - start) / i * (len(items) - i):.0f}s")
+
+# ---- Many GPUs: torchrun starts one process for each, a rank ----------------------------------
+# All ranks run the whole script and stay equal; rank 0 alone prints and writes. They share the
+# windows of a training step, and with --fsdp also the weights.
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+def take_gpu(args):
+    """From here on "cuda" means the GPU of this process's number. Raises UsageError."""
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if "size" not in args:
+        raise UsageError("torchrun is for training; start this command with plain python")
+    if args.device.startswith("cuda:"):
+        raise UsageError(f"--device {args.device}: torchrun gives each process a GPU of its own; "
+                         "leave --device out")
+    if args.device == "cuda" and local >= gpus:
+        raise UsageError(f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} is above the "
+                         f"{gpus} GPUs here")
+    if args.device == "cuda":
+        torch.cuda.set_device(local)
+
+def join_ranks(args):
+    """Meet the other processes. Raises UsageError where they cannot share the work."""
+    if args.fsdp and world_size() == 1:
+        raise UsageError("--fsdp shares the weights among processes and there is only one; start "
+                         "more by torchrun --standalone --nproc_per_node=2")
+    if args.batch_size % world_size():
+        raise UsageError(f"--batch-size {args.batch_size} is not a multiple of torchrun's "
+                         f"{world_size()} processes")
+    if world_size() > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+        patience = datetime.timedelta(hours=4)         # while rank 0 tokenizes
+        dist.init_process_group(backend, timeout=patience)
+
+def agree(*flags):
+    """Each flag, on wherever it is on for one rank. No rank returns before all have called."""
+    if world_size() == 1:
+        return flags
+    found = torch.tensor([0, *map(bool, flags)])
+    dist.all_reduce(found, dist.ReduceOp.MAX)          # over the CPUs: no GPU waits
+    return found.tolist()[1:]
+
+@contextlib.contextmanager
+def first_rank_first():
+    """The first rank of each machine runs the block before the others, which find its files."""
+    late = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if late:
+        agree()
+    yield
+    if not late:
+        agree()
+
+def from_rank_0(tensors):
+    """Overwrite the tensors with rank 0's, on all ranks."""
+    for t in tensors if world_size() > 1 else ():
+        dist.broadcast(t.detach(), 0)
+
+def distribute(model, args):
+    """What trains the model on all ranks: it averages their gradients, but of the parameters that
+    the model calls `private`, which get theirs elsewhere. --fsdp: the model itself, of whose
+    weights each rank keeps a share; a block's are whole only while it computes."""
+    if world_size() == 1:
+        return model
+    if not args.fsdp:
+        from_rank_0((*model.parameters(), *model.buffers()))
+        torch._dynamo.config.optimize_ddp = False      # compile blocks as on one GPU
+        ddp, private = nn.parallel.DistributedDataParallel, getattr(model, "private", [])
+        ddp._set_params_and_buffers_to_ignore_for_model(
+            model, [*private, *(name for name, _ in model.named_buffers())])
+        return ddp(model, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(torch.device(args.device).type, (world_size(),))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+    return model
+
+def whole(x):
+    """x with every sharded tensor in it whole again; all ranks must call."""
+    if isinstance(x, dict):
+        return {k: whole(v) for k, v in x.items()}
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+def placed_like(t, p):
+    """The whole tensor t as p is: on its device and, if p is, sharded."""
+    if not hasattr(p, "placements"):
+        return t
+    return dist.tensor.distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
 
 # ---- The model --------------------------------------------------------------------------------
 
@@ -522,6 +618,9 @@ def save_checkpoint(path, model, **content):
     linears = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     content = {"format": "nanobit-1", "config": dataclasses.asdict(model.config),
                "linears": linears, "model": model.state_dict(), **content}
+    content = whole(content)
+    if rank():
+        return agree()                                 # the file is there when all go on
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -536,6 +635,7 @@ def save_checkpoint(path, model, **content):
         e = e if isinstance(e, OSError) else e.__context__ or e
         raise UsageError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; "
                          "free space or choose another --out") from None
+    agree()
 
 def read_checkpoint(path):
     """The content that save_checkpoint wrote. Raises UsageError for anything else."""
@@ -581,7 +681,7 @@ def load_weights(model, state, path):
         if here != there:
             raise UsageError(f"{path} does not fit: {name} is {there} there and {here} here; "
                              "use the --size and the method that wrote it")
-    model.load_state_dict(state)
+    model.load_state_dict({name: placed_like(t, own[name]) for name, t in state.items()})
 
 # ---- Hugging Face folders: LLaMA 1 to 3, Mistral, TinyLlama, SmolLM2 --------------------------
 
@@ -815,6 +915,7 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
     "losses": one float a step}. A loss that is not finite raises UsageError and saves nothing.
     A method's own optimizer may have a `schedule`, and groups with a "peak" rate, not args.lr.
     """
+    net = distribute(model, args)
     optimizer, losses, before = optimizer or make_optimizer(model, args.lr), [], 0.0
     if args.resume:
         losses, before = resume(model, optimizer, args, data, path)
@@ -823,11 +924,12 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
     start = last_line = last_save = time.time()
     pending, line_step, saved = [], len(losses), len(losses)   # pending: still on the device
     for done in range(len(losses) + 1, args.steps + 1):
-        loss, gnorm = train_step(model, optimizer, data, args, done - 1)
+        loss, gnorm = train_step(net, optimizer, data, args, done - 1)
         pending.append(loss + 0 * gnorm)               # NaN if the gradient is not finite
         look = args.eval_every and done % args.eval_every == 0
         save = look or STOP or done == args.steps or time.time() - last_save > 60
-        if save or done == 1 or time.time() - last_line > 10:
+        save, line = agree(save, save or done == 1 or time.time() - last_line > 10)
+        if line:
             losses += check_finite(torch.stack(pending).tolist(), len(losses), saved, path)
             pending, ms = [], (time.time() - last_line) / (done - line_step) * 1e3
             speed, eta = args.batch_size * args.seq_len / ms, (args.steps - done) * ms / 1e3
@@ -844,7 +946,7 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
             save_checkpoint(path, model, settings=settings(args), data=data.digest, losses=losses,
                             optimizer=optimizer.state_dict(), seconds=before + time.time() - start)
             saved, last_line, last_save = done, time.time(), time.time()
-        if STOP:
+        if save and agree(STOP)[0]:
             say(f"interrupted: {path} holds step {done}; go on with the same command and --resume")
             raise SystemExit(130)
     return {"seconds": before + time.time() - start, "losses": losses,
@@ -855,16 +957,22 @@ def train_step(model, optimizer, data, args, step):
     schedule = getattr(optimizer, "schedule", learning_rate)
     for group in optimizer.param_groups:
         group["lr"] = schedule(step, args.steps, group.get("peak", args.lr))
-    x, y = batch(data.train, step, args.batch_size, args.seq_len, args.seed, args.device)
-    total = 0.0
-    for xs, ys in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
-        loss = model(xs, ys)[1] / args.accumulate
-        loss.backward()
+    x, y = (ids.chunk(world_size())[rank()] for ids in batch(
+        data.train, step, args.batch_size, args.seq_len, args.seed, args.device))
+    size, total = args.batch_size // args.accumulate, 0.0
+    for i in range(0, len(x), size):
+        more = i + size < len(x) and hasattr(model, "no_sync")             # ranks sum only once
+        with model.no_sync() if more else contextlib.nullcontext():
+            xs, ys = x[i:i + size], y[i:i + size]
+            loss = model(xs, ys)[1] * (len(xs) / len(x))
+            loss.backward()
         total = total + loss.detach()
     gnorm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total, gnorm
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total / world_size(), whole(gnorm)
 
 def check_finite(losses, first, saved, path):
     for i, loss in enumerate(losses, first + 1):
@@ -881,13 +989,16 @@ def resume(model, optimizer, args, data, path):
         raise UsageError(f"{path} holds no training state to resume")
     old, new = content["settings"], settings(args)
     for name in old | new:                             # another method's settings have other names
-        if new.get(name) != old.get(name) and name not in ("eval_every", "compile"):
+        if new.get(name) != old.get(name) and name not in ("eval_every", "compile", "fsdp"):
             raise UsageError(f"--{name.replace('_', '-')} is {new.get(name)} here and "
                              f"{old.get(name)} in {path}; give the same settings, or leave "
                              "--resume out")
     if content["data"] != data.digest:
         raise UsageError(f"--data {data.name} is not the text that {path} was trained on")
     load_weights(model, content["model"], path)
+    learn = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, state in content["optimizer"]["state"].items():
+        state.update({k: placed_like(t, learn[i]) for k, t in state.items() if t.dim()})
     optimizer.load_state_dict(content["optimizer"])
     say(f"resumed {path} at step {len(content['losses'])}/{args.steps}")
     return content["losses"], content["seconds"]
@@ -911,7 +1022,7 @@ def number(kind, low, high=math.inf):
         return value
     return parse
 
-def add_flags(p, data=True, trains=True):
+def add_flags(p, data=True, trains=True, fsdp=False):
     """The flags that mean the same in every script. Where the default is None, resolve sets it."""
     add = p.add_argument
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
@@ -940,6 +1051,10 @@ def add_flags(p, data=True, trains=True):
     add("--resume", action="store_true", help="go on from the state saved in --out")
     add("--smoke", action="store_true",
         help="a few steps on little text into OUT/smoke, to see that all works")
+    p.set_defaults(fsdp=False)
+    if fsdp:
+        add("--fsdp", action="store_true",
+            help="each of torchrun's processes keeps a share of weights, gradients and moments")
 
 RUNNING = []  # the settings of the command that runs, for the message on too little memory
 
@@ -947,6 +1062,8 @@ def resolve(args):
     """Fill in defaults, check what argparse cannot, choose device and dtype, seed torch."""
     RUNNING[:] = [args]
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if world_size() > 1:
+        take_gpu(args)
     try:
         if torch.device(args.device).type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("neither cpu, cuda nor mps")
@@ -974,6 +1091,7 @@ def resolve(args):
         folder = folder.parent
     if not args.out or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UsageError(f"--out {args.out or repr('')}: {folder} is not a writable folder")
+    join_ranks(args)
     return args
 
 def settings(args):
@@ -986,8 +1104,9 @@ def load_training_data(args, content=None):
     if not content and os.path.isdir(args.model or ""):
         spec = read_hf_tokenizer(args.model)
     smoke = args.smoke or (old.get("smoke") and args.data is None)
-    data = load_data(old.get("data") if args.data is None else args.data, args.vocab, args.seq_len,
-                     spec=spec, limit=30 if smoke else None)
+    with first_rank_first():
+        data = load_data(old.get("data") if args.data is None else args.data, args.vocab,
+                         args.seq_len, spec=spec, limit=30 if smoke else None)
     if content and content.get("data") not in (None, data.digest):
         say(f"note: {data.name} is not the text that this checkpoint was trained on")
     return data
@@ -1022,7 +1141,8 @@ def new_model(args, data):
     config = LlamaConfig(data.tokenizer.n_vocab, p.n_layer, p.n_embd, p.n_head, p.n_head,
                          p.n_hidden, args.seq_len, tied=args.tied)
     if not args.model:
-        return LLaMA(config, getattr(torch, args.dtype)).to(args.device)
+        model = LLaMA(config, getattr(torch, args.dtype))
+        return model if args.fsdp else model.to(args.device)               # else see distribute
     model, content = open_model(args, args.model)
     if os.path.isdir(args.model):                      # its own shape and tokenizer
         args.size = os.path.basename(os.path.abspath(args.model))
@@ -1038,12 +1158,13 @@ def new_model(args, data):
 
 def header(title, args, model, data):
     """The first lines of every script: what runs, on what, with which settings. Locks --out."""
-    if os.path.isdir(args.out) or not args.resume:     # else resume() says what is missing
+    if rank() == 0 and (os.path.isdir(args.out) or not args.resume):       # else resume() complains
         hold(args.out)
     linear = sum(p.numel() for _, m in model.linears() for p in m.parameters())
     say(f"{title} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M params, "
         f"{linear / 1e6:.2f}M in the blocks' linears | {args.device} {args.dtype}, "
-        f"{torch.get_num_threads()} threads | torch {torch.__version__} | seed {args.seed}")
+        f"{torch.get_num_threads()} threads | " + f"{world_size()} processes | " * (world_size() > 1)
+        + f"torch {torch.__version__} | seed {args.seed}")
     say("settings: " + " ".join(f"{k}={v}" for k, v in settings(args).items()))
     say(f"data: {data.name} | {len(data.train)} train, {len(data.dev)} dev, {len(data.val)} val "
         f"tokens | sha256 {data.digest[:12]}")
@@ -1085,6 +1206,8 @@ def finish(args, method, model, scores, result, **more):
            "bytes_dense": 2 * params, "bytes_packed": packed, "params": params,
            "tokens": result["tokens"], "seconds": result["seconds"], "device": args.device,
            "seed": args.seed, **more, "command": " ".join(["python", *sys.argv])}
+    if rank():
+        return
     line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
     path = os.path.join(args.out, "results.jsonl")
     try:
@@ -1102,19 +1225,28 @@ def run(main):
     """Call main(); what the user can mend becomes one line on stderr and exit status 2."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UsageError as e:
-        print(f"error: {e}", file=sys.stderr)
+        complain(f"error: {e}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as e:
         if not (isinstance(e, (MemoryError, torch.OutOfMemoryError))
                 or "out of memory" in str(e) or "allocate memory" in str(e)):
             raise
-        print(f"error: {out_of_memory()}", file=sys.stderr)
+        complain(f"error: {out_of_memory()}")
     else:
         return
     raise SystemExit(2)
+
+def complain(text):
+    """Print to stderr. The ranks mostly fail alike: rank 0 speaks, and torchrun then ends the
+    others, unless one has a trouble of its own."""
+    if rank():
+        time.sleep(5)
+    print(text, file=sys.stderr)
 
 def out_of_memory():
     """What was used at the peak, by how large a batch, and the flag to change."""
@@ -1136,7 +1268,7 @@ def pretrain(argv):
     p = Parser(prog="model.py", description="Pre-train the dense base model into OUT/base.pt.",
                epilog="also: model.py eval CKPT, model.py sample CKPT, model.py export CKPT DIR "
                       "(--help for each)")
-    add_flags(p)
+    add_flags(p, fsdp=True)
     args = resolve(p.parse_args(argv))
     data = load_training_data(args)
     model = new_model(args, data)
