@@ -1,13 +1,36 @@
-"""Triton kernels for low-bit layers.
+"""Triton kernels for low-bit layers, each beside the plain PyTorch mathematics that it replaces.
+
+    python kernels.py                         # this GPU: every shape, bits and batch against peers
+    python kernels.py --plot kernels.png      # and a figure of the times against their floors
+    python kernels.py --shapes 14336x4096 --bits 4 --batches 1 16
 
 `gptq_columns` is the column loop of quantizers.gptq for one lazy block. Rows do not depend on
 each other, so one program keeps its rows' whole block in registers through all of the columns:
 one launch a block, where the loop of GPTQ's code makes about ten a column. The arithmetic is that
 of the plain loop to the bit: no multiply and add are fused, and divisions are rounded as IEEE says.
+
+`lowbit_matmul` multiplies 16-bit activations with packed weights; QuantLinear calls it on a GPU:
+  1. up to 16 tokens `_decode` reads the weights once, straight into the tensor cores' registers,
+  2. up to 1024 `_tile` does the same for tiles of tokens, with the activations in shared memory,
+  3. above that `_dequantize` writes the weight out in 16 bits, and cuBLAS multiplies.
+
+Shapes: M tokens, O output and C input channels, g = group_size, G = C / g groups.
 """
+import functools
+import math
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+
+@functools.cache
+def once(text):
+    """Say it, but only the first time."""
+    print(text, flush=True)
+
+# ---- GPTQ's columns ---------------------------------------------------------------------------
 
 @triton.jit
 def _gptq_columns(w, u, scale, zero_point, q, error, O, n, qmax,
@@ -39,3 +62,367 @@ def gptq_columns(w, u, scale, zero_point, bits):
         *inputs, q, error, O, n, float(2**bits - 1), ROWS=ROWS, COLS=triton.next_power_of_2(n),
         num_warps=4, enable_fp_fusion=False)
     return q, error
+
+# ---- Weights of 1, 2, 3, 4 or 8 bits times 16-bit activations -----------------------------------
+# A few tokens' product costs what it costs to read the weights, if unpacking keeps up: at 2 bits
+# that leaves about two instructions a weight. So the codes lie in memory as the tensor cores want
+# them: one 16-byte load gives a thread its part of 16 outputs, and a 32-bit word holds *pairs* of
+# neighbouring k's, one in each half. (word >> shift & mask | magic) is then a pair of floats
+# 2^p + q 2^f, where p is the width of the mantissa and f the field's place in its nibble, and one
+# fused multiply-add makes the pair q - zero_point from it, exactly.
+
+class LowBit(NamedTuple):
+    """A weight (O, C) in the kernels' order, from `pack_weight`. O and C there are padded."""
+    words: torch.Tensor         # int32 (O / 16, C * bits / 256, 128); at 3 bits the low two bits
+    high: torch.Tensor          # at 3 bits the third bits; else `words` again
+    grid: torch.Tensor          # int32 (G, O): a float32 scale, its last 8 bits the zero point
+    bits: int
+    group: int
+    shape: tuple                # (O, C), not padded
+
+def pack_weight(q, scale, zero_point, bits, group_size=-1):
+    """Codes (O, C) and grids (O, G) as `rtn` returns them -> LowBit, or None: no kernel for these.
+
+    Every 32 k's are two planes of 16: k = 32 (j // 2) + 4 w + 2 (j % 2) + h lies in half h of the
+    row's word w of 8, in plane j. The scale loses its last 8 bits to the zero point: 2^-17 of it.
+    """
+    (O, C), g = q.shape, q.size(1) if group_size == -1 else group_size
+    if bits not in (1, 2, 3, 4, 8) or C % 32 or g % 32:
+        return None
+    half = 2 ** (bits - 1)
+    if zero_point is None:                             # signed codes: shifted, so is their zero
+        q, zero_point = q.to(torch.int32) + half, torch.full_like(scale, half)
+    q = F.pad(q.to(torch.int32), (0, -C % 256, 0, -O % 16))
+    grid = (scale.float().view(torch.int32) + 128 & ~255) | zero_point.to(torch.int32)
+    grid = F.pad(grid, (0, 0, 0, -O % 16)).T.contiguous()                          # (G, O)
+    words = high = _pack_words(q & 3, 2) if bits == 3 else _pack_words(q, bits)
+    if bits == 3:
+        high = _pack_words(q >> 2, 1, third=True)
+    return LowBit(words, high, grid, bits, g, (O, C))
+
+def _places(bits, third, device):
+    """The lowest bit in its word of each (pair of planes, plane, half)."""
+    pair = torch.arange(max(8 // bits, 1), device=device).view(-1, 1, 1)
+    plane, half = torch.arange(2, device=device).view(2, 1), torch.arange(2, device=device)
+    if third:         # two bits above the fields of the low word, once shifted as far as that is
+        return pair // 2 * 4 + pair % 2 + 2 * plane + 16 * half
+    return (2 * pair + plane) * bits + 16 * half
+
+def _pack_words(q, bits, third=False):
+    """int32 (O, C) -> int32 (O / 16, C * bits / 256, 128), 16 bytes for each of 32 threads."""
+    q = q.view(len(q) // 16, 2, 8, -1, max(8 // bits, 1), 4, 2, 2, 2)  # .. i p plane half
+    q = q.permute(0, 3, 2, 5, 1, 6, 4, 7, 8)           # tile block | r8 i | r16 p | pair plane half
+    words = (q.long() << _places(bits, third, q.device)).sum((-3, -2, -1))
+    words = torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
+    return words.reshape(len(q), -1, 128)
+
+def _unpack_words(words, bits, third=False):
+    """The exact inverse of _pack_words: int32 (O, C)."""
+    w = words.view(len(words), -1, 8, 4, 2, 2, 1, 1, 1)
+    q = w >> _places(bits, third, w.device) & 2**bits - 1
+    return q.permute(0, 4, 2, 1, 6, 3, 5, 7, 8).reshape(len(words) * 16, -1)
+
+def dequantize_weight(w, dtype=torch.float32):
+    """(q - zero_point) * scale of a LowBit, (O, C): the plain version of `_dequantize`."""
+    q = _unpack_words(w.words, 2 if w.bits == 3 else w.bits)
+    if w.bits == 3:
+        q = q | _unpack_words(w.high, 1, third=True) << 2
+    O, C = w.shape
+    grid = w.grid.T[:O].repeat_interleave(w.group, 1)                              # (O, C)
+    return ((q[:O, :C] - (grid & 255)).to(dtype) * (grid & ~255).view(torch.float32).to(dtype))
+
+@triton.jit
+def _half(t, shift: tl.constexpr, dt: tl.constexpr):
+    return (t >> shift & 0xFFFF).to(tl.uint16).to(dt, bitcast=True)
+
+@triton.jit
+def _fma_pair(a, b, c, dt: tl.constexpr, ASM: tl.constexpr):
+    """a * b + c on both 16-bit floats of each word. Written as two operations, ptxas swaps the
+    halves forth and back, a fifth of all instructions; the interpreter knows no assembly."""
+    if ASM:
+        asm: tl.constexpr = ("fma.rn.bf16x2 $0, $1, $2, $3;" if dt == tl.bfloat16 else
+                             "fma.rn.f16x2 $0, $1, $2, $3;")
+        return tl.inline_asm_elementwise(asm, "=r,r,r,r", [a, b, c], tl.uint32, True, 1)
+    else:
+        lo = tl.fma(_half(a, 0, dt), _half(b, 0, dt), _half(c, 0, dt)).to(tl.uint16, bitcast=True)
+        hi = tl.fma(_half(a, 16, dt), _half(b, 16, dt), _half(c, 16, dt))
+        return lo.to(tl.uint32) | hi.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+
+@triton.jit
+def _numbers(w, high, zero, MASK, FIRST: tl.constexpr, PAIRS: tl.constexpr, A: tl.constexpr,
+             B: tl.constexpr, BITS: tl.constexpr, dt: tl.constexpr, ASM: tl.constexpr):
+    """q - zero_point of PAIRS pairs of planes of the words (A, B, 128); zero (A, 1, 16).
+
+    -> (A, B, r8, i, r16, p, plane, h): 8 rows, twice; the threads' i, p and h as in pack_weight.
+    MASK is an argument, not a constant, so that & and | become one instruction.
+    """
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    j = tl.reshape(tl.arange(0, 2 * PAIRS) + 2 * FIRST, (1, 1, 1, 1, 1, 1, 2 * PAIRS))
+    j = j.to(tl.uint32)
+    t = tl.reshape(w, (A, B, 8, 4, 2, 2, 1)).to(tl.uint32, bitcast=True)
+    z = tl.reshape(tl.trans(tl.reshape(zero, (A, 1, 2, 8)), (0, 1, 3, 2)), (A, 1, 8, 1, 2, 1, 1))
+    if BITS == 8:               # bfloat16 holds 8 bits: through float32, where 2^23 + q is exact
+        z = z.to(tl.float32) + 8388608.0
+        lo = (t >> j * 8 & 0xFF | 0x4B000000).to(tl.float32, bitcast=True) - z
+        hi = (t >> j * 8 + 16 & 0xFF | 0x4B000000).to(tl.float32, bitcast=True) - z
+        return tl.join(lo.to(dt), hi.to(dt))
+    else:
+        P: tl.constexpr = 7 if dt == tl.bfloat16 else 10                   # bits of the mantissa
+        ONE: tl.constexpr = 0x3F80 if dt == tl.bfloat16 else 0x3C00
+        TOP: tl.constexpr = ONE + (P << P)                                 # 2^P, as bits
+        f = j * LOW % 4
+        t = t >> j * LOW // 4 * 4 % 16
+        mask = MASK.to(tl.uint32) << f
+        if BITS == 3:
+            h = tl.reshape(high, (A, B, 8, 4, 2, 2, 1)).to(tl.uint32, bitcast=True)
+            place = j // 4 * 4 + j // 2 % 2
+            h = h << 2 >> place if FIRST + PAIRS <= 4 else h >> place - 2
+            t = h ^ (h ^ t) & mask                                         # t inside the mask
+            mask |= MASK.to(tl.uint32) + 0x10001 << f
+        t = t & mask | TOP * 0x10001                                       # 2^P + q 2^f
+        c = ((z | TOP) ^ 0x8000) * 0x10001                                 # -(2^P + z)
+        if LOW < 4:                                # -(2^(P - f) + z): add 2^P - 2^(P - f), by bits
+            up = tl.where(f == 0, 0, TOP - (2 << P >> f)).to(tl.uint32) * 0x10001
+            c = _fma_pair(c, tl.full(up.shape, ONE * 0x10001, tl.uint32), up, dt, ASM)
+        t = _fma_pair(t, (ONE - (f << P)) * 0x10001, c, dt, ASM)           # q - z
+        return tl.join(_half(t, 0, dt), _half(t, 16, dt))
+
+@triton.jit
+def _load(at, ok, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(at, eviction_policy="evict_first")
+    else:
+        return tl.load(at, mask=ok, other=0, eviction_policy="evict_first")
+
+@triton.jit
+def _fetch(words, high, grid, t, k0, O, C: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+           SPAN: tl.constexpr, SUB: tl.constexpr, EVEN: tl.constexpr):
+    """Words, third bits and grids of SPAN k's of the 16 outputs of tile t, as tuples.
+
+    k0 (S, 1, 1): where the span of each warp begins. A grid serves SUB k's."""
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    BLK: tl.constexpr = 256 // LOW                     # k's in a block of 128 words
+    ROW: tl.constexpr = (C + 255) // 256 * 256
+    u, r = tl.arange(0, 128)[None, None, :], tl.arange(0, 16)[None, None, :]
+    ws, hs, gs = (), (), ()
+    for i in tl.static_range(0, SPAN, 32):
+        k = k0 + i
+        if i % BLK == 0:
+            ws += (_load(words + (t * (ROW // BLK) + k // BLK) * 128 + u, k < C, EVEN),)
+        if BITS == 3 and i % 256 == 0:
+            hs += (_load(high + (t * (ROW // 256) + k // 256) * 128 + u, k < C, EVEN),)
+        if i % SUB == 0:
+            g = _load(grid + k // GROUP * O + t * 16 + r, k < C, EVEN)
+            gs += (g.to(tl.uint32, bitcast=True),)
+    return ws, hs, gs
+
+@triton.jit(do_not_specialize=["M", "MASK"])
+def _decode(x, words, high, grid, y, M, O, N, MASK, C: tl.constexpr, GROUP: tl.constexpr,
+            BITS: tl.constexpr, S: tl.constexpr, T: tl.constexpr, BLOCK_M: tl.constexpr,
+            SPAN: tl.constexpr, SUB: tl.constexpr, WAIT: tl.constexpr, ASM: tl.constexpr):
+    """16 T outputs of all tokens. Its S warps take turns along k, SPAN k's each, and add up last.
+
+    A dot of three dimensions gives every warp its own slice of the first: the weights, shifted in
+    place, and x, read as float pairs, are operands without a detour or a barrier.
+    """
+    dt: tl.constexpr = x.dtype.element_ty
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    BLK: tl.constexpr = 256 // LOW
+    EVEN: tl.constexpr = C % (S * SPAN) == 0
+    pid, s = tl.program_id(0), tl.arange(0, S)
+    i, m8 = tl.arange(0, 4)[:, None, None, None, None], tl.arange(0, 8)[None, :, None, None, None]
+    m = m8 + 8 * tl.arange(0, BLOCK_M // 8)[None, None, None, :, None]
+    e = tl.arange(0, 8)[None, None, None, None, :]
+    xs = x + tl.minimum(m, M - 1) * C + i * 8 + e                      # i m8 s m/8 e
+    acc = ()
+    for t in tl.static_range(T):
+        acc += (tl.zeros((S, 16, BLOCK_M), tl.float32),)
+    for step in range(0, (C + S * SPAN - 1) // (S * SPAN)):
+        k0 = (step * S + s) * SPAN
+        ws, hs, gs = (), (), ()
+        for t in tl.static_range(T):
+            w, h, g = _fetch(words, high, grid, pid * T + t, k0[:, None, None], O, C, GROUP, BITS,
+                             SPAN, SUB, EVEN)
+            ws, hs, gs = ws + w, hs + h, gs + g
+        if WAIT:                # else ptxas moves the loads to their uses, one after the other
+            tl.debug_barrier()
+        k0 = k0[None, None, :, None, None]
+        for f in tl.static_range(0, SPAN, 32):
+            if f % SUB == 0:
+                part = ()
+                for t in tl.static_range(T):
+                    part += (tl.zeros((S, 16, BLOCK_M), tl.float32),)
+            xk = tl.load(xs + (k0 + f)) if EVEN else tl.load(xs + (k0 + f), mask=k0 + f < C,
+                                                             other=0.0)
+            b = tl.reshape(xk, (4, 8, S, BLOCK_M // 8, 2, 2, 2))       # i m8 s m/8 p plane h
+            b = tl.reshape(tl.trans(b, (2, 5, 0, 4, 6, 3, 1)), (S, 32, BLOCK_M))
+            new, total = (), ()
+            for t in tl.static_range(T):
+                g = gs[t * (SPAN // SUB) + f // SUB]
+                a = _numbers(ws[t * (SPAN // BLK) + f // BLK], hs[t] if BITS == 3 else 0, g & 255,
+                             MASK, f % (256 if BITS == 3 else BLK) // 32, 1, S, 1, BITS, dt, ASM)
+                a = tl.reshape(tl.trans(a, (0, 1, 4, 2, 6, 3, 5, 7)), (S, 16, 32))
+                new += (tl.dot(a, b, part[t]),)
+                if (f + 32) % SUB == 0:
+                    scale = (g & 0xFFFFFF00).to(tl.float32, bitcast=True)
+                    total += (acc[t] + new[t] * tl.reshape(scale, (S, 16, 1)),)
+            part = new
+            if (f + 32) % SUB == 0:
+                acc = total
+    m = tl.arange(0, BLOCK_M)
+    for t in tl.static_range(T):
+        n = (pid * T + t) * 16 + tl.arange(0, 16)
+        tl.store(y + m[None, :] * N + n[:, None], tl.sum(acc[t], 0).to(dt),
+                 mask=(m < M)[None, :] & (n < N)[:, None])
+
+@triton.jit(do_not_specialize=["MASK"])
+def _dequantize(words, high, grid, w, O, N, MASK, C: tl.constexpr, GROUP: tl.constexpr,
+                BITS: tl.constexpr, S: tl.constexpr, SPAN: tl.constexpr, SUB: tl.constexpr,
+                ASM: tl.constexpr):
+    """w (N, C) in 16 bits; S spans of k for one tile of 16 outputs a program."""
+    dt: tl.constexpr = w.dtype.element_ty
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    BLK: tl.constexpr = 256 // LOW
+    pid, k0 = tl.program_id(1), (tl.program_id(0) * S + tl.arange(0, S)) * SPAN
+    ws, hs, gs = _fetch(words, high, grid, pid, k0[:, None, None], O, C, GROUP, BITS, SPAN, SUB,
+                        C % (S * SPAN) == 0)
+    i, r8 = tl.arange(0, 4)[:, None, None, None, None], tl.arange(0, 8)[None, :, None, None, None]
+    n = pid * 16 + r8 + 8 * tl.arange(0, 2)[None, None, None, :, None]
+    at = w + n.to(tl.int64) * C + i * 8 + tl.arange(0, 8)[None, None, None, None, :]
+    for f in tl.static_range(0, SPAN, 32):
+        g = gs[f // SUB]
+        a = _numbers(ws[f // BLK], hs[0] if BITS == 3 else 0, g & 255, MASK,
+                     f % (256 if BITS == 3 else BLK) // 32, 1, S, 1, BITS, dt, ASM)
+        scale = tl.reshape((g & 0xFFFFFF00).to(tl.float32, bitcast=True), (S, 1, 2, 8))
+        scale = tl.reshape(tl.trans(scale, (0, 1, 3, 2)), (S, 1, 8, 1, 2, 1, 1, 1))
+        a = (a.to(tl.float32) * scale).to(dt)                          # s 1 r8 i r16 p plane h
+        a = tl.reshape(tl.trans(a, (3, 2, 0, 1, 4, 5, 6, 7)), (4, 8, S, 2, 8))
+        k = k0[None, None, :, None, None] + f
+        tl.store(at + k, a, mask=(k < C) & (n < N))
+
+@triton.jit
+def _shuffle(x, out, n, BLOCK: tl.constexpr):
+    """x's pairs of 16-bit floats, as int32, in the order of `_tile`'s k's."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = at % 16                                        # plane p i -> i p plane
+    k = at - k + k % 4 * 4 + k // 4 % 2 * 2 + k // 8
+    tl.store(out + at, tl.load(x + k, mask=at < n), mask=at < n)
+
+@triton.jit(do_not_specialize=["M", "MASK"])
+def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexpr,
+          GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+          BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr):
+    """One tile of outputs x tokens over one of SPLIT parts of k; x comes from `_shuffle`.
+
+    The weights are wgmma's left operand, which may lie in registers. Each program but the last of
+    a tile leaves its sum in `parts`; the last one adds them up in their order, whoever came last.
+    """
+    dt: tl.constexpr = x.dtype.element_ty
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    BLK: tl.constexpr = 256 // LOW
+    ROW: tl.constexpr = (C + 255) // 256 * 256
+    T: tl.constexpr = BLOCK_N // 16
+    B: tl.constexpr = BLOCK_K // BLK if BLOCK_K > BLK else 1           # blocks of words a step
+    rows = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)                             # the tiles of one weight run side by side
+    m = pid % rows * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = pid // rows * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.minimum(pid // rows * T + tl.arange(0, T), O // 16 - 1)[:, None, None]
+    u, r = tl.arange(0, 128)[None, None, :], tl.arange(0, 16)[None, None, :]
+    xs = x + tl.minimum(m, M - 1)[None, :] * C + tl.arange(0, BLOCK_K)[:, None]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    first = tl.program_id(1) * (C // BLOCK_K // SPLIT)
+    for step in range(0, C // BLOCK_K // SPLIT):
+        k = (first + step) * BLOCK_K
+        block = t * (ROW // BLK) + k // BLK + tl.arange(0, B)[None, :, None]
+        w = tl.load(words + block * 128 + u)
+        if BLOCK_K < BLK:
+            w = w.to(tl.uint32, bitcast=True) >> k % BLK // 16 * LOW
+        h = 0
+        if BITS == 3:
+            h = tl.load(high + (t * (ROW // 256) + k // 256) * 128 + u)
+            h = h.to(tl.uint32, bitcast=True) >> k % 256 // 16
+        g = tl.load(grid + k // GROUP * O + t * 16 + r).to(tl.uint32, bitcast=True)
+        a = _numbers(w, h, g & 255, MASK, 0, BLOCK_K // B // 32, T, B, BITS, dt, ASM)
+        scale = tl.reshape((g & 0xFFFFFF00).to(tl.float32, bitcast=True), (T, 1, 2, 8)).to(dt)
+        a *= tl.reshape(tl.trans(scale, (0, 1, 3, 2)), (T, 1, 8, 1, 2, 1, 1, 1))
+        a = tl.reshape(tl.trans(a, (0, 4, 2, 1, 6, 5, 3, 7)), (BLOCK_N, BLOCK_K))
+        acc = tl.dot(a, tl.load(xs + k), acc)
+    if SPLIT > 1:
+        size: tl.constexpr = BLOCK_N * BLOCK_M
+        at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        tl.store(parts + (pid * SPLIT + tl.program_id(1)) * size + at, acc)
+        tl.debug_barrier()
+        ticket = tl.atomic_add(tickets + pid, 1, sem="acq_rel")
+        if ticket < SPLIT - 1:
+            return
+        tl.store(tickets + pid, 0)                     # for the next launch
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for i in range(0, SPLIT):
+            acc += tl.load(parts + (pid * SPLIT + i) * size + at)
+    tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], acc.to(dt),
+             mask=(m < M)[None, :] & (n < N)[:, None])
+
+ASM = isinstance(_half, triton.JITFunction) and torch.version.hip is None
+DECODE = {    # (bits, tokens up to): tiles of 16 outputs a warp, k's a step, wait for the loads?
+    # Measured on an H100. One tile: more programs in flight hide the memory's latency. From 9
+    # tokens on reading x costs more than that, and two tiles share it. 256 k's: 512 cost registers
+    # and with them warps. The barrier brings the loads forward, but a warp then waits for three.
+    (1, 8): (1, 256, True), (2, 8): (1, 256, False), (3, 8): (1, 256, True),
+    (4, 8): (1, 256, True), (8, 8): (1, 128, True),
+    (1, 16): (2, 256, False), (2, 16): (2, 256, False), (3, 16): (2, 256, True),
+    (4, 16): (2, 256, False), (8, 16): (1, 128, False)}
+TILE = {      # BLOCK_M: BLOCK_N, BLOCK_K, warps, stages, and programs worth splitting k for
+    # Small tiles are bound by waiting: two or more programs an SM. At 256 tokens the sums fill the
+    # registers of 8 warps; there 4 bits take 64 k's, one block of words, the others 128.
+    32: (64, 128, 4, 4, 264), 64: (64, 128, 4, 4, 264), 128: (64, 128, 4, 3, 264),
+    256: (128, 128, 8, 3, 132)}
+FUSED = 1024  # tokens; above, the one-off cost of writing the weight out is less than _tile's loss
+_tickets = {}
+
+def lowbit_matmul(x, w):
+    """y = x w_hat^T: x (..., C) float16 or bfloat16 on w's GPU, w a LowBit -> (..., O)."""
+    (O, C), bits = w.shape, w.bits
+    flat = x.reshape(-1, C).contiguous()                                           # (M, C)
+    M, mask = len(flat), (2 ** (2 if bits == 3 else bits) - 1) * 0x10001
+    if M > FUSED:
+        return F.linear(x, dequantize(w, x.dtype))
+    y = x.new_empty(M, O)
+    sizes = (M, w.grid.size(1), O, mask, C, w.group, bits)
+    if M <= 16:
+        BLOCK_M = 8 if M <= 8 else 16
+        T, SPAN, WAIT = DECODE[bits, BLOCK_M]
+        S = 8 if O <= 8192 else 4                      # few outputs: more warps along k
+        T = T if len(w.words) % T == 0 else 1
+        _decode[len(w.words) // T,](flat, *w[:3], y, *sizes, S, T, BLOCK_M, SPAN,
+                                    math.gcd(SPAN, w.group), WAIT, ASM, num_warps=S)
+        return y.view(*x.shape[:-1], O)
+    BLOCK_M = min(max(32, triton.next_power_of_2(M)), 256)
+    BLOCK_N, BLOCK_K, warps, stages, enough = TILE[BLOCK_M]
+    BLOCK_K = math.gcd(64 if bits == 4 and BLOCK_M == 256 else BLOCK_K, w.group, C)
+    tiles = triton.cdiv(O, BLOCK_N) * triton.cdiv(M, BLOCK_M)
+    SPLIT = max(s for s in (1, 2, 4, 8)
+                if s == 1 or tiles * s <= enough and C // BLOCK_K % s == 0)
+    parts = tickets = y
+    if SPLIT > 1:
+        parts = x.new_empty(tiles * SPLIT * BLOCK_M * BLOCK_N, dtype=torch.float32)
+        key = x.device, torch.cuda.current_stream(x.device) if x.is_cuda else None
+        if key not in _tickets or len(_tickets[key]) < tiles:
+            _tickets[key] = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=x.device)
+        tickets = _tickets[key]                        # zero again after every launch
+    pairs = torch.empty_like(flat)
+    _shuffle[triton.cdiv(flat.numel(), 2048),](flat.view(torch.int32), pairs.view(torch.int32),
+                                               flat.numel() // 2, BLOCK=1024)
+    _tile[tiles, SPLIT](pairs, *w[:3], y, parts, tickets, *sizes, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT,
+                        ASM, num_warps=warps, num_stages=stages)
+    return y.view(*x.shape[:-1], O)
+
+def dequantize(w, dtype):
+    """The weight (O, C) of a LowBit in 16 bits, by `_dequantize`."""
+    (O, C), bits = w.shape, w.bits
+    out = torch.empty(O, C, dtype=dtype, device=w.words.device)
+    S, SPAN = 4, 256 if bits in (1, 3) else 128
+    _dequantize[triton.cdiv(C, S * SPAN), len(w.words)](
+        *w[:3], out, w.grid.size(1), O, (2 ** (2 if bits == 3 else bits) - 1) * 0x10001, C, w.group,
+        bits, S, SPAN, math.gcd(SPAN, w.group), ASM, num_warps=S)
+    return out

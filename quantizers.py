@@ -353,6 +353,7 @@ class QuantLinear(nn.Module):
         self.spec = dict(spec)
         for name in ("packed", "scale", "zero_point", "keep", "a_scale"):
             self.register_buffer(name, tensors.get(name))
+        self.fast = None                               # (packed, the same in the kernels' order)
 
     @classmethod
     def affine(cls, q, scale, zero_point, bits, group_size=-1, a_bits=16):
@@ -403,6 +404,8 @@ class QuantLinear(nn.Module):
         s = self.spec
         if s["kind"] == "affine":
             x = fake_quant_tokens(x, s["a_bits"]) if s["a_bits"] < 16 else x
+            if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and not x.requires_grad:
+                return self.kernel(x)
             return F.linear(x, self.weight().to(x.dtype))
         h, h_scale = rotate(x) if s["rotate"] else x.float(), None
         if s["a_bits"] < 16:
@@ -410,6 +413,21 @@ class QuantLinear(nn.Module):
             q, h_scale, _ = quest_codes(h, s["a_bits"], grid, self.a_scale)
             h = q + code_offset(s["a_bits"], grid)
         return code_linear(h, h_scale, self.levels(x.dtype), self.scale, x.dtype)
+
+    @torch.compiler.disable
+    def kernel(self, x):
+        """x w_hat^T by kernels.py (affine); by PyTorch, said once, where it has no kernel."""
+        import kernels
+        s = self.spec
+        if self.fast is None or self.fast[0] is not self.packed:       # first use, or it moved
+            q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
+            self.fast = self.packed, kernels.pack_weight(q, self.scale, self.zero_point, s["bits"],
+                                                         s["group_size"])
+        if self.fast[1] is None:
+            kernels.once(f"kernels.py has no kernel for {s['bits']} bits, {s['in_features']} "
+                         f"inputs, groups of {s['group_size']}: these layers run in PyTorch")
+            return F.linear(x, self.weight().to(x.dtype))
+        return kernels.lowbit_matmul(x, self.fast[1])
 
 def bits_per_weight(model):
     """(bits of codes, scales, zero points and masks per weight they stand for, those weights).
