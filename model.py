@@ -4,6 +4,7 @@
     python model.py --smoke                    # every line of it in a few seconds
     python model.py eval out/base.pt           # loss on the whole validation split
     python model.py sample out/base.pt --prompt "def main("
+    python model.py sample --size 7B --bits 2  # tokens/s of random weights, no text
     python model.py export out/rtn-w4.pt DIR   # any checkpoint as a Hugging Face folder
     torchrun --standalone --nproc_per_node=8 model.py --size 100M      # the same run on 8 GPUs
 
@@ -14,7 +15,7 @@ The idea:
      out/base.pt, or a Hugging Face folder, and compress it.
 
 Papers: Llama 2 (arXiv 2307.09288); the training recipe and the presets are QuEST's (2502.05003).
-Not here: dropout, biases, a key/value cache.
+Not here: dropout, biases.
 
 Shapes: B sequences, T tokens each, C = n_embd, nh = n_head, nkv = n_kv_head, hs = head size.
 """
@@ -228,6 +229,37 @@ def apply_linears(x, *linears):
     fused = getattr(type(linears[0]), "fused", None)
     return fused(x, linears) if fused else [linear(x) for linear in linears]
 
+class Joined(nn.Module):
+    """Linears that share their input as one, in the place of the first. See for_decoding."""
+
+    def __init__(self, linears):
+        super().__init__()
+        self.sizes, first = [n_out(m) for m in linears], linears[0]
+        if isinstance(first, QuantLinear):
+            self.linear = QuantLinear(first.spec, {
+                name: torch.cat([getattr(m, name) for m in linears])
+                for name, t in first.named_buffers()})
+        else:
+            self.linear = first
+            first.weight = nn.Parameter(torch.cat([m.weight for m in linears]), False)
+
+    @staticmethod
+    def fused(x, linears):
+        return linears[0].linear(x).split(linears[0].sizes, -1)
+
+def n_out(linear):
+    return len(linear.packed if isinstance(linear, QuantLinear) else linear.weight)
+
+def joined(*linears):
+    """(Joined, None ...), or the linears themselves where they are not alike."""
+    kinds = {type(m) for m in linears}
+    specs = [m.spec for m in linears if isinstance(m, QuantLinear)]
+    alike = all(spec == specs[0] for spec in specs) and all(
+        getattr(m, "a_scale", None) is None for m in linears)
+    if len(kinds) > 1 or not kinds <= {Linear, QuantLinear} or not alike:
+        return linears
+    return Joined(linears), *[None] * (len(linears) - 1)
+
 def rope_tables(seq_len, head_size, theta, device, scaling=()):
     """cos and sin, float32 (T, hs), in Hugging Face's half-split order: hs/2 frequencies, twice.
 
@@ -259,14 +291,17 @@ class Attention(nn.Module):
         self.wv = Linear(c.n_embd, c.n_kv_head * self.head_size)
         self.wo = Linear(c.n_head * self.head_size, c.n_embd)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, cache=None):
         (B, T, _), a_bits, kv_bits = x.shape, self.config.a_bits, self.config.kv_bits
         q, k, v = apply_linears(quantized(x, a_bits), self.wq, self.wk, self.wv)
         q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2)        # (B, nh or nkv, T, hs)
                    for y in (q, quantized(k, kv_bits), quantized(v, kv_bits)))
         q, k = (quantized(apply_rope(y, cos, sin), a_bits) for y in (q, k))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                           enable_gqa=q.size(1) != k.size(1))
+        if cache:
+            y = cache.attend(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                               enable_gqa=q.size(1) != k.size(1))
         y = quantized(y, a_bits).transpose(1, 2)                           # (B, T, nh, hs)
         return self.wo(y.reshape(B, T, -1))                                # (B, T, C)
 
@@ -289,8 +324,8 @@ class Block(nn.Module):
         self.attn_norm, self.attn = RMSNorm(c.n_embd, c.norm_eps), Attention(c)
         self.mlp_norm, self.mlp = RMSNorm(c.n_embd, c.norm_eps), MLP(c)
 
-    def forward(self, x, cos, sin):
-        x = x + self.attn(self.attn_norm(x), cos, sin)
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.attn(self.attn_norm(x), cos, sin, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 def rerun(f, *inputs):
@@ -369,21 +404,140 @@ class LLaMA(nn.Module):
             self.set_submodule(name, make(name, linear))
         return self
 
+    def for_decoding(self):
+        """For generation alone, which waits for memory: the weights in the activations' dtype, and
+        linears that share an input joined, so that a step has fewer kernels."""
+        for p in self.parameters():
+            if p.dim() == 2:
+                p.requires_grad_(False).data = p.data.to(self.dtype)
+        for block in self.blocks:
+            a, m = block.attn, block.mlp
+            a.wq, a.wk, a.wv = joined(a.wq, a.wk, a.wv)
+            m.w_gate, m.w_up = joined(m.w_gate, m.w_up)
+        return self
+
     @torch.no_grad()
-    def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):
-        """Append n sampled tokens to idx (B, T); temperature 0 takes the most likely one."""
-        for _ in range(n):
-            logits = self(idx[:, -self.config.seq_len:])[0][:, -1].float()         # (B, vocab)
-            if temperature < 1e-6:
-                token = logits.argmax(-1, keepdim=True)                            # (B, 1)
-            else:
-                if top_k:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                p = (logits / temperature).softmax(-1)
-                token = torch.multinomial(p, 1, generator=generator)
+    def generate(self, idx, n, temperature=1.0, top_k=None, generator=None, cached=True):
+        """Append n sampled tokens to idx (B, T); temperature 0 takes the most likely one.
+
+        cached: keys and values are kept up to seq_len tokens. Beyond, the window slides, all of
+        its positions change, and each token costs a pass over the whole window.
+        """
+        longest = self.config.seq_len
+        choose = Chooser(self, len(idx), temperature, top_k, generator)
+        ahead = max(0, min(n, longest + 1 - idx.size(1))) if cached else 0 # contexts that fit
+        for token in decode(self, idx, ahead, choose) if ahead else ():
+            idx = torch.cat((idx, token), dim=1)
+        for _ in range(n - ahead):
+            choose.draw()
+            token = choose(self(idx[:, -longest:])[0][:, -1])
             idx = torch.cat((idx, token), dim=1)
         return idx
+
+# ---- Generation, a token at a time ------------------------------------------------------------
+
+class Chooser:
+    """logits (B, vocab) -> token ids (B, 1), by `draw`'s random numbers."""
+
+    def __init__(self, model, batch, temperature, top_k, generator):
+        device, vocab = model.embed.weight.device, model.config.vocab_size
+        self.temperature, self.top_k, self.generator = temperature, top_k, generator
+        self.noise = torch.ones(batch, vocab, device=device)
+
+    def draw(self):
+        if self.temperature >= 1e-6:
+            self.noise.exponential_(generator=self.generator)
+
+    def __call__(self, logits):
+        logits = logits.float()
+        if self.temperature < 1e-6:
+            return logits.argmax(-1, keepdim=True)
+        if self.top_k:
+            kth = logits.topk(min(self.top_k, logits.size(-1))).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, -math.inf)
+        p = (logits / self.temperature).softmax(-1)
+        return (p / self.noise).argmax(-1, keepdim=True)       # torch.multinomial, but never waits
+
+class Cache:
+    """A layer's keys and values, (B, nkv, S, hs) each, for S tokens at most."""
+
+    def __init__(self, model, batch, length):
+        c = model.config
+        shape = 2, batch, c.n_kv_head, length, c.head_dim
+        self.keys, self.values = torch.zeros(shape, dtype=model.dtype,
+                                             device=model.embed.weight.device)
+
+    def attend(self, q, k, v):
+        """Store k and v (B, nkv, T, hs) at the positions `at` (T,); q (B, nh, T, hs), each of which
+        sees the positions that `mask` (T, S) allows -> the same shape."""
+        self.keys[:, :, self.at], self.values[:, :, self.at] = k, v
+        groups = q.size(1) // k.size(1)                # query heads that share a key head
+        y = F.scaled_dot_product_attention(q.reshape(len(q), k.size(1), -1, q.size(-1)), self.keys,
+                                           self.values, self.mask.repeat(groups, 1))
+        return y.view(q.shape)
+
+@torch.no_grad()
+def decode(model, idx, n, choose):
+    """Yield the n tokens (B, 1) after idx (B, T), in one tensor that changes: T + n - 1 tokens have
+    to fit in the window. On a GPU every step but the first two is one CUDA graph."""
+    (B, T), c, S, device = idx.shape, model.config, idx.size(1) + n - 1, idx.device
+    cache, graph = [Cache(model, B, S) for _ in model.blocks], None
+    tables = rope_tables(S, c.head_dim, c.rope_theta, device, c.rope_scaling)      # (S, hs) each
+    slots, at = torch.arange(S, device=device), torch.arange(T, device=device)
+    def forward(idx):
+        x, fast = model.embed(idx).to(model.dtype), idx.size(1) == 1 and has_kernels(model)
+        cos, sin = tables if fast else (table[at] for table in tables)
+        mask = None if fast else slots <= at.unsqueeze(1)
+        for layer in cache:
+            layer.at, layer.mask = at, mask
+        if fast:
+            return fast_step(model, x, cos, sin, cache)
+        for block, layer in zip(model.blocks, cache):
+            x = block(x, cos, sin, layer)                                          # (B, T, C)
+        return model.predict(x[:, -1:])[0][:, -1]                                  # (B, vocab)
+    def step():
+        token.copy_(choose(forward(token)))
+        at.add_(1)
+    choose.draw()
+    token = choose(forward(idx))
+    at = at[-1:] + 1                                   # where the next step's token goes
+    for _ in range(n - 1):
+        yield token
+        choose.draw()
+        if graph:
+            graph.replay()
+            continue
+        step()
+        if idx.is_cuda and capturable(model):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):              # records the next step, does not run it
+                step()
+    yield token
+
+def capturable(model):
+    """Does no layer copy from the CPU or wait for the GPU? Of the packed ones, kernels.py's do not.
+    Asked after a first step, which chooses the kernels."""
+    return all(m.fast and m.fast[1] is not None for m in model.modules()
+               if isinstance(m, QuantLinear))
+
+def has_kernels(model):
+    """May fast_step compute a step?"""
+    c, joint = model.config, (model.blocks[0].attn.wq, model.blocks[0].mlp.w_gate)
+    return (model.embed.weight.is_cuda and all(isinstance(m, Joined) for m in joint)
+            and model.dtype != torch.float32 and c.a_bits == c.kv_bits == 16
+            and c.head_dim in (32, 64, 128, 256))
+
+def fast_step(model, x, cos, sin, cache):
+    """What the blocks and the head compute for one token x (B, 1, C), in 8 kernels a block."""
+    from kernels import add_norm, rope_attention, silu_mul
+    x, delta = x.squeeze(1), None                                                  # (B, C)
+    for block, layer in zip(model.blocks, cache):
+        attn, mlp = block.attn, block.mlp
+        x, h = add_norm(x, delta, block.attn_norm)
+        y = rope_attention(attn.wq.linear(h), cos, sin, layer)                     # (B, nh * hs)
+        x, h = add_norm(x, attn.wo(y), block.mlp_norm)
+        delta = mlp.w_down(silu_mul(mlp.w_gate.linear(h)))
+    return model.head(add_norm(x, delta, model.norm)[1])                           # (B, vocab)
 
 # ---- Tokenizer --------------------------------------------------------------------------------
 # Words with their space, numbers of up to three digits, signs, white space: merges stay inside.
@@ -1301,20 +1455,90 @@ def sample_text(model, tokenizer, prompt, n, seed, temperature=0.8, top_k=50):
     generator = torch.Generator(device).manual_seed(seed)
     return tokenizer.decode(model.generate(ids, n, temperature, top_k, generator)[0, 1:].tolist())
 
+def random_model(args):
+    """A model of random weights in the form that generation reads, made on the device."""
+    p, dtype, bits = PRESETS[args.size], getattr(torch, args.dtype), args.bits
+    with torch.device("meta"):                         # shapes alone: no memory
+        model = LLaMA(LlamaConfig(32000, p.n_layer, p.n_embd, p.n_head, p.n_head, p.n_hidden,
+                                  max(p.seq_len, args.tokens + 64)), dtype)
+    def random(*shape):
+        return torch.randn(shape, device=args.device, dtype=dtype).mul_(0.02)
+    def packed(O, C):
+        codes = torch.randint(256, (O, C * bits // 8), device=args.device, dtype=torch.uint8)
+        scale = torch.full((O, C // 128), 0.05 / 2**bits, device=args.device)
+        zero = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
+        spec = dict(kind="affine", bits=bits, a_bits=16, in_features=C, group_size=128, signed=False)
+        return QuantLinear(spec, {"packed": codes, "scale": scale, "zero_point": zero})
+    for m in model.modules():
+        if isinstance(m, RMSNorm):
+            m.weight = nn.Parameter(torch.ones(m.weight.shape, device=args.device))
+        elif hasattr(m, "weight") and (bits == 16 or m in (model.embed, model.head)):
+            m.weight = nn.Parameter(random(*m.weight.shape), False)
+    if bits < 16:
+        model.replace_linears(lambda name, linear: packed(*linear.weight.shape))
+    return model.eval().for_decoding()
+
+def copy_speed(device):
+    """Bytes a second that a copy in the device's memory reads and writes; the best of some."""
+    cuda, best = device.startswith("cuda"), 0.0
+    a, b = (torch.ones(2 ** (29 if cuda else 26), dtype=torch.uint8, device=device) for _ in "ab")
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(4):
+            a.copy_(b)
+        if cuda:
+            torch.cuda.synchronize()
+        best = max(best, 8 * a.numel() / (time.perf_counter() - start))
+    return best
+
+@torch.no_grad()
+def decode_speed(model, args):
+    """Time the steps of one sequence and say how near they come to the time that reading takes."""
+    device, c, prompt, first, marks = args.device, model.config, 8, 8, []
+    idx = torch.randint(c.vocab_size, (1, prompt), device=device)
+    choose = Chooser(model, 1, args.temperature, args.top_k, torch.Generator(device).manual_seed(0))
+    for i, _ in enumerate(decode(model, idx, first + args.tokens + 1, choose)):
+        if i in (first, first + args.tokens):
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+    ms, copy = (marks[1] - marks[0]) / args.tokens * 1e3, copy_speed(device)
+    size = model.dtype.itemsize * 2 * c.n_layer * c.n_kv_head * c.head_dim * (
+        prompt + first + args.tokens // 2)             # keys and values, in the middle
+    for m in model.modules():                          # and all weights but the embedding
+        if isinstance(m, (Linear, QuantLinear, RMSNorm)):
+            fast = getattr(m, "fast", None) and m.fast[1]
+            size += tensor_bytes(fast[:3] if fast else m.state_dict().values())
+    floor = size / copy * 1e3
+    say(f"{args.size}, random weights, {args.bits} bits, {args.dtype} | one sequence, {args.tokens} "
+        f"tokens | {1e3 / ms:.1f} tokens/s, {ms:.3f} ms each | {size / 1e9:.3f} GB a token, "
+        f"{size / ms / 1e6:.0f} GB/s | a copy reaches {copy / 1e9:.0f} GB/s, at which a token takes "
+        f"{floor:.3f} ms: {100 * floor / ms:.0f}%")
+
 def sample_checkpoint(argv):
     p = Parser(prog="model.py sample", description="Text from a checkpoint, dense or packed.")
-    p.add_argument("checkpoint", help="a .pt file, dense or packed, or a Hugging Face folder")
+    p.add_argument("checkpoint", nargs="?", help="a .pt file, dense or packed, or a Hugging Face "
+                   "folder (default: none, random weights; then only the speed is printed)")
     p.add_argument("--prompt", default="", help="text to go on from (default: a new document)")
     p.add_argument("--tokens", type=number(int, 1), default=200, help="how many (default: 200)")
     p.add_argument("--temperature", type=number(float, 0, 100), default=0.8,
                    help="0 takes the most likely token (default: 0.8)")
     p.add_argument("--top-k", type=number(int, 1), default=50,
                    help="choose among so many tokens (default: 50)")
+    p.add_argument("--size", dest="shape", choices=tuple(PRESETS),
+                   help="without a checkpoint: preset of the random weights")
+    p.add_argument("--bits", type=int, choices=(1, 2, 4, 8, 16), default=16,
+                   help="without a checkpoint: of the random weights, groups of 128 (default: 16)")
     add_flags(p, data=False, trains=False)
     args = resolve(p.parse_args(argv))
+    if bool(args.checkpoint) == bool(args.shape):
+        raise UsageError("sample needs a checkpoint, or else --size for random weights, not both")
+    if not args.checkpoint:
+        args.size = args.shape
+        return decode_speed(random_model(args), args)
     model, content = load_checkpoint(args.checkpoint, args.device, getattr(torch, args.dtype))
-    say(sample_text(model, make_tokenizer(content["tokenizer"]), args.prompt, args.tokens,
-                    args.seed, args.temperature, args.top_k))
+    say(sample_text(model.for_decoding(), make_tokenizer(content["tokenizer"]), args.prompt,
+                    args.tokens, args.seed, args.temperature, args.top_k))
 
 def export_checkpoint(argv):
     p = Parser(prog="model.py export", description="Write a checkpoint as a Hugging Face folder.")
