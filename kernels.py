@@ -428,8 +428,8 @@ def dequantize(w, dtype):
     return out
 
 # ---- Decoding: what stands between the products of one token ------------------------------------
-# A kernel of a few microseconds costs as much as a 2-bit product, so there are three of them a block
-# and not thirty. They round where PyTorch's own operations do.
+# A small kernel costs as much as a 2-bit product, so there are four a block and not thirty. They
+# round where PyTorch's own operations do.
 
 @triton.jit
 def _add_norm(x, delta, weight, total, h, C, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
@@ -482,7 +482,7 @@ def _rope_attention(qkv, cos, sin, at, keys, values, y, S, scale, H: tl.constexp
     if head % (H // KV) == 0:                          # of the heads that share it, one stores
         tl.store(keys + (first + pos) * D + d, k)
         tl.store(values + (first + pos) * D + d, v)
-    top, total = tl.sum(q * k.to(tl.float32), 0) * scale, 1.0
+    top, total = tl.sum(q * k.to(tl.float32), 0) * scale, tl.full((), 1.0, tl.float32)
     acc = v.to(tl.float32)                                                         # (D,)
     for n0 in range(0, pos, BLOCK):
         n = n0 + tl.arange(0, BLOCK)

@@ -1315,10 +1315,11 @@ def header(title, args, model, data):
     if rank() == 0 and (os.path.isdir(args.out) or not args.resume):       # else resume() complains
         hold(args.out)
     linear = sum(p.numel() for _, m in model.linears() for p in m.parameters())
+    together = f" in each of {world_size()} processes" if world_size() > 1 else ""
     say(f"{title} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M params, "
         f"{linear / 1e6:.2f}M in the blocks' linears | {args.device} {args.dtype}, "
-        f"{torch.get_num_threads()} threads | " + f"{world_size()} processes | " * (world_size() > 1)
-        + f"torch {torch.__version__} | seed {args.seed}")
+        f"{torch.get_num_threads()} threads{together} | torch {torch.__version__} | "
+        f"seed {args.seed}")
     say("settings: " + " ".join(f"{k}={v}" for k, v in settings(args).items()))
     say(f"data: {data.name} | {len(data.train)} train, {len(data.dev)} dev, {len(data.val)} val "
         f"tokens | sha256 {data.digest[:12]}")
@@ -1467,7 +1468,8 @@ def random_model(args):
         codes = torch.randint(256, (O, C * bits // 8), device=args.device, dtype=torch.uint8)
         scale = torch.full((O, C // 128), 0.05 / 2**bits, device=args.device)
         zero = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
-        spec = dict(kind="affine", bits=bits, a_bits=16, in_features=C, group_size=128, signed=False)
+        spec = dict(kind="affine", bits=bits, a_bits=16, in_features=C, group_size=128,
+                    signed=False)
         return QuantLinear(spec, {"packed": codes, "scale": scale, "zero_point": zero})
     for m in model.modules():
         if isinstance(m, RMSNorm):
@@ -1510,10 +1512,10 @@ def decode_speed(model, args):
             fast = getattr(m, "fast", None) and m.fast[1]
             size += tensor_bytes(fast[:3] if fast else m.state_dict().values())
     floor = size / copy * 1e3
-    say(f"{args.size}, random weights, {args.bits} bits, {args.dtype} | one sequence, {args.tokens} "
-        f"tokens | {1e3 / ms:.1f} tokens/s, {ms:.3f} ms each | {size / 1e9:.3f} GB a token, "
-        f"{size / ms / 1e6:.0f} GB/s | a copy reaches {copy / 1e9:.0f} GB/s, at which a token takes "
-        f"{floor:.3f} ms: {100 * floor / ms:.0f}%")
+    say(f"{args.size}, random weights, {args.bits} bits, {args.dtype} | {args.tokens} tokens, one "
+        f"sequence | {1e3 / ms:.1f} tokens/s, {ms:.3f} ms each | {size / 1e9:.3f} GB a token, "
+        f"{size / ms / 1e6:.0f} GB/s | floor {floor:.3f} ms, at a copy's {copy / 1e9:.0f} GB/s: "
+        f"{100 * floor / ms:.0f}% of that speed")
 
 def sample_checkpoint(argv):
     p = Parser(prog="model.py sample", description="Text from a checkpoint, dense or packed.")

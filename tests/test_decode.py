@@ -160,7 +160,7 @@ def test_speed_of_random_weights_says_its_bytes(capsys, bits):
     out = capsys.readouterr().out
     weights = 3 * (4 * 256 * 256 + 3 * 256 * 768)
     size = weights * 4 if bits == 16 else weights * bits / 8 + weights // 128 * 5
-    size += 4 * 32000 * 256 + 4 * 7 * 256 + 4 * 2 * 3 * 256 * (8 + 8 + 2)          # head, norms, cache
+    size += 4 * 32000 * 256 + 4 * 7 * 256 + 4 * 2 * 3 * 256 * (8 + 8 + 2)   # head, norms, cache
     assert f"{size / 1e9:.3f} GB a token" in out and "tokens/s" in out
 
 @pytest.mark.parametrize("flags", [[], ["base.pt", "--size", "tiny"]])

@@ -146,7 +146,7 @@ def test_one_process_prints_writes_and_tokenizes(folder):
     # lrqat.py takes the base's tokenizer: other settings, so once more
     assert [seen["tokenized"] for seen in notes(folder)] == [2, 0]
     out, runs = (folder / "out").read_text(), len(JOBS) + 5
-    for once_a_run in ("settings: ", "data: text.txt | ", "2 processes | torch "):
+    for once_a_run in ("settings: ", "data: text.txt | ", "in each of 2 processes | torch "):
         assert out.count(once_a_run) == runs, once_a_run
     assert not list(folder.rglob("*.tmp"))
 
