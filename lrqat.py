@@ -159,9 +159,10 @@ class LRQATFunction(torch.autograd.Function):
         gs = (D * q).view(*scale.shape, -1).sum(-1)                                # (O, G)
         if zero_point is not None:
             gs -= zero_point * D.view(*scale.shape, -1).sum(-1)
-        if A is not None:
-            D.mul_(inside).view(*scale.shape, -1).mul_(scale.unsqueeze(-1))        # now dL/dZ
-            gA, gB = (t.mul_(ALPHA / A.size(1)) for t in (D @ B.t(), A.t() @ D))
+        if A is not None:                              # D becomes alpha/r dL/dZ
+            factor = (scale * (ALPHA / A.size(1))).unsqueeze(-1)
+            D.mul_(inside).view(*scale.shape, -1).mul_(factor)
+            gA, gB = D @ B.t(), A.t() @ D
         return gx, None, gA, gB, gs, None, None, None, None
 
 class LRQATLinear(nn.Module):
@@ -340,7 +341,8 @@ def ledger(c, args):
     """Predicted bytes at the peak of a lean step, by component, from shapes alone (LlamaConfig c).
 
     activations: the blocks' inputs and the end's. temporaries: one block again and the backward
-    pass of the largest linear (two float32, an int8, a mask, W_hat), or the loss of 256 tokens.
+    pass of the largest linear (two float32, an int8, a mask, W_hat), or the loss of 256 tokens; and
+    the 32 MiB that PyTorch gives cuBLAS to work with on an H100.
     """
     e, n = 2 if args.dtype == "bfloat16" else 4, args.batch_size // args.accumulate * args.seq_len
     L, d, f = c.n_layer, c.n_embd, c.n_hidden
@@ -355,7 +357,8 @@ def ledger(c, args):
             + (2 - c.tied) * c.vocab_size * d * e + e * d * (2 * L + 1),
             "adapters": 4 * learn, "gradients": 4 * learn, "optimizer": 8 * learn,
             "activations": n * d * (L * e + 4 + e) + 8 * (n + args.seq_len * c.head_dim),
-            "temporaries": max(block + linear, min(n, 256) * c.vocab_size * (8 + e))}
+            "temporaries": max(block + linear, min(n, 256) * c.vocab_size * (8 + e))
+            + 2**25 * args.device.startswith("cuda")}
 
 def measure(model, args, data, report=False):
     """Take args.steps steps -> bytes by component and tokens/s of all steps but the first.

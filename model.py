@@ -380,7 +380,8 @@ class LLaMA(nn.Module):
         x = self.norm(x)
         if self.lean and targets is not None:          # never all logits in float32
             loss = lambda x, y: F.cross_entropy(self.head(x).float(), y, reduction="sum")
-            parts = zip(x.flatten(0, 1).split(256), targets.flatten().split(256))
+            n = 256 if torch.is_grad_enabled() else max(256, 2**26 // self.config.vocab_size)
+            parts = zip(x.flatten(0, 1).split(n), targets.flatten().split(n))
             return None, sum(rerun(loss, *part) for part in parts) / targets.numel()
         logits = self.head(x)                                              # (B, T, vocab)
         if targets is None:
@@ -744,10 +745,10 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
 
     tokens: ids (n,) -> {"loss": nats per token, "ppl": its exponential} and, with a tokenizer,
     "bits_per_byte" of the text, the only one of the three to compare across tokenizers.
-    batch_size: windows at a time, by default 2^14 tokens: packed weights unpack once for all.
+    batch_size: windows at a time, by default 2^13 tokens: packed weights unpack once for all.
     """
     device, n = next(model.parameters()).device, len(tokens) - 1
-    batch_size = batch_size or max(1, 2**14 // seq_len)
+    batch_size = batch_size or max(1, 2**13 // seq_len)
     lean, model.lean = getattr(model, "lean", False), True                 # few logits at a time
     ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     full, total = n // seq_len, 0.0
@@ -814,7 +815,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, as_stored=False):
     """(model, content) of a checkpoint, dense or packed, or of a Hugging Face folder, whose weights
     may stay `as_stored`, see from_pretrained. Raises UsageError."""
     if os.path.isdir(path):
-        content = {"linears": {}, "method": "dense", "settings": {}, "data": None,
+        content = {"linears": {}, "method": "dense", "settings": {"smoke": False}, "data": None,
                    "tokenizer": read_hf_tokenizer(path)}
         return LLaMA.from_pretrained(path, dtype, as_stored).to(device).eval(), content
     content = read_checkpoint(path)
@@ -848,6 +849,10 @@ HF_SIZES = {"vocab_size": "vocab_size", "num_hidden_layers": "n_layer", "hidden_
             "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head",
             "intermediate_size": "n_hidden", "max_position_embeddings": "seq_len",
             "head_dim": "head_dim"}
+HF_ONLY = {  # what LLaMA above computes; a setting that is not there means the first value
+    "model_type": (None, "llama", "mistral"), "rope_type": ("default", "llama3"),
+    "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
+    "partial_rotary_factor": (1,), "num_local_experts": (1,), "quantization_config": (None,)}
 HF_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -867,46 +872,37 @@ def read_hf_json(folder, name):
     path = pathlib.Path(folder, name)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no settings")
     except OSError as e:
-        raise UsageError(f"{folder} is not a complete Hugging Face folder: {name}: "
-                         f"{e.strerror}") from None
+        raise UsageError(f"{folder} is not a Hugging Face folder: {name}: {e.strerror}") from None
     except ValueError as e:
         raise UsageError(f"{path} is damaged: {e}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} is damaged: it holds no settings")
     return content
 
 def read_hf_config(folder):
     """config.json -> LlamaConfig. Raises UsageError for what LLaMA above does not compute."""
+    def refuse(problem):
+        raise UsageError(f"{folder}/config.json: {problem}")
+
     c = {k: v for k, v in read_hf_json(folder, "config.json").items() if v is not None}
-    rope = {"rope_theta": c.get("rope_theta", 1e4), **c.get("rope_scaling", {}),
-            **c.get("rope_parameters", {})}            # the older and the newer form
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    for name, value, known in (
-            ("model_type", c.get("model_type"), ("llama", "mistral")),
-            ("hidden_act", c.get("hidden_act", "silu"), ("silu",)),
-            ("rope_type", kind, ("default", "llama3")),
-            ("partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,)),
-            ("num_local_experts", c.get("num_local_experts", 1), (1,)),
-            ("quantization_config", "quantization_config" in c, (False,)),
-            *((bias, c.get(bias, False), (False,)) for bias in ("attention_bias", "mlp_bias"))):
-        if value not in known:
-            raise UsageError(f"{folder}/config.json: {name} {value} is not supported, only "
-                             + " or ".join(map(str, known)))
-    c = {"num_key_value_heads": c.get("num_attention_heads"), "max_position_embeddings": 2048} | c
-    sizes = {ours: c.get(theirs, 0) for theirs, ours in HF_SIZES.items()}
-    for theirs, ours in HF_SIZES.items():
-        if not isinstance(sizes[ours], int) or sizes[ours] < (theirs != "head_dim"):
-            raise UsageError(f"{folder}/config.json: {theirs} is {c.get(theirs, 'missing')}, "
-                             "not a positive integer")
+    rope = c.get("rope_scaling", {}) | c.get("rope_parameters", {})        # older and newer form
+    c = {"num_key_value_heads": c.get("num_attention_heads"), "max_position_embeddings": 2048,
+         "head_dim": 0, "rope_type": rope.get("type", "default"), "rope_theta": 1e4} | c | rope
+    for name, known in HF_ONLY.items():
+        if c.get(name, known[0]) not in known:
+            refuse(f"{name} {c[name]} is not supported, only {' or '.join(map(str, known))}")
+    for name in HF_SIZES:
+        if not isinstance(c.get(name), int) or c[name] < (name != "head_dim"):
+            refuse(f"{name} is {c.get(name, 'missing')}, not a positive integer")
+    llama3 = LLAMA3_ROPE if c["rope_type"] == "llama3" else ()
+    if not set(llama3) <= set(c):
+        refuse(f"llama3's rope needs {', '.join(llama3)}")
     # A sliding window changes nothing in sequences that fit into it: no longer ones, then.
-    sizes["seq_len"] = min(sizes["seq_len"], c.get("sliding_window", sizes["seq_len"]))
-    needed = LLAMA3_ROPE if kind == "llama3" else ()
-    if not set(needed) <= set(rope):
-        raise UsageError(f"{folder}/config.json: llama3's rope needs {', '.join(LLAMA3_ROPE)}")
-    return LlamaConfig(**sizes, rope_theta=float(rope["rope_theta"]),
-                       rope_scaling=tuple(float(rope[name]) for name in needed),
-                       norm_eps=c.get("rms_norm_eps", 1e-6),
+    longest = min(c["max_position_embeddings"], c.get("sliding_window", math.inf))
+    return LlamaConfig(**{ours: c[name] for name, ours in HF_SIZES.items()} | {"seq_len": longest},
+                       rope_theta=float(c["rope_theta"]), norm_eps=c.get("rms_norm_eps", 1e-6),
+                       rope_scaling=tuple(float(c[name]) for name in llama3),
                        tied=c.get("tie_word_embeddings", False))
 
 def read_hf_tensors(folder, model):
@@ -921,7 +917,7 @@ def read_hf_tensors(folder, model):
     for name in files:
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
-            raise UsageError(f"{folder} is not a complete Hugging Face folder: there is no {name}")
+            raise UsageError(f"{folder} is no complete Hugging Face folder: there is no {name}")
         try:
             f = safetensors.safe_open(path, framework="pt")
         except (safetensors.SafetensorError, OSError) as e:
@@ -932,7 +928,8 @@ def read_hf_tensors(folder, model):
     if model.config.tied:                              # whatever the head's own name holds
         del names["lm_head.weight"]
         where.pop("lm_head.weight", None)
-    for name in names.keys() ^ {n for n in where if not n.endswith("rotary_emb.inv_freq")}:
+    where = {n: f for n, f in where.items() if not n.endswith("rotary_emb.inv_freq")}  # computed
+    for name in sorted(names.keys() ^ where.keys()):
         raise UsageError(f"{folder}: " + (f"no file has the tensor {name}" if name in names else
                                           f"the tensor {name} belongs to no LLaMA"))
     for name, here in names.items():
@@ -946,18 +943,15 @@ def read_hf_tensors(folder, model):
 
 def read_hf_tokenizer(folder):
     """The spec of a folder's tokenizer, plain values: tokenizer.json's text and two special ids."""
-    c = read_hf_json(folder, "config.json")
-    read_hf_json(folder, "tokenizer.json")
-    first = lambda ids: ids[0] if isinstance(ids, list) and ids else ids   # Llama 3: several
-    end = first(c.get("eos_token_id"))
-    if not isinstance(end, int):
+    c, path = read_hf_json(folder, "config.json"), pathlib.Path(folder, "tokenizer.json")
+    read_hf_json(folder, path.name)
+    end, start = c.get("eos_token_id"), c.get("bos_token_id")
+    end = end[0] if isinstance(end, list) else end     # Llama 3 has several
+    if end is None:
         raise UsageError(f"{folder}/config.json has no eos_token_id, which stands after a document")
-    start = first(c.get("bos_token_id"))
-    spec = {"tokenizer.json": pathlib.Path(folder, "tokenizer.json").read_text(encoding="utf-8"),
-            "end": end, "start": start if isinstance(start, int) else end,
-            "n_vocab": read_hf_config(folder).vocab_size}
-    tokenizer = HFTokenizer(spec, os.path.join(folder, "tokenizer.json"))
-    highest = max([end, spec["start"], *tokenizer.ids.values()])
+    spec = {"tokenizer.json": path.read_text(encoding="utf-8"), "end": end,
+            "start": end if start is None else start, "n_vocab": read_hf_config(folder).vocab_size}
+    highest = max(end, spec["start"], *HFTokenizer(spec, path).ids.values())
     if highest >= spec["n_vocab"]:
         raise UsageError(f"{folder}: the tokenizer has an id {highest}, but config.json's "
                          f"vocab_size is {spec['n_vocab']}")
@@ -1329,21 +1323,24 @@ HELD = {}  # folders that this process has locked: their descriptors
 def hold(folder):
     """Lock the folder until this process ends, by whatever. A second run into it is refused."""
     folder = os.path.realpath(folder)
+    if folder in HELD:
+        return
     try:
         os.makedirs(folder, exist_ok=True)
-        if fcntl and folder not in HELD:
-            HELD[folder] = os.open(folder, os.O_RDONLY)
+        HELD[folder] = os.open(folder, os.O_RDONLY) if fcntl else None
+    except OSError as e:
+        raise UsageError(f"--out {folder} cannot be written: {e.strerror}") from None
+    try:
+        if fcntl:                                      # of the folder itself: no file is left over
             fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in pathlib.Path(folder).glob("*.pt*.[0-9]*.tmp"):
-                left.unlink()                          # a run was killed while it wrote this
     except BlockingIOError:
         os.close(HELD.pop(folder))
         raise UsageError(f"--out {folder} is in use by another run; wait for it, or choose "
                          "another --out") from None
-    except OSError as e:
-        if folder not in HELD:
-            raise UsageError(f"--out {folder} cannot be written: {e.strerror}") from None
-        say(f"note: {folder} cannot be locked ({e.strerror}); start no second run into it")
+    except OSError as e:                               # some network file systems
+        return say(f"note: {folder} cannot be locked ({e.strerror}); start no second run into it")
+    for left in pathlib.Path(folder).glob("*.pt*.[0-9]*.tmp"):
+        left.unlink()                                  # a run was killed while it wrote this
 
 def tensor_bytes(tensors):
     """Bytes of the storages behind the tensors, each once."""
@@ -1405,19 +1402,18 @@ def complain(text):
 
 def out_of_memory():
     """What was used at the peak, by how large a batch, and the flag to change."""
-    peak, a = "", vars(RUNNING[0]) if RUNNING else {}
+    a, peak = vars(RUNNING[0]) if RUNNING else {}, ""
     if torch.cuda.is_initialized():
         peak = f" after a peak of {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     elif resource:                                     # in KiB; in bytes on a Mac
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2.0 ** -(
-            30 if sys.platform == "darwin" else 20)
-        peak = f" after a peak of {peak:.1f} GiB"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = f" after a peak of {peak / 2 ** (30 if sys.platform == 'darwin' else 20):.1f} GiB"
     batch, parts = a.get("batch_size"), a.get("accumulate") or 1
-    if not batch:
-        return f"out of memory{peak}; lower --batch-size or --seq-len"
-    fix = f"raise --accumulate {parts} (the same result) or lower " if parts < batch else "lower "
-    return (f"out of memory{peak} with --batch-size {batch}, {batch // parts} windows of "
-            f"{a['seq_len']} tokens at a time; {fix}--batch-size or --seq-len")
+    if batch:
+        peak += (f" with --batch-size {batch}, {batch // parts} windows of {a['seq_len']} tokens "
+                 "at a time")
+    fix = f"raise --accumulate {parts} (the same result) or " if batch and parts < batch else ""
+    return f"out of memory{peak}; {fix}lower --batch-size or --seq-len"
 
 def pretrain(argv):
     p = Parser(prog="model.py", description="Pre-train the dense base model into OUT/base.pt.",

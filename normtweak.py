@@ -4,6 +4,8 @@
     python normtweak.py --bits 2 --smoke        # every line of it in a few seconds
     python normtweak.py --bits 4 --a-bits 8     # activations too, with SmoothQuant folded in
     python normtweak.py --model out/gptq-w2.pt --teacher out/base.pt    # codes that exist already
+    python normtweak.py --model DIR --host gptq --bits 3 --group-size 64 --seq-len 128 --calib data
+                                                # a Hugging Face folder, one block in float at once
 
 The idea:
   1. The float model writes its own calibration text: a frequent first token, a few greedy ones,
@@ -62,6 +64,7 @@ def parse_args(argv=None):
         help="closed: least squares instead of --loss and --lr (default: adam)")
     add("--calib", choices=("self", "data", "random"), default="self",
         help="calibration: text by the model, training text, random tokens (default: self)")
+    add("--host", choices=("rtn", "gptq"), help="quantize by this one alone (default: by both)")
     add("--teacher", help="dense checkpoint of a packed --model, whose codes stay as they are")
     add_flags(p)
     # A step is one window, so --steps is the size of the calibration set. The paper takes 128
@@ -347,7 +350,7 @@ def main():
             "inputs of a layer apart; give more with --steps")
     base = evaluate(teacher, data.val, args.seq_len, data.tokenizer)
     values, rows = {"dense": round(base["loss"], 6)}, [line("dense", base, 16)]
-    for host in ("packed",) if student else ("rtn", "gptq"):
+    for host in ("packed",) if student else (args.host,) if args.host else ("rtn", "gptq"):
         for tweak in (False, True):
             name, begin = host + "-tweak" * tweak, time.time()
             memo = {id(p): p for p in (student or teacher).parameters()}   # shared, not copied

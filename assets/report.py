@@ -6,7 +6,8 @@
 Every script appends one JSON line a run to OUT/results.jsonl. Here the runs that differ by nothing
 but the seed become one line: mean and standard deviation over seeds, and the paired difference to
 the dense runs of the same seeds, size and tokens. normtweak.jsonl holds one line for each quantized
-model, without and with the tweak; its table pairs them by calibration seed. The figure needs
+model, without and with the tweak; its table pairs them by calibration seed. lrqat.jsonl: one line an
+arm, rate and seed, the arm's rate chosen by the mean loss on the dev split. The figure needs
 matplotlib.
 """
 import collections
@@ -80,6 +81,39 @@ def print_tweaks(rows):
         print("| " + " | ".join(map(str, how)) +
               f" | {without:.4f} | {tweaked:.4f} | {mean:+.4f} ± {std:.4f} |")
 
+def print_lrqat(rows):
+    """Every arm at its own best rate on dev; the variants of LR-QAT at one rate; memory of 7B."""
+    runs = collections.defaultdict(list)
+    for r in rows:
+        if r["part"] == "grid":
+            how = r["phi"], r["init"], r["rank"]
+            runs[r["bits"] * (not r["arm"].startswith("dense")), r["arm"], how, r["lr"]].append(r)
+    mean = lambda key, field: mean_std([r[field] for r in runs[key]])
+    best = {}                                          # (bits, arm): the key of its best rate
+    for key in runs:
+        if key[2] == ("fixed", "zero", 32):
+            best[key[:2]] = min(best.get(key[:2], key), key, key=lambda k: mean(k, "dev_loss")[0])
+    print("\n| bits | arm | rate | seeds | val loss | recovered | flipped |\n" + "|---" * 7 + "|")
+    goal = mean(best[0, "dense, longer"], "val_loss")[0]
+    for (bits, arm), key in sorted(best.items()):
+        loss, seeds, moved = mean(key, "val_loss"), runs[key], runs[key][0]["flipped"] is not None
+        rtn = mean(best[bits or 2, "RTN"], "val_loss")[0]
+        share = f"{100 * (rtn - loss[0]) / (rtn - goal):.0f} %" if bits else ""
+        flipped = f"{mean(key, 'flipped')[0]:.1f} %" if moved else ""
+        rate = key[3] if len(seeds) > 1 else ""
+        print(f"| {bits or 16} | {arm} | {rate} | {len(seeds)} | {loss[0]:.4f} ± {loss[1]:.4f} | "
+              f"{share} | {flipped} |")
+    print("\n| phi | start | rank | 2 bits | 3 bits | 4 bits |\n" + "|---" * 6 + "|")
+    for how in dict.fromkeys(key[2] for key in runs if key[1] == "LR-QAT"):
+        losses = [mean((bits, "LR-QAT", how, 0.01), "val_loss") for bits in (2, 3, 4)]
+        print(f"| {' | '.join(map(str, how))} | " +
+              " | ".join(f"{m:.4f} ± {d:.4f}" for m, d in losses) + " |")
+    print("\n| 7B, 1 x 1024 tokens | phi | blocks again | peak GiB | tokens/s |\n" + "|---" * 5 + "|")
+    for r in (r for r in rows if r["part"] == "memory"):
+        peak = f"{r['peak'] / 2**30:.2f}" if r["fits"] else "more than 79"
+        print(f"| {r['arm']} | {r['phi'] if r['arm'] == 'LR-QAT' else ''} | "
+              f"{'yes' if r['lean'] else 'no'} | {peak} | {r.get('tokens/s', 0):.0f} |")
+
 def draw_quest(table, path):
     """Loss over dense for QuEST and its baselines by bit-width."""
     import matplotlib
@@ -119,6 +153,7 @@ def main():
     print_table(table)
     if not sys.argv[1:]:
         print_tweaks(read_rows([HERE / "normtweak.jsonl"]))
+        print_lrqat(read_rows([HERE / "lrqat.jsonl"]))
         try:
             draw_quest(table, HERE / "quest.png")
         except ModuleNotFoundError:

@@ -306,6 +306,7 @@ def test_every_command_of_the_readme_parses(readme, monkeypatch):
     scripts = SCRIPTS | {"normtweak.py": normtweak, "lrqat.py": lrqat}
     for module in scripts.values():
         monkeypatch.setattr(module, "resolve", stop)   # parse, then go no further
+    monkeypatch.setattr(model, "load_checkpoint", stop)                    # model.py export
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, re.M | re.S)
     commands = [line.strip() for block in blocks for line in block.replace("\\\n", "").splitlines()]
     commands = [shlex.split(c.removeprefix("$ "), comments=True) for c in commands

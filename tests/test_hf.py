@@ -320,6 +320,17 @@ def test_every_script_starts_from_a_folder(folder, capsys, script):
     status, out, err = call(capsys, f"model.py eval out/{name}.pt --seq-len 16")
     assert status == 0 and float(out.split("loss ")[-1]) == pytest.approx(row["val_loss"], abs=1e-4)
 
+def test_a_packed_model_is_tweaked_against_the_folder_it_came_from(folder, capsys):
+    assert call(capsys, f"normtweak.py --model hf --data text.txt {RUNS['normtweak.py']} "
+                        "--host rtn")[0] == 0
+    status, out, err = call(capsys, "normtweak.py --model out/rtn-w3.pt --teacher hf "
+                                    f"--data text.txt {RUNS['normtweak.py']}")
+    assert status == 0, err
+    row, again = (json.loads(line)["val_losses"]
+                  for line in pathlib.Path("out/results.jsonl").read_text().splitlines())
+    assert list(row) == ["dense", "rtn", "rtn-tweak"]  # --host: no other
+    assert list(again.values()) == list(row.values())
+
 @pytest.mark.parametrize("script, flag", [("normtweak.py", "--group-size 128"),
                                           ("lrqat.py", "--group-size 128")])
 def test_a_group_that_does_not_divide_the_width_is_refused(folder, capsys, script, flag):
@@ -381,6 +392,7 @@ def test_an_exported_model_gives_the_same_logits_in_transformers(bpe, capsys, ki
     m, content = model.load_checkpoint("hf")
     m = pack(m, kind)
     model.save_checkpoint("m.pt", m, tokenizer=content["tokenizer"], method="test")
+    pathlib.Path("new/dir").mkdir(parents=True)        # there, and empty
     status, out, err = call(capsys, "model.py export m.pt new/dir")
     assert status == 0 and "note" not in out and err == ""
     x, (again, spec) = ids(m, 2, 96), model.load_checkpoint("new/dir")
