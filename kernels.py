@@ -17,7 +17,9 @@ of the plain loop to the bit: no multiply and add are fused, and divisions are r
 Shapes: M tokens, O output and C input channels, g = group_size, G = C / g groups.
 """
 import functools
+import json
 import math
+import subprocess
 from typing import NamedTuple
 
 import torch
@@ -311,7 +313,7 @@ def _shuffle(x, out, n, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "MASK"])
 def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexpr,
           GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-          BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr):
+          BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, WGMMA: tl.constexpr):
     """One tile of outputs x tokens over one of SPLIT parts of k; x comes from `_shuffle`.
 
     The weights are wgmma's left operand, which may lie in registers. Each program but the last of
@@ -341,13 +343,16 @@ def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexp
         h = 0
         if BITS == 3:
             h = tl.load(high + (t * (ROW // 256) + k // 256) * 128 + u)
-            h = h.to(tl.uint32, bitcast=True) >> k % 256 // 16
+            h = h.to(tl.uint32, bitcast=True) >> k % 256 // 64 * 4 + k % 64 // 32
         g = tl.load(grid + k // GROUP * O + t * 16 + r).to(tl.uint32, bitcast=True)
         a = _numbers(w, h, g & 255, MASK, 0, BLOCK_K // B // 32, T, B, BITS, dt, ASM)
         scale = tl.reshape((g & 0xFFFFFF00).to(tl.float32, bitcast=True), (T, 1, 2, 8)).to(dt)
         a *= tl.reshape(tl.trans(scale, (0, 1, 3, 2)), (T, 1, 8, 1, 2, 1, 1, 1))
         a = tl.reshape(tl.trans(a, (0, 4, 2, 1, 6, 5, 3, 7)), (BLOCK_N, BLOCK_K))
         acc = tl.dot(a, tl.load(xs + k), acc)
+        if WGMMA:     # else Triton 3.6 lets the next step overwrite what wgmma still reads
+            tl.inline_asm_elementwise("wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;", "=r,r",
+                                      [k], tl.int32, False, 1)
     if SPLIT > 1:
         size: tl.constexpr = BLOCK_N * BLOCK_M
         at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
@@ -373,9 +378,9 @@ DECODE = {    # (bits, tokens up to): tiles of 16 outputs a warp, k's a step, wa
     (1, 16): (2, 256, False), (2, 16): (2, 256, False), (3, 16): (2, 256, True),
     (4, 16): (2, 256, False), (8, 16): (1, 128, False)}
 TILE = {      # BLOCK_M: BLOCK_N, BLOCK_K, warps, stages, and programs worth splitting k for
-    # Small tiles are bound by waiting: two or more programs an SM. At 256 tokens the sums fill the
-    # registers of 8 warps; there 4 bits take 64 k's, one block of words, the others 128.
-    32: (64, 128, 4, 4, 264), 64: (64, 128, 4, 4, 264), 128: (64, 128, 4, 3, 264),
+    # Wide in outputs up to 64 tokens, as every program reads all of its x from the L2. At 256
+    # tokens the sums fill the registers of 8 warps; 4 bits then take 64 k's, one block of words.
+    32: (128, 128, 8, 4, 264), 64: (128, 128, 8, 4, 264), 128: (64, 128, 4, 3, 264),
     256: (128, 128, 8, 3, 132)}
 FUSED = 1024  # tokens; above, the one-off cost of writing the weight out is less than _tile's loss
 _tickets = {}
@@ -406,16 +411,23 @@ def lowbit_matmul(x, w):
     parts = tickets = y
     if SPLIT > 1:
         parts = x.new_empty(tiles * SPLIT * BLOCK_M * BLOCK_N, dtype=torch.float32)
-        key = x.device, torch.cuda.current_stream(x.device) if x.is_cuda else None
-        if key not in _tickets or len(_tickets[key]) < tiles:
-            _tickets[key] = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=x.device)
-        tickets = _tickets[key]                        # zero again after every launch
+        tickets = _zero_tickets(tiles, x.device)
     pairs = torch.empty_like(flat)
     _shuffle[triton.cdiv(flat.numel(), 2048),](flat.view(torch.int32), pairs.view(torch.int32),
                                                flat.numel() // 2, BLOCK=1024)
     _tile[tiles, SPLIT](pairs, *w[:3], y, parts, tickets, *sizes, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT,
-                        ASM, num_warps=warps, num_stages=stages)
+                        ASM, ASM and torch.cuda.get_device_capability(x.device)[0] == 9,
+                        num_warps=warps, num_stages=stages)
     return y.view(*x.shape[:-1], O)
+
+def _zero_tickets(n, device):
+    """n zeros, which `_tile` leaves as zeros: kept for each stream, but not from within a graph."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(n, dtype=torch.int32, device=device)
+    key = torch.cuda.current_stream(device)
+    if key not in _tickets or len(_tickets[key]) < n:
+        _tickets[key] = torch.zeros(max(n, 1024), dtype=torch.int32, device=device)
+    return _tickets[key]
 
 def dequantize(w, dtype):
     """The weight (O, C) of a LowBit in 16 bits, by `_dequantize`."""
@@ -505,3 +517,152 @@ def rope_attention(qkv, cos, sin, cache):
     _rope_attention[B, H](qkv, cos, sin, cache.at, cache.keys, cache.values, y, S, D**-0.5, H, KV,
                           D, BLOCK=128, num_warps=8)
     return y
+
+# ---- Benchmark ----------------------------------------------------------------------------------
+# A candidate is a function of x (M, C), O and bits that makes a layer of random weights with groups
+# of 128 and returns its call. What torch's 8-bit products need besides, quantizing x, is not timed.
+
+def _lowbit(x, O, bits):
+    C = x.size(1)
+    words, high = (torch.randint(-2**31, 2**31, (O // 16, C * b // 256, 128), dtype=torch.int32,
+                                 device="cuda") for b in (2 if bits == 3 else bits, 1))
+    grid = torch.rand(C // 128, O, device="cuda").view(torch.int32) & -256 | 2 ** (bits - 1)
+    w = LowBit(words, high if bits == 3 else words, grid, bits, 128, (O, C))
+    return lambda: lowbit_matmul(x, w)
+
+def _cublas(x, O, bits):
+    w = torch.randn(O, x.size(1), device="cuda", dtype=x.dtype)
+    return lambda: F.linear(x, w)
+
+def _tinygemm(x, O, bits):
+    w = torch.randint(256, (O, x.size(1) // 2), dtype=torch.uint8, device="cuda")
+    w = torch.ops.aten._convert_weight_to_int4pack(w, 8)
+    grid = torch.rand(x.size(1) // 128, O, 2, device="cuda").to(x.dtype)
+    return lambda: torch.ops.aten._weight_int4pack_mm(x, w, 128, grid)
+
+def _int_mm(x, O, bits):
+    x = x.new_ones(max(17, len(x)), x.size(1)).to(torch.int8)          # it takes no fewer rows
+    w = torch.randint(-128, 128, (O, x.size(1)), dtype=torch.int8, device="cuda")
+    return lambda: torch._int_mm(x, w.t())
+
+def _scaled_mm(x, O, bits):
+    w, x = (t.to(torch.float8_e4m3fn) for t in (torch.randn(O, x.size(1), device="cuda"), x))
+    s, t = torch.ones(len(x), 1, device="cuda"), torch.ones(1, O, device="cuda")
+    return lambda: torch._scaled_mm(x, w.t(), s, t, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+def _gemlite(x, O, bits):
+    from gemlite import DType, GemLiteLinear
+    layer = GemLiteLinear(bits, 128, x.size(1), O, DType.BF16, DType.BF16)
+    q = torch.randint(2**bits, (O, x.size(1)), dtype=torch.uint8, device="cuda")
+    scale, zero = torch.rand(2, O * x.size(1) // 128, 1, device="cuda").to(x.dtype)
+    layer.pack(q, scale, zero, None)
+    return lambda: layer(x)
+
+def _humming(x, O, bits):
+    from humming.layer import HummingLayer
+    layer = HummingLayer(shape_n=O, shape_k=x.size(1), torch_dtype=x.dtype,
+                         weight_config={"dtype": f"int{bits}", "group_size": 128}).cuda()
+    layer.load_from_unquantized(torch.randn(O, x.size(1), device="cuda", dtype=x.dtype))
+    layer.transform()
+    return lambda: layer(x)
+
+CANDIDATES = [  # name, function, bits, most tokens; cuBLAS is first, the others are ratios to it
+    ("cuBLAS", _cublas, (16,), math.inf), ("lowbit_matmul", _lowbit, (1, 2, 3, 4, 8), math.inf),
+    ("tinygemm", _tinygemm, (4,), 512), ("_int_mm", _int_mm, (8,), math.inf),
+    ("_scaled_mm", _scaled_mm, (8,), math.inf), ("gemlite", _gemlite, (1, 2, 4), 512),
+    ("humming", _humming, (1, 2, 3, 4, 8), 512)]
+
+def graph_us(calls, replays=20):
+    """Microseconds a call: the median replay of a CUDA graph of all the calls."""
+    calls[0]()                                         # compile, and choose what there is to choose
+    torch.cuda.synchronize()
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(replays + 1):
+        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        a.record(), graph.replay(), b.record(), b.synchronize()
+        times.append(a.elapsed_time(b) * 1e3 / len(calls))
+    return sorted(times[1:])[replays // 2]
+
+def main():
+    from model import Parser, UsageError, progress, say                # they import this file
+    p = Parser(prog="kernels.py", description="Time the kernels and their peers on this GPU.")
+    p.add_argument("--shapes", nargs="+", default=["4096x4096", "14336x4096", "4096x14336",
+                                                   "28672x8192"], help="outputs x inputs")
+    p.add_argument("--bits", nargs="+", type=int, default=[1, 2, 3, 4, 8], help="(default: all)")
+    p.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64, 512, 4096],
+                   help="tokens (default: 1 16 64 512 4096)")
+    p.add_argument("--only", nargs="+", help="these candidates (default: every one installed)")
+    p.add_argument("--out", help="append the rows to this file, one JSON object each")
+    p.add_argument("--plot", help="draw times against their floors into this file")
+    args = p.parse_args()
+    if not torch.cuda.is_available():
+        raise UsageError("kernels.py times Triton kernels, and there is no GPU here; run it on one")
+    query = "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+    clocks = subprocess.getoutput(f"nvidia-smi --format=csv,noheader {query}")
+    blocks = [torch.empty(2**29, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    copy = 2**30 / graph_us([lambda: blocks[0].copy_(blocks[1])] * 3) / 1e6             # TB/s
+    say(f"{torch.cuda.get_device_name()} | torch {torch.__version__} | triton {triton.__version__} "
+        f"| SM, memory, highest SM clock, power limit: {clocks.strip()} | copy {copy:.2f} TB/s")
+    del blocks
+    jobs = [(shape, M, name, f, bits) for name, f, kinds, most in CANDIDATES
+            for shape in args.shapes for bits in kinds for M in args.batches
+            if bits in (*args.bits, 16) and M <= most
+            and (not args.only or name in (*args.only, "cuBLAS"))]
+    rows, missing, base = [], set(), {}
+    for shape, M, name, make, bits in progress(jobs, "measured"):
+        O, C = map(int, shape.split("x"))
+        if name in missing:
+            continue
+        x = torch.randn(M, C, device="cuda", dtype=torch.bfloat16)
+        size = O * C * bits // 8 + (O * C // 32 if bits < 16 else 0)   # a scale and a zero a group
+        copies = math.ceil(200e6 / size)               # four times the L2
+        try:
+            us = graph_us([make(x, O, bits) for _ in range(max(copies, 2))])
+        except ImportError as e:
+            missing.add(name)
+            say(f"{name}: not installed ({e})")
+            continue
+        except (RuntimeError, ValueError, NotImplementedError, AssertionError) as e:
+            say(f"{name} W{bits} {shape} batch {M}: {str(e).splitlines()[0][:80]}")
+            continue
+        base.setdefault((shape, M), us)
+        size += 2 * M * (O + C)
+        floor = max(size / copy, 2 * M * O * C / 790) / 1e6            # us; 790 TFLOP/s measured
+        rows.append(dict(shape=shape, batch=M, kernel=name, bits=bits, us=round(us, 2),
+                         gb_s=round(size / us / 1e3), of_copy=round(size / us / copy / 1e6, 3),
+                         floor_us=round(floor, 2), cublas=round(base[shape, M] / us, 3)))
+        say(f"{shape:>10} batch {M:4} | {name:13} W{bits:<2} | {us:7.1f} us | "
+            f"{size / us / 1e3:5.0f} GB/s, {size / us / copy / 1e4:3.0f}% of copy | "
+            f"{base[shape, M] / us:5.2f} x cuBLAS")
+        if args.out:
+            with open(args.out, "a") as file:
+                print(json.dumps(rows[-1]), file=file)
+    if args.plot:
+        plot(rows, args.plot)
+
+def plot(rows, path):
+    """One panel a shape: time over batch of each kernel, and the floor of 4 bits."""
+    import matplotlib.pyplot as plt
+    shapes = list(dict.fromkeys(r["shape"] for r in rows))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(5 * len(shapes), 4), squeeze=False)
+    for ax, shape in zip(axes[0], shapes):
+        for key in dict.fromkeys((r["kernel"], r["bits"]) for r in rows):
+            line = [(r["batch"], r["us"], r["floor_us"]) for r in rows
+                    if (r["shape"], r["kernel"], r["bits"]) == (shape, *key)]
+            if line:
+                m, us, floor = zip(*line)
+                (drawn,) = ax.loglog(m, us, "o-" if key[0] == "lowbit_matmul" else "x--",
+                                     markersize=4, label=f"{key[0]} W{key[1]}")
+                if key[0] in ("lowbit_matmul", "cuBLAS"):
+                    ax.loglog(m, floor, ":", color=drawn.get_color())
+        ax.set(title=f"{shape} (outputs x inputs)", xlabel="tokens", ylabel="us; dotted: floor")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+if __name__ == "__main__":
+    from model import run
+    run(main)

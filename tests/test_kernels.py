@@ -1,0 +1,180 @@
+"""kernels.lowbit_matmul against float64, its packing against its inverse, and its machine code.
+
+Without a GPU the kernels run in Triton's interpreter, in one process of their own that this file
+starts: the interpreter must be chosen before Triton is imported. It knows no bfloat16 arithmetic,
+so that is for GPUs only, where the same cases run compiled. Every output starts as NaN.
+"""
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+GPU = torch.cuda.is_available()
+BITS = (1, 2, 3, 4, 8)
+CASES = {  # O, C, group, symmetric, M, path
+    "one token": (64, 512, 128, False, 1, "decode"),
+    "outputs and inputs that are no multiples of a tile": (40, 352, 32, False, 3, "decode"),
+    "one scale a row, signed codes": (64, 512, -1, True, 16, "decode"),
+    "tile, k split in four": (64, 512, 128, False, 17, "tile"),
+    "tile that covers less than its outputs": (40, 320, 64, True, 33, "tile"),
+    "tile, three spans of 32 a group": (32, 288, 96, False, 17, "tile"),
+    "dequantized": (40, 352, 32, False, 17, "dequantize"),
+}
+if GPU:       # many steps, several programs at once: what the interpreter runs one after the other
+    CASES["64 tokens"] = 1024, 2048, 128, False, 64, "tile"
+    CASES["300 tokens"] = 1024, 2048, 128, False, 300, "tile"
+    CASES["1024 tokens"] = 1024, 2048, 128, False, 1024, "tile"
+
+def random_codes(O, C, group, bits, symmetric):
+    g = C if group == -1 else group
+    scale = torch.rand(O, C // g) * 0.02 + 0.01
+    if symmetric:
+        half = 2 ** (bits - 1)
+        return torch.randint(-half, half, (O, C), dtype=torch.int8), scale, None
+    return (torch.randint(2**bits, (O, C), dtype=torch.uint8), scale,
+            torch.randint(2**bits, (O, C // g), dtype=torch.uint8))
+
+def relative_error(bits, case, device, dtype):
+    """|y - float64| / |float64| of one case, and whether a second call gave the same bits."""
+    import kernels
+    from quantizers import dequantize
+    torch.manual_seed(bits)
+    O, C, group, symmetric, M, path = CASES[case]
+    q, scale, zero_point = random_codes(O, C, group, bits, symmetric)
+    x = torch.randn(M, C).to(device, dtype)
+    codes = (t if t is None else t.to(device) for t in (q, scale, zero_point))
+    w = kernels.pack_weight(*codes, bits, group)
+    before, kernels.FUSED = kernels.FUSED, 16 if path == "dequantize" else kernels.FUSED
+    y, again = kernels.lowbit_matmul(x, w), kernels.lowbit_matmul(x, w)
+    kernels.FUSED = before
+    zero_point = zero_point if zero_point is None else zero_point.double()
+    exact = x.double().cpu() @ dequantize(q, scale.double(), zero_point, group).T
+    return [((y.double().cpu() - exact).norm() / exact.norm()).item(), torch.equal(y, again)]
+
+def poison():
+    """torch's uninitialized floats are NaN from here on."""
+    def poisoned(function):
+        def empty(*args, **kwargs):
+            t = function(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+        return empty
+    torch.empty, torch.Tensor.new_empty = poisoned(torch.empty), poisoned(torch.Tensor.new_empty)
+    torch.empty_like = poisoned(torch.empty_like)
+
+@pytest.fixture(scope="module")
+def interpreted():
+    result = subprocess.run([sys.executable, "-W", "ignore", __file__], text=True,
+                            capture_output=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("bits", BITS)
+def test_product_equals_float64_in_float16(request, bits, case):
+    if GPU:
+        error, same = relative_error(bits, case, "cuda", torch.float16)
+    else:
+        error, same = request.getfixturevalue("interpreted")[f"{bits} {case}"]
+    assert error < 6e-4 and same                       # NaN, from what was not written, fails too
+
+@pytest.mark.skipif(not GPU, reason="the interpreter has no bfloat16")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("bits", BITS)
+def test_product_equals_float64_in_bfloat16(bits, case):
+    error, same = relative_error(bits, case, "cuda", torch.bfloat16)
+    assert error < 5e-3 and same
+
+@pytest.mark.parametrize("bits, third", [(1, False), (2, False), (4, False), (8, False), (1, True)])
+def test_words_unpack_to_their_codes(bits, third):
+    import kernels
+    q = torch.randint(2**bits, (48, 768), dtype=torch.int32)
+    words = kernels._pack_words(q, bits, third)
+    assert words.numel() * 32 == q.numel() * bits and words.dtype == torch.int32
+    assert torch.equal(kernels._unpack_words(words, bits, third), q)
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_packed_weight_dequantizes_to_the_grid(bits, symmetric):
+    import kernels
+    from quantizers import dequantize
+    q, scale, zero_point = random_codes(40, 352, 32, bits, symmetric)
+    w = kernels.pack_weight(q, scale, zero_point, bits, 32)
+    expected = dequantize(q, scale.double(), zero_point, 32)
+    error = kernels.dequantize_weight(w, torch.float64) - expected
+    assert (error.abs() <= 2**-16 * expected.abs()).all()              # 8 bits of the scale
+
+def test_shapes_without_a_kernel_are_refused():
+    import kernels
+    for bits, C, g in ((5, 64, 32), (4, 48, 48), (4, 96, 24)):
+        assert kernels.pack_weight(*random_codes(16, C, g, bits, False), bits, g) is None
+
+def test_layer_on_a_gpu_goes_through_the_kernel_and_says_once_if_it_cannot(monkeypatch, capsys):
+    """The layer's own part of it, without a GPU: what it packs, when, and what it says."""
+    import kernels
+    from quantizers import QuantLinear
+    x = torch.randn(3, 64)
+    monkeypatch.setattr(kernels, "lowbit_matmul",
+                        lambda x, w: x @ kernels.dequantize_weight(w, x.dtype).T)
+    for bits, symmetric in ((4, False), (8, True), (3, True)):
+        layer = QuantLinear.affine(*random_codes(24, 64, 32, bits, symmetric), bits, 32)
+        torch.testing.assert_close(layer.kernel(x), layer(x), rtol=1e-4, atol=1e-4)
+        packed = layer.fast
+        assert layer.kernel(x) is not None and layer.fast is packed    # once for every use
+        layer.packed = layer.packed.clone()
+        layer.kernel(x)
+        assert layer.fast is not packed                                # the layer moved
+    layer = QuantLinear.affine(*random_codes(24, 48, 24, 4, False), 4, 24)
+    x = torch.randn(3, 48)
+    assert torch.equal(layer.kernel(x), layer(x)) and torch.equal(layer.kernel(x), layer(x))
+    assert capsys.readouterr().out.count("no kernel for 4 bits, 48 inputs, groups of 24") == 1
+
+MACHINE_CODE = {  # kernel, warps, stages, tensor-core instruction, its own settings
+    "decode": ("_decode", 4, 1, "HMMA", dict(BITS=4, S=4, T=1, BLOCK_M=8, SPAN=256, SUB=128,
+                                             WAIT=True)),
+    "decode 3 bits": ("_decode", 4, 1, "HMMA", dict(BITS=3, S=4, T=2, BLOCK_M=16, SPAN=256,
+                                                    SUB=128, WAIT=True)),
+    "tile": ("_tile", 8, 3, "HGMMA", dict(BITS=2, BLOCK_M=256, BLOCK_N=128, BLOCK_K=128, SPLIT=1)),
+    "small tile": ("_tile", 4, 4, "HGMMA", dict(BITS=4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=128,
+                                                SPLIT=2)),
+}
+
+@pytest.mark.parametrize("name", MACHINE_CODE)
+def test_code_for_sm_90_uses_tensor_cores_and_spills_nothing(name, tmp_path):
+    import triton
+    import kernels
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    kernel, warps, stages, instruction, settings = MACHINE_CODE[name]
+    kernel = getattr(kernels, kernel)
+    kinds = dict(x="*bf16", y="*bf16", parts="*fp32", M="i32", O="i32", N="i32", MASK="i32")
+    constants = dict(C=4096, GROUP=128, ASM=True, **settings)
+    if "WGMMA" in kernel.arg_names:
+        constants["WGMMA"] = True
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "*i32")
+                 for n in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (n, kind) in enumerate(signature.items())
+               if kind[0] == "*" or n in "ON"}
+    code = triton.compile(ASTSource(kernel, signature, constants, aligned),
+                          target=GPUTarget("cuda", 90, 32),
+                          options=dict(num_warps=warps, num_stages=stages))
+    assert code.metadata.shared <= 227 * 1024
+    (tmp_path / "cubin").write_bytes(code.asm["cubin"])
+    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    use, sass = (subprocess.run([tools / t[0], t[1], tmp_path / "cubin"], text=True, check=True,
+                                capture_output=True).stdout
+                 for t in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
+    assert re.search(r"STACK:0 .*LOCAL:0 ", use), use
+    assert re.search(rf"\b{instruction}\.", sass)
+
+if __name__ == "__main__":
+    poison()
+    print(json.dumps({f"{bits} {case}": relative_error(bits, case, "cpu", torch.float16)
+                      for bits in BITS for case in CASES}))
