@@ -39,7 +39,8 @@ import torch.nn.functional as F
 
 from model import (PRESETS, LlamaConfig, LLaMA, Parser, RMSNorm, UsageError, add_flags, batch,
                    evaluate, finish, header, load_base, load_checkpoint, number, resolve, run,
-                   save_checkpoint, say, settings, show, tensor_bytes, train, train_step)
+                   save_checkpoint, say, settings, show, tensor_bytes, train, train_step,
+                   world_size)
 from quantizers import EPS, QuantLinear, bits_per_weight, dequantize, gptq, rtn, unpack
 
 ALPHA = 32.0                         # the paper: 1, for 10,000 steps
@@ -72,6 +73,9 @@ def parse_args(argv=None):
                          f"{args.bits}; try --phi bf16")
     if args.init == "random" and args.model:
         raise UsageError(f"--init random has no base model; leave --model {args.model} out")
+    if world_size() > 1 and (args.init == "random" or args.memory_report):
+        raise UsageError("--init random and --memory-report measure one process; start them with "
+                         "plain python")
     return resolve(args)
 
 def check_shapes(model, args):

@@ -91,10 +91,10 @@ def take_gpu(args):
     if args.device.startswith("cuda:"):
         raise UsageError(f"--device {args.device}: torchrun gives each process a GPU of its own; "
                          "leave --device out")
-    if args.device == "cuda" and local >= gpus:
-        raise UsageError(f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']} is above the "
-                         f"{gpus} GPUs here")
     if args.device == "cuda":
+        if local >= gpus:
+            raise UsageError(f"torchrun's {os.environ['LOCAL_WORLD_SIZE']} processes here are more "
+                             f"than the {gpus} GPUs; lower --nproc_per_node")
         torch.cuda.set_device(local)
 
 def join_ranks(args):
@@ -141,7 +141,8 @@ def distribute(model, args):
         return model
     if not args.fsdp:
         from_rank_0((*model.parameters(), *model.buffers()))
-        torch._dynamo.config.optimize_ddp = False      # compile blocks as on one GPU
+        if args.compile:                               # each block whole, as on one GPU
+            torch._dynamo.config.optimize_ddp = False
         ddp, private = nn.parallel.DistributedDataParallel, getattr(model, "private", [])
         ddp._set_params_and_buffers_to_ignore_for_model(
             model, [*private, *(name for name, _ in model.named_buffers())])
@@ -153,11 +154,18 @@ def distribute(model, args):
         fully_shard(part, mesh=mesh)
     return model
 
-def whole(x):
-    """x with every sharded tensor in it whole again; all ranks must call."""
+def whole(t):
+    """The tensor, no longer sharded if it was; all ranks must call."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+def gather(x):
+    """x with every sharded tensor in it whole, in rank 0's main memory, and None elsewhere."""
     if isinstance(x, dict):
-        return {k: whole(v) for k, v in x.items()}
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+        return {k: gather(v) for k, v in x.items()}
+    if not hasattr(x, "full_tensor"):
+        return x
+    x = whole(x)                                       # one at a time on the GPU
+    return None if rank() else x.cpu()
 
 def placed_like(t, p):
     """The whole tensor t as p is: on its device and, if p is, sharded."""
@@ -523,10 +531,11 @@ def capturable(model):
 
 def has_kernels(model):
     """May fast_step compute a step?"""
-    c, joint = model.config, (model.blocks[0].attn.wq, model.blocks[0].mlp.w_gate)
-    return (model.embed.weight.is_cuda and all(isinstance(m, Joined) for m in joint)
-            and model.dtype != torch.float32 and c.a_bits == c.kv_bits == 16
-            and c.head_dim in (32, 64, 128, 256))
+    c = model.config
+    joint = (m for block in model.blocks for m in (block.attn.wq, block.mlp.w_gate))
+    return (model.embed.weight.is_cuda and model.dtype != torch.float32
+            and c.a_bits == c.kv_bits == 16 and c.head_dim in (32, 64, 128, 256)
+            and all(isinstance(m, Joined) for m in joint))
 
 def fast_step(model, x, cos, sin, cache):
     """What the blocks and the head compute for one token x (B, 1, C), in 8 kernels a block."""
@@ -773,7 +782,7 @@ def save_checkpoint(path, model, **content):
     linears = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     content = {"format": "nanobit-1", "config": dataclasses.asdict(model.config),
                "linears": linears, "model": model.state_dict(), **content}
-    content = whole(content)
+    content = gather(content)
     if rank():
         return agree()                                 # the file is there when all go on
     temporary = f"{path}.{os.getpid()}.tmp"

@@ -153,6 +153,26 @@ def test_decoding_kernels_equal_the_operations_they_replace(tmp_path):
                           env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
 
+@pytest.mark.parametrize("name, warps, sizes", [
+    ("_add_norm", 8, dict(ADD=True, BLOCK=4096)), ("_silu_mul", 2, dict(BLOCK=512)),
+    ("_rope_attention", 8, dict(H=32, KV=8, D=128, BLOCK=128))])
+def test_decoding_kernels_compile_for_an_h100_without_spilling(name, warps, sizes, tmp_path):
+    triton = pytest.importorskip("triton")
+    import kernels
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    kernel = getattr(kernels, name)
+    kinds = dict(weight="*fp32", cos="*fp32", sin="*fp32", at="*i64", C="i32", F="i32", S="i32",
+                 eps="fp32", scale="fp32") | dict.fromkeys(sizes, "constexpr")
+    code = triton.compile(ASTSource(kernel, {n: kinds.get(n, "*bf16") for n in kernel.arg_names},
+                                    sizes), target=GPUTarget("cuda", 90, 32),
+                          options=dict(num_warps=warps))
+    (tmp_path / "cubin").write_bytes(code.asm["cubin"])
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    use = subprocess.run([tool, "--dump-resource-usage", tmp_path / "cubin"], text=True, check=True,
+                         capture_output=True).stdout
+    assert "LOCAL:0" in use and "STACK:0" in use
+
 @pytest.mark.parametrize("bits", [16, 4, 2])
 def test_speed_of_random_weights_says_its_bytes(capsys, bits):
     model.sample_checkpoint(["--size", "tiny", "--bits", str(bits), "--tokens", "5", "--device",

@@ -162,9 +162,11 @@ def test_what_processes_cannot_share_is_one_error(monkeypatch):
     assert "--batch-size 16 is not a multiple of torchrun's 3 processes" in error()
     assert "torchrun" in error("base.pt", script=model.eval_checkpoint)
     assert "--quantizer lsq" in error("--quantizer", "lsq", "--fsdp", script=quest.parse_args)
+    for flags in (["--init", "random"], ["--memory-report"]):
+        assert "plain python" in error(*flags, script=lrqat.parse_args)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    for device, wrong in (("cuda", "above the 1 GPUs"), ("cuda:0", "--device cuda:0")):
+    for device, wrong in (("cuda", "more than the 1 GPUs"), ("cuda:0", "--device cuda:0")):
         with pytest.raises(UsageError, match=wrong):
             model.pretrain(["--device", device])
