@@ -4,6 +4,7 @@
     python lrqat.py --bits 2 --smoke            # every line of it in a few seconds
     python lrqat.py --size 7B --init-base random --bits 4 --phi packed --steps 3 --seq-len 1024
     python model.py eval out/lrqat-w2.pt        # the merged, packed result
+    torchrun --standalone --nproc_per_node=2 lrqat.py --bits 2      # the same arms on 2 GPUs
 
 The third is 7B on one GPU: random weights prove bytes and speed, never quality. The idea:
   1. Quantization-aware training pays for a gradient and two moments of every weight. Freeze the

@@ -4,6 +4,7 @@
     python quest.py --bits 4 --smoke            # every line of it in a few seconds
     python quest.py --bits 16                   # the dense control: same data, same schedule
     python model.py sample out/quest-w4a4.pt    # use the packed result
+    torchrun --standalone --nproc_per_node=8 quest.py --size 800M --bits 4 --fsdp     # 8 GPUs
 
 The idea:
   1. Rotate both operands of every linear with the same Hadamard matrix H. Outliers spread over
