@@ -316,8 +316,8 @@ def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexp
           BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, WGMMA: tl.constexpr):
     """One tile of outputs x tokens over one of SPLIT parts of k; x comes from `_shuffle`.
 
-    The weights are wgmma's left operand, which may lie in registers. Each program but the last of
-    a tile leaves its sum in `parts`; the last one adds them up in their order, whoever came last.
+    The weights are wgmma's left operand, which may lie in registers. With SPLIT > 1 each program
+    leaves its sum in `parts`, and a tile's last program adds them up in their order.
     """
     dt: tl.constexpr = x.dtype.element_ty
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
@@ -368,7 +368,9 @@ def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexp
     tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], acc.to(dt),
              mask=(m < M)[None, :] & (n < N)[:, None])
 
+# In the interpreter, plain Triton; on a Hopper GPU, `_tile`'s wait.
 ASM = isinstance(_half, triton.JITFunction) and torch.version.hip is None
+WGMMA = ASM and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 DECODE = {    # (bits, tokens up to): tiles of 16 outputs a warp, k's a step, wait for the loads?
     # Measured on an H100. One tile: more programs in flight hide the memory's latency. From 9
     # tokens on reading x costs more than that, and two tiles share it. 256 k's: 512 cost registers
@@ -378,47 +380,56 @@ DECODE = {    # (bits, tokens up to): tiles of 16 outputs a warp, k's a step, wa
     (1, 16): (2, 256, False), (2, 16): (2, 256, False), (3, 16): (2, 256, True),
     (4, 16): (2, 256, False), (8, 16): (1, 128, False)}
 TILE = {      # BLOCK_M: BLOCK_N, BLOCK_K, warps, stages, and programs worth splitting k for
-    # Wide in outputs up to 64 tokens, as every program reads all of its x from the L2. At 256
-    # tokens the sums fill the registers of 8 warps; 4 bits then take 64 k's, one block of words.
-    32: (128, 128, 8, 4, 264), 64: (128, 128, 8, 4, 264), 128: (64, 128, 4, 3, 264),
+    # 4 warps: two programs an SM, so that one unpacks while the other multiplies; splitting k for
+    # more of them than 264 cost time. At 256 tokens the sums fill the registers of 8 warps, and
+    # 4 bits take 64 k's a step, one block of words.
+    32: (64, 128, 4, 4, 264), 64: (64, 128, 4, 4, 264), 128: (64, 128, 4, 3, 264),
     256: (128, 128, 8, 3, 132)}
 FUSED = 1024  # tokens; above, the one-off cost of writing the weight out is less than _tile's loss
 _tickets = {}
 
-def lowbit_matmul(x, w):
-    """y = x w_hat^T: x (..., C) float16 or bfloat16 on w's GPU, w a LowBit -> (..., O)."""
-    (O, C), bits = w.shape, w.bits
-    flat = x.reshape(-1, C).contiguous()                                           # (M, C)
-    M, mask = len(flat), (2 ** (2 if bits == 3 else bits) - 1) * 0x10001
-    if M > FUSED:
-        return F.linear(x, dequantize(w, x.dtype))
-    y = x.new_empty(M, O)
-    sizes = (M, w.grid.size(1), O, mask, C, w.group, bits)
+def plan(M, w):
+    """How lowbit_matmul multiplies M <= FUSED tokens: kernel, grid, its constants, its options."""
+    (O, C), bits, tiles = w.shape, w.bits, len(w.words)
+    constants = dict(C=C, GROUP=w.group, BITS=bits, ASM=ASM)
     if M <= 16:
         BLOCK_M = 8 if M <= 8 else 16
         T, SPAN, WAIT = DECODE[bits, BLOCK_M]
-        S = 8 if O <= 8192 else 4                      # few outputs: more warps along k
-        T = T if len(w.words) % T == 0 else 1
-        _decode[len(w.words) // T,](flat, *w[:3], y, *sizes, S, T, BLOCK_M, SPAN,
-                                    math.gcd(SPAN, w.group), WAIT, ASM, num_warps=S)
-        return y.view(*x.shape[:-1], O)
+        T, S = T if tiles % T == 0 else 1, 8 if O <= 8192 else 4       # few outputs: split k more
+        constants.update(S=S, T=T, BLOCK_M=BLOCK_M, SPAN=SPAN, SUB=math.gcd(SPAN, w.group),
+                         WAIT=WAIT)
+        return _decode, (tiles // T,), constants, dict(num_warps=S, num_stages=1)
     BLOCK_M = min(max(32, triton.next_power_of_2(M)), 256)
     BLOCK_N, BLOCK_K, warps, stages, enough = TILE[BLOCK_M]
     BLOCK_K = math.gcd(64 if bits == 4 and BLOCK_M == 256 else BLOCK_K, w.group, C)
     tiles = triton.cdiv(O, BLOCK_N) * triton.cdiv(M, BLOCK_M)
     SPLIT = max(s for s in (1, 2, 4, 8)
                 if s == 1 or tiles * s <= enough and C // BLOCK_K % s == 0)
-    parts = tickets = y
-    if SPLIT > 1:
-        parts = x.new_empty(tiles * SPLIT * BLOCK_M * BLOCK_N, dtype=torch.float32)
-        tickets = _zero_tickets(tiles, x.device)
-    pairs = torch.empty_like(flat)
-    _shuffle[triton.cdiv(flat.numel(), 2048),](flat.view(torch.int32), pairs.view(torch.int32),
-                                               flat.numel() // 2, BLOCK=1024)
-    _tile[tiles, SPLIT](pairs, *w[:3], y, parts, tickets, *sizes, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT,
-                        ASM, ASM and torch.cuda.get_device_capability(x.device)[0] == 9,
-                        num_warps=warps, num_stages=stages)
+    constants.update(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, SPLIT=SPLIT, WGMMA=WGMMA)
+    return _tile, (tiles, SPLIT), constants, dict(num_warps=warps, num_stages=stages)
+
+def lowbit_matmul(x, w):
+    """y = x w_hat^T: x (..., C) float16 or bfloat16 on w's GPU, w a LowBit -> (..., O)."""
+    O, C = w.shape
+    flat = x.reshape(-1, C).contiguous()                                           # (M, C)
+    M = len(flat)
+    if M > FUSED:
+        return F.linear(x, dequantize(w, x.dtype))
+    kernel, grid, constants, options = plan(M, w)
+    y, scratch = x.new_empty(M, O), ()
+    if kernel is _tile:
+        SPLIT, size = constants["SPLIT"], constants["BLOCK_M"] * constants["BLOCK_N"]
+        parts = x.new_empty(grid[0] * SPLIT * size if SPLIT > 1 else 1, dtype=torch.float32)
+        scratch = parts, _zero_tickets(grid[0], x.device) if SPLIT > 1 else parts
+        pairs, flat = flat.view(torch.int32), torch.empty_like(flat)
+        _shuffle[triton.cdiv(pairs.numel(), 1024),](pairs, flat.view(torch.int32), pairs.numel(),
+                                                    BLOCK=1024)
+    kernel[grid](flat, *w[:3], y, *scratch, M, w.grid.size(1), O, _mask(w.bits), **constants,
+                 **options)
     return y.view(*x.shape[:-1], O)
+
+def _mask(bits):                                       # of one field, in both halves of a word
+    return (2 ** (2 if bits == 3 else bits) - 1) * 0x10001
 
 def _zero_tickets(n, device):
     """n zeros, which `_tile` leaves as zeros: kept for each stream, but not from within a graph."""
@@ -435,8 +446,8 @@ def dequantize(w, dtype):
     out = torch.empty(O, C, dtype=dtype, device=w.words.device)
     S, SPAN = 4, 256 if bits in (1, 3) else 128
     _dequantize[triton.cdiv(C, S * SPAN), len(w.words)](
-        *w[:3], out, w.grid.size(1), O, (2 ** (2 if bits == 3 else bits) - 1) * 0x10001, C, w.group,
-        bits, S, SPAN, math.gcd(SPAN, w.group), ASM, num_warps=S)
+        *w[:3], out, w.grid.size(1), O, _mask(bits), C, w.group, bits, S, SPAN,
+        math.gcd(SPAN, w.group), ASM, num_warps=S)
     return out
 
 # ---- Decoding: what stands between the products of one token ------------------------------------
@@ -573,17 +584,17 @@ CANDIDATES = [  # name, function, bits, most tokens; cuBLAS is first, the others
     ("humming", _humming, (1, 2, 3, 4, 8), 512)]
 
 def graph_us(calls, replays=20):
-    """Microseconds a call: the median replay of a CUDA graph of all the calls."""
+    """Microseconds a call: the median replay of a CUDA graph of 20 calls or more, in turn."""
     calls[0]()                                         # compile, and choose what there is to choose
     torch.cuda.synchronize()
-    graph, times = torch.cuda.CUDAGraph(), []
+    graph, times, n = torch.cuda.CUDAGraph(), [], max(20, len(calls))
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+        for i in range(n):
+            calls[i % len(calls)]()
     for _ in range(replays + 1):
         a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         a.record(), graph.replay(), b.record(), b.synchronize()
-        times.append(a.elapsed_time(b) * 1e3 / len(calls))
+        times.append(a.elapsed_time(b) * 1e3 / n)
     return sorted(times[1:])[replays // 2]
 
 def main():
@@ -602,8 +613,8 @@ def main():
         raise UsageError("kernels.py times Triton kernels, and there is no GPU here; run it on one")
     query = "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.limit"
     clocks = subprocess.getoutput(f"nvidia-smi --format=csv,noheader {query}")
-    blocks = [torch.empty(2**29, dtype=torch.uint8, device="cuda") for _ in range(2)]
-    copy = 2**30 / graph_us([lambda: blocks[0].copy_(blocks[1])] * 3) / 1e6             # TB/s
+    blocks = torch.zeros(2, 2**27, device="cuda")      # 512 MB each
+    copy = 2**30 / graph_us([lambda: torch.neg(blocks[0], out=blocks[1])]) / 1e6        # TB/s
     say(f"{torch.cuda.get_device_name()} | torch {torch.__version__} | triton {triton.__version__} "
         f"| SM, memory, highest SM clock, power limit: {clocks.strip()} | copy {copy:.2f} TB/s")
     del blocks
