@@ -741,6 +741,86 @@ def vq_matmul_reference(x, codes, codebooks, scales):
     w = sum(book[index.long()] for book, index in zip(codebooks, codes))          # (G, N, 8)
     return F.linear(x, w.transpose(0, 1).flatten(1)) * scales.to(x.dtype)
 
+
+# ---- Decoding: what stands between the products of one token ------------------------------------
+# A small kernel costs as much as a 2-bit product, so there are four a block and not thirty. They
+# round where PyTorch's own operations do.
+
+@triton.jit
+def _add_norm(x, delta, weight, total, h, C, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row, i = tl.program_id(0) * C, tl.arange(0, BLOCK)
+    v = tl.load(x + row + i, mask=i < C, other=0.0)
+    if ADD:
+        v = (v.to(tl.float32) + tl.load(delta + row + i, mask=i < C, other=0.0)).to(v.dtype)
+        tl.store(total + row + i, v, mask=i < C)
+    f = v.to(tl.float32)
+    f = f / tl.sqrt(tl.sum(f * f, 0) / C + eps) * tl.load(weight + i, mask=i < C, other=0.0)
+    tl.store(h + row + i, f.to(v.dtype), mask=i < C)
+
+def add_norm(x, delta, norm):
+    """x (B, C), delta the same or None, norm an RMSNorm -> x + delta, and that normed."""
+    (B, C), total, h = x.shape, x if delta is None else torch.empty_like(x), torch.empty_like(x)
+    _add_norm[B,](x, delta, norm.weight, total, h, C, norm.eps, delta is not None,
+                  triton.next_power_of_2(C), num_warps=8)
+    return total, h
+
+@triton.jit
+def _silu_mul(x, y, F, BLOCK: tl.constexpr):
+    row, i = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(x + 2 * row * F + i, mask=i < F, other=0.0)
+    up = tl.load(x + 2 * row * F + F + i, mask=i < F, other=0.0)
+    g = gate.to(tl.float32)
+    g = (g / (1 + tl.exp(-g))).to(gate.dtype)
+    tl.store(y + row * F + i, (g.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=i < F)
+
+def silu_mul(x):
+    """silu(gate) * up, where x (B, 2 F) holds gate and up side by side -> (B, F)."""
+    y = x.new_empty(len(x), x.size(1) // 2)
+    _silu_mul[triton.cdiv(y.size(1), 512), len(x)](x, y, y.size(1), BLOCK=512, num_warps=2)
+    return y
+
+@triton.jit
+def _rope_attention(qkv, cos, sin, at, keys, values, y, S, scale, H: tl.constexpr,
+                    KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """One head of one sequence: all keys before `at` in blocks, with a running softmax."""
+    dt: tl.constexpr = qkv.dtype.element_ty
+    b, head, pos, d = tl.program_id(0), tl.program_id(1), tl.load(at), tl.arange(0, D)
+    kv, row = head // (H // KV), qkv + b * (H + 2 * KV) * D
+    other = (d + D // 2) % D                           # the half-split partner
+    c = tl.load(cos + pos * D + d)
+    s = tl.load(sin + pos * D + d) * tl.where(d < D // 2, -1.0, 1.0)
+    q = tl.load(row + head * D + d).to(tl.float32) * c
+    q = (q + tl.load(row + head * D + other).to(tl.float32) * s).to(dt).to(tl.float32)
+    k = tl.load(row + (H + kv) * D + d).to(tl.float32) * c
+    k = (k + tl.load(row + (H + kv) * D + other).to(tl.float32) * s).to(dt)
+    v, first = tl.load(row + (H + KV + kv) * D + d), (b * KV + kv).to(tl.int64) * S
+    if head % (H // KV) == 0:                          # of the heads that share it, one stores
+        tl.store(keys + (first + pos) * D + d, k)
+        tl.store(values + (first + pos) * D + d, v)
+    top, total = tl.sum(q * k.to(tl.float32), 0) * scale, tl.full((), 1.0, tl.float32)
+    acc = v.to(tl.float32)                                                         # (D,)
+    for n0 in range(0, pos, BLOCK):
+        n = n0 + tl.arange(0, BLOCK)
+        at_n, live = (first + n[:, None]) * D + d[None, :], n < pos                # (BLOCK, D)
+        ks = tl.load(keys + at_n, mask=live[:, None], other=0.0).to(tl.float32)
+        vs = tl.load(values + at_n, mask=live[:, None], other=0.0).to(tl.float32)
+        score = tl.where(live, tl.sum(ks * q[None, :], 1) * scale, -float("inf"))
+        higher = tl.maximum(top, tl.max(score, 0))
+        p, shrink = tl.exp(score - higher), tl.exp(top - higher)
+        acc = acc * shrink + tl.sum(p[:, None] * vs, 0)
+        total, top = total * shrink + tl.sum(p, 0), higher
+    tl.store(y + (b * H + head) * D + d, (acc / total).to(dt))
+
+def rope_attention(qkv, cos, sin, cache):
+    """Attention of one token: qkv (B, (nh + 2 nkv) hs), cos and sin (S, hs), a model.Cache, which
+    gets the token's key and value -> (B, nh hs)."""
+    B, KV, S, D = cache.keys.shape
+    H = qkv.size(1) // D - 2 * KV
+    y = qkv.new_empty(B, H * D)
+    _rope_attention[B, H](qkv, cos, sin, cache.at, cache.keys, cache.values, y, S, D**-0.5, H, KV,
+                          D, BLOCK=128, num_warps=8)
+    return y
+
 # ---- Benchmark ----------------------------------------------------------------------------------
 # A candidate is a function of x (M, C), O and bits that makes a layer of random weights with groups
 # of 128 and returns its call. What torch's 8-bit products need besides, quantizing x, is not timed.

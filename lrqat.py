@@ -4,6 +4,7 @@
     python lrqat.py --bits 2 --smoke            # every line of it in a few seconds
     python lrqat.py --size 7B --init-base random --bits 4 --phi packed --steps 3 --seq-len 1024
     python model.py eval out/lrqat-w2.pt        # the merged, packed result
+    torchrun --standalone --nproc_per_node=2 lrqat.py --bits 2      # the same arms on 2 GPUs
 
 The third is 7B on one GPU: random weights prove bytes and speed, never quality. The idea:
   1. Quantization-aware training pays for a gradient and two moments of every weight. Freeze the
@@ -39,7 +40,8 @@ import torch.nn.functional as F
 
 from model import (PRESETS, LlamaConfig, LLaMA, Parser, RMSNorm, UsageError, add_flags, batch,
                    evaluate, finish, header, load_base, load_checkpoint, number, resolve, run,
-                   save_checkpoint, say, settings, show, tensor_bytes, train, train_step)
+                   save_checkpoint, say, settings, show, tensor_bytes, train, train_step,
+                   world_size)
 from quantizers import EPS, QuantLinear, bits_per_weight, dequantize, gptq, rtn, unpack
 
 ALPHA = 32.0                         # the paper: 1, for 10,000 steps
@@ -72,6 +74,9 @@ def parse_args(argv=None):
                          f"{args.bits}; try --phi bf16")
     if args.init == "random" and args.model:
         raise UsageError(f"--init random has no base model; leave --model {args.model} out")
+    if world_size() > 1 and (args.init == "random" or args.memory_report):
+        raise UsageError("--init random and --memory-report measure one process; start them with "
+                         "plain python")
     return resolve(args)
 
 def check_shapes(model, args):

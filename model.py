@@ -4,7 +4,9 @@
     python model.py --smoke                    # every line of it in a few seconds
     python model.py eval out/base.pt           # loss on the whole validation split
     python model.py sample out/base.pt --prompt "def main("
+    python model.py sample --size 7B --bits 2  # tokens/s of random weights, no text
     python model.py export out/rtn-w4.pt DIR   # any checkpoint as a Hugging Face folder
+    torchrun --standalone --nproc_per_node=8 model.py --size 100M      # the same run on 8 GPUs
 
 The idea:
   1. Text becomes tokens by a byte-pair encoding that is trained in seconds on the text itself.
@@ -13,7 +15,7 @@ The idea:
      out/base.pt, or a Hugging Face folder, and compress it.
 
 Papers: Llama 2 (arXiv 2307.09288); the training recipe and the presets are QuEST's (2502.05003).
-Not here: dropout, biases, a key/value cache.
+Not here: dropout, biases.
 
 Shapes: B sequences, T tokens each, C = n_embd, nh = n_head, nkv = n_kv_head, hs = head size.
 """
@@ -21,6 +23,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import heapq
 import http.client
@@ -41,6 +44,7 @@ import zipfile
 import numpy as np
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -57,7 +61,8 @@ class UsageError(ValueError):
     """A mistake of the user's. The message is one line: the value, the limit and the fix."""
 
 def say(text):
-    print(text, flush=True)
+    if rank() == 0:
+        print(text, flush=True)
 
 def progress(items, label):
     """Yield the items; every 10 s say how far it is and how long it will take."""
@@ -67,6 +72,106 @@ def progress(items, label):
         if time.time() - last > 10:
             last = time.time()
             say(f"{label} {i}/{len(items)} | eta {(last - start) / i * (len(items) - i):.0f}s")
+
+# ---- Many GPUs: torchrun starts one process for each, a rank ----------------------------------
+# All ranks run the whole script and stay equal; rank 0 alone prints and writes. They share the
+# windows of a training step, and with --fsdp also the weights.
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+def take_gpu(args):
+    """From here on "cuda" means the GPU of this process's number. Raises UsageError."""
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if "size" not in args:
+        raise UsageError("torchrun is for training; start this command with plain python")
+    if args.device.startswith("cuda:"):
+        raise UsageError(f"--device {args.device}: torchrun gives each process a GPU of its own; "
+                         "leave --device out")
+    if args.device == "cuda":
+        if local >= gpus:
+            raise UsageError(f"torchrun's {os.environ['LOCAL_WORLD_SIZE']} processes here are more "
+                             f"than the {gpus} GPUs; lower --nproc_per_node")
+        torch.cuda.set_device(local)
+
+def join_ranks(args):
+    """Meet the other processes. Raises UsageError where they cannot share the work."""
+    if args.fsdp and world_size() == 1:
+        raise UsageError("--fsdp shares the weights among processes and there is only one; start "
+                         "more by torchrun --standalone --nproc_per_node=2")
+    if args.batch_size % world_size():
+        raise UsageError(f"--batch-size {args.batch_size} is not a multiple of torchrun's "
+                         f"{world_size()} processes")
+    if world_size() > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+        patience = datetime.timedelta(hours=4)         # while rank 0 tokenizes
+        dist.init_process_group(backend, timeout=patience)
+
+def agree(*flags):
+    """Each flag, on wherever it is on for one rank. No rank returns before all have called."""
+    if world_size() == 1:
+        return flags
+    found = torch.tensor([0, *map(bool, flags)])
+    dist.all_reduce(found, dist.ReduceOp.MAX)          # over the CPUs: no GPU waits
+    return found.tolist()[1:]
+
+@contextlib.contextmanager
+def first_rank_first():
+    """The first rank of each machine runs the block before the others, which find its files."""
+    late = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if late:
+        agree()
+    yield
+    if not late:
+        agree()
+
+def from_rank_0(tensors):
+    """Overwrite the tensors with rank 0's, on all ranks."""
+    for t in tensors if world_size() > 1 else ():
+        dist.broadcast(t.detach(), 0)
+
+def distribute(model, args):
+    """What trains the model on all ranks: it averages their gradients, but of the parameters that
+    the model calls `private`, which get theirs elsewhere. --fsdp: the model itself, of whose
+    weights each rank keeps a share; a block's are whole only while it computes."""
+    if world_size() == 1:
+        return model
+    if not args.fsdp:
+        from_rank_0((*model.parameters(), *model.buffers()))
+        if args.compile:                               # each block whole, as on one GPU
+            torch._dynamo.config.optimize_ddp = False
+        ddp, private = nn.parallel.DistributedDataParallel, getattr(model, "private", [])
+        ddp._set_params_and_buffers_to_ignore_for_model(
+            model, [*private, *(name for name, _ in model.named_buffers())])
+        return ddp(model, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(torch.device(args.device).type, (world_size(),))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+    return model
+
+def whole(t):
+    """The tensor, no longer sharded if it was; all ranks must call."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+def gather(x):
+    """x with every sharded tensor in it whole, in rank 0's main memory, and None elsewhere."""
+    if isinstance(x, dict):
+        return {k: gather(v) for k, v in x.items()}
+    if not hasattr(x, "full_tensor"):
+        return x
+    x = whole(x)                                       # one at a time on the GPU
+    return None if rank() else x.cpu()
+
+def placed_like(t, p):
+    """The whole tensor t as p is: on its device and, if p is, sharded."""
+    if not hasattr(p, "placements"):
+        return t
+    return dist.tensor.distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
 
 # ---- The model --------------------------------------------------------------------------------
 
@@ -132,6 +237,37 @@ def apply_linears(x, *linears):
     fused = getattr(type(linears[0]), "fused", None)
     return fused(x, linears) if fused else [linear(x) for linear in linears]
 
+class Joined(nn.Module):
+    """Linears that share their input as one, in the place of the first. See for_decoding."""
+
+    def __init__(self, linears):
+        super().__init__()
+        self.sizes, first = [n_out(m) for m in linears], linears[0]
+        if isinstance(first, QuantLinear):
+            self.linear = QuantLinear(first.spec, {
+                name: torch.cat([getattr(m, name) for m in linears])
+                for name, t in first.named_buffers()})
+        else:
+            self.linear = first
+            first.weight = nn.Parameter(torch.cat([m.weight for m in linears]), False)
+
+    @staticmethod
+    def fused(x, linears):
+        return linears[0].linear(x).split(linears[0].sizes, -1)
+
+def n_out(linear):
+    return len(linear.packed if isinstance(linear, QuantLinear) else linear.weight)
+
+def joined(*linears):
+    """(Joined, None ...), or the linears themselves where they are not alike."""
+    kinds = {type(m) for m in linears}
+    specs = [m.spec for m in linears if isinstance(m, QuantLinear)]
+    alike = all(spec == specs[0] for spec in specs) and all(
+        getattr(m, "a_scale", None) is None for m in linears)
+    if len(kinds) > 1 or not kinds <= {Linear, QuantLinear} or not alike:
+        return linears
+    return Joined(linears), *[None] * (len(linears) - 1)
+
 def rope_tables(seq_len, head_size, theta, device, scaling=()):
     """cos and sin, float32 (T, hs), in Hugging Face's half-split order: hs/2 frequencies, twice.
 
@@ -163,14 +299,17 @@ class Attention(nn.Module):
         self.wv = Linear(c.n_embd, c.n_kv_head * self.head_size)
         self.wo = Linear(c.n_head * self.head_size, c.n_embd)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, cache=None):
         (B, T, _), a_bits, kv_bits = x.shape, self.config.a_bits, self.config.kv_bits
         q, k, v = apply_linears(quantized(x, a_bits), self.wq, self.wk, self.wv)
         q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2)        # (B, nh or nkv, T, hs)
                    for y in (q, quantized(k, kv_bits), quantized(v, kv_bits)))
         q, k = (quantized(apply_rope(y, cos, sin), a_bits) for y in (q, k))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                           enable_gqa=q.size(1) != k.size(1))
+        if cache:
+            y = cache.attend(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                               enable_gqa=q.size(1) != k.size(1))
         y = quantized(y, a_bits).transpose(1, 2)                           # (B, T, nh, hs)
         return self.wo(y.reshape(B, T, -1))                                # (B, T, C)
 
@@ -193,8 +332,8 @@ class Block(nn.Module):
         self.attn_norm, self.attn = RMSNorm(c.n_embd, c.norm_eps), Attention(c)
         self.mlp_norm, self.mlp = RMSNorm(c.n_embd, c.norm_eps), MLP(c)
 
-    def forward(self, x, cos, sin):
-        x = x + self.attn(self.attn_norm(x), cos, sin)
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.attn(self.attn_norm(x), cos, sin, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 def rerun(f, *inputs):
@@ -274,21 +413,141 @@ class LLaMA(nn.Module):
             self.set_submodule(name, make(name, linear))
         return self
 
+    def for_decoding(self):
+        """For generation alone, which waits for memory: the weights in the activations' dtype, and
+        linears that share an input joined, so that a step has fewer kernels."""
+        for p in self.parameters():
+            if p.dim() == 2:
+                p.requires_grad_(False).data = p.data.to(self.dtype)
+        for block in self.blocks:
+            a, m = block.attn, block.mlp
+            a.wq, a.wk, a.wv = joined(a.wq, a.wk, a.wv)
+            m.w_gate, m.w_up = joined(m.w_gate, m.w_up)
+        return self
+
     @torch.no_grad()
-    def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):
-        """Append n sampled tokens to idx (B, T); temperature 0 takes the most likely one."""
-        for _ in range(n):
-            logits = self(idx[:, -self.config.seq_len:])[0][:, -1].float()         # (B, vocab)
-            if temperature < 1e-6:
-                token = logits.argmax(-1, keepdim=True)                            # (B, 1)
-            else:
-                if top_k:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                p = (logits / temperature).softmax(-1)
-                token = torch.multinomial(p, 1, generator=generator)
+    def generate(self, idx, n, temperature=1.0, top_k=None, generator=None, cached=True):
+        """Append n sampled tokens to idx (B, T); temperature 0 takes the most likely one.
+
+        cached: keys and values are kept up to seq_len tokens. Beyond, the window slides, all of
+        its positions change, and each token costs a pass over the whole window.
+        """
+        longest = self.config.seq_len
+        choose = Chooser(self, len(idx), temperature, top_k, generator)
+        ahead = max(0, min(n, longest + 1 - idx.size(1))) if cached else 0 # contexts that fit
+        for token in decode(self, idx, ahead, choose) if ahead else ():
+            idx = torch.cat((idx, token), dim=1)
+        for _ in range(n - ahead):
+            choose.draw()
+            token = choose(self(idx[:, -longest:])[0][:, -1])
             idx = torch.cat((idx, token), dim=1)
         return idx
+
+# ---- Generation, a token at a time ------------------------------------------------------------
+
+class Chooser:
+    """logits (B, vocab) -> token ids (B, 1), by `draw`'s random numbers."""
+
+    def __init__(self, model, batch, temperature, top_k, generator):
+        device, vocab = model.embed.weight.device, model.config.vocab_size
+        self.temperature, self.top_k, self.generator = temperature, top_k, generator
+        self.noise = torch.ones(batch, vocab, device=device)
+
+    def draw(self):
+        if self.temperature >= 1e-6:
+            self.noise.exponential_(generator=self.generator)
+
+    def __call__(self, logits):
+        logits = logits.float()
+        if self.temperature < 1e-6:
+            return logits.argmax(-1, keepdim=True)
+        if self.top_k:
+            kth = logits.topk(min(self.top_k, logits.size(-1))).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, -math.inf)
+        p = (logits / self.temperature).softmax(-1)
+        return (p / self.noise).argmax(-1, keepdim=True)       # torch.multinomial, but never waits
+
+class Cache:
+    """A layer's keys and values, (B, nkv, S, hs) each, for S tokens at most."""
+
+    def __init__(self, model, batch, length):
+        c = model.config
+        shape = 2, batch, c.n_kv_head, length, c.head_dim
+        self.keys, self.values = torch.zeros(shape, dtype=model.dtype,
+                                             device=model.embed.weight.device)
+
+    def attend(self, q, k, v):
+        """Store k and v (B, nkv, T, hs) at the positions `at` (T,); q (B, nh, T, hs), each of which
+        sees the positions that `mask` (T, S) allows -> the same shape."""
+        self.keys[:, :, self.at], self.values[:, :, self.at] = k, v
+        groups = q.size(1) // k.size(1)                # query heads that share a key head
+        y = F.scaled_dot_product_attention(q.reshape(len(q), k.size(1), -1, q.size(-1)), self.keys,
+                                           self.values, self.mask.repeat(groups, 1))
+        return y.view(q.shape)
+
+@torch.no_grad()
+def decode(model, idx, n, choose):
+    """Yield the n tokens (B, 1) after idx (B, T), in one tensor that changes: T + n - 1 tokens have
+    to fit in the window. On a GPU every step but the first two is one CUDA graph."""
+    (B, T), c, S, device = idx.shape, model.config, idx.size(1) + n - 1, idx.device
+    cache, graph = [Cache(model, B, S) for _ in model.blocks], None
+    tables = rope_tables(S, c.head_dim, c.rope_theta, device, c.rope_scaling)      # (S, hs) each
+    slots, at = torch.arange(S, device=device), torch.arange(T, device=device)
+    def forward(idx):
+        x, fast = model.embed(idx).to(model.dtype), idx.size(1) == 1 and has_kernels(model)
+        cos, sin = tables if fast else (table[at] for table in tables)
+        mask = None if fast else slots <= at.unsqueeze(1)
+        for layer in cache:
+            layer.at, layer.mask = at, mask
+        if fast:
+            return fast_step(model, x, cos, sin, cache)
+        for block, layer in zip(model.blocks, cache):
+            x = block(x, cos, sin, layer)                                          # (B, T, C)
+        return model.predict(x[:, -1:])[0][:, -1]                                  # (B, vocab)
+    def step():
+        token.copy_(choose(forward(token)))
+        at.add_(1)
+    choose.draw()
+    token = choose(forward(idx))
+    at = at[-1:] + 1                                   # where the next step's token goes
+    for _ in range(n - 1):
+        yield token
+        choose.draw()
+        if graph:
+            graph.replay()
+            continue
+        step()
+        if idx.is_cuda and capturable(model):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):              # records the next step, does not run it
+                step()
+    yield token
+
+def capturable(model):
+    """Does no layer copy from the CPU or wait for the GPU? Of the packed ones, kernels.py's do not.
+    Asked after a first step, which chooses the kernels."""
+    return all(m.fast and m.fast[1] is not None for m in model.modules()
+               if isinstance(m, QuantLinear))
+
+def has_kernels(model):
+    """May fast_step compute a step?"""
+    c = model.config
+    joint = (m for block in model.blocks for m in (block.attn.wq, block.mlp.w_gate))
+    return (model.embed.weight.is_cuda and model.dtype != torch.float32
+            and c.a_bits == c.kv_bits == 16 and c.head_dim in (32, 64, 128, 256)
+            and all(isinstance(m, Joined) for m in joint))
+
+def fast_step(model, x, cos, sin, cache):
+    """What the blocks and the head compute for one token x (B, 1, C), in 8 kernels a block."""
+    from kernels import add_norm, rope_attention, silu_mul
+    x, delta = x.squeeze(1), None                                                  # (B, C)
+    for block, layer in zip(model.blocks, cache):
+        attn, mlp = block.attn, block.mlp
+        x, h = add_norm(x, delta, block.attn_norm)
+        y = rope_attention(attn.wq.linear(h), cos, sin, layer)                     # (B, nh * hs)
+        x, h = add_norm(x, attn.wo(y), block.mlp_norm)
+        delta = mlp.w_down(silu_mul(mlp.w_gate.linear(h)))
+    return model.head(add_norm(x, delta, model.norm)[1])                           # (B, vocab)
 
 # ---- Tokenizer --------------------------------------------------------------------------------
 # Words with their space, numbers of up to three digits, signs, white space: merges stay inside.
@@ -523,6 +782,9 @@ def save_checkpoint(path, model, **content):
     linears = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     content = {"format": "nanobit-1", "config": dataclasses.asdict(model.config),
                "linears": linears, "model": model.state_dict(), **content}
+    content = gather(content)
+    if rank():
+        return agree()                                 # the file is there when all go on
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -537,6 +799,7 @@ def save_checkpoint(path, model, **content):
         e = e if isinstance(e, OSError) else e.__context__ or e
         raise UsageError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; "
                          "free space or choose another --out") from None
+    agree()
 
 def read_checkpoint(path):
     """The content that save_checkpoint wrote. Raises UsageError for anything else."""
@@ -582,7 +845,7 @@ def load_weights(model, state, path):
         if here != there:
             raise UsageError(f"{path} does not fit: {name} is {there} there and {here} here; "
                              "use the --size and the method that wrote it")
-    model.load_state_dict(state)
+    model.load_state_dict({name: placed_like(t, own[name]) for name, t in state.items()})
 
 # ---- Hugging Face folders: LLaMA 1 to 3, Mistral, TinyLlama, SmolLM2 --------------------------
 
@@ -809,6 +1072,7 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
     "losses": one float a step}. A loss that is not finite raises UsageError and saves nothing.
     A method's own optimizer may have a `schedule`, and groups with a "peak" rate, not args.lr.
     """
+    net = distribute(model, args)
     optimizer, losses, before = optimizer or make_optimizer(model, args.lr), [], 0.0
     if args.resume:
         losses, before = resume(model, optimizer, args, data, path)
@@ -817,11 +1081,12 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
     start = last_line = last_save = time.time()
     pending, line_step, saved = [], len(losses), len(losses)   # pending: still on the device
     for done in range(len(losses) + 1, args.steps + 1):
-        loss, gnorm = train_step(model, optimizer, data, args, done - 1)
+        loss, gnorm = train_step(net, optimizer, data, args, done - 1)
         pending.append(loss + 0 * gnorm)               # NaN if the gradient is not finite
         look = args.eval_every and done % args.eval_every == 0
         save = look or STOP or done == args.steps or time.time() - last_save > 60
-        if save or done == 1 or time.time() - last_line > 10:
+        save, line = agree(save, save or done == 1 or time.time() - last_line > 10)
+        if line:
             losses += check_finite(torch.stack(pending).tolist(), len(losses), saved, path)
             pending, ms = [], (time.time() - last_line) / (done - line_step) * 1e3
             speed, eta = args.batch_size * args.seq_len / ms, (args.steps - done) * ms / 1e3
@@ -838,7 +1103,7 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
             save_checkpoint(path, model, settings=settings(args), data=data.digest, losses=losses,
                             optimizer=optimizer.state_dict(), seconds=before + time.time() - start)
             saved, last_line, last_save = done, time.time(), time.time()
-        if STOP:
+        if save and agree(STOP)[0]:
             say(f"interrupted: {path} holds step {done}; go on with the same command and --resume")
             raise SystemExit(130)
     return {"seconds": before + time.time() - start, "losses": losses,
@@ -849,16 +1114,22 @@ def train_step(model, optimizer, data, args, step):
     schedule = getattr(optimizer, "schedule", learning_rate)
     for group in optimizer.param_groups:
         group["lr"] = schedule(step, args.steps, group.get("peak", args.lr))
-    x, y = batch(data.train, step, args.batch_size, args.seq_len, args.seed, args.device)
-    total = 0.0
-    for xs, ys in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
-        loss = model(xs, ys)[1] / args.accumulate
-        loss.backward()
+    x, y = (ids.chunk(world_size())[rank()] for ids in batch(
+        data.train, step, args.batch_size, args.seq_len, args.seed, args.device))
+    size, total = args.batch_size // args.accumulate, 0.0
+    for i in range(0, len(x), size):
+        more = i + size < len(x) and hasattr(model, "no_sync")             # ranks sum only once
+        with model.no_sync() if more else contextlib.nullcontext():
+            xs, ys = x[i:i + size], y[i:i + size]
+            loss = model(xs, ys)[1] * (len(xs) / len(x))
+            loss.backward()
         total = total + loss.detach()
     gnorm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total, gnorm
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total / world_size(), whole(gnorm)
 
 def check_finite(losses, first, saved, path):
     for i, loss in enumerate(losses, first + 1):
@@ -875,13 +1146,16 @@ def resume(model, optimizer, args, data, path):
         raise UsageError(f"{path} holds no training state to resume")
     old, new = content["settings"], settings(args)
     for name in old | new:                             # another method's settings have other names
-        if new.get(name) != old.get(name) and name not in ("eval_every", "compile"):
+        if new.get(name) != old.get(name) and name not in ("eval_every", "compile", "fsdp"):
             raise UsageError(f"--{name.replace('_', '-')} is {new.get(name)} here and "
                              f"{old.get(name)} in {path}; give the same settings, or leave "
                              "--resume out")
     if content["data"] != data.digest:
         raise UsageError(f"--data {data.name} is not the text that {path} was trained on")
     load_weights(model, content["model"], path)
+    learn = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, state in content["optimizer"]["state"].items():
+        state.update({k: placed_like(t, learn[i]) for k, t in state.items() if t.dim()})
     optimizer.load_state_dict(content["optimizer"])
     say(f"resumed {path} at step {len(content['losses'])}/{args.steps}")
     return content["losses"], content["seconds"]
@@ -905,7 +1179,7 @@ def number(kind, low, high=math.inf):
         return value
     return parse
 
-def add_flags(p, data=True, trains=True):
+def add_flags(p, data=True, trains=True, fsdp=False):
     """The flags that mean the same in every script. Where the default is None, resolve sets it."""
     add = p.add_argument
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
@@ -934,6 +1208,10 @@ def add_flags(p, data=True, trains=True):
     add("--resume", action="store_true", help="go on from the state saved in --out")
     add("--smoke", action="store_true",
         help="a few steps on little text into OUT/smoke, to see that all works")
+    p.set_defaults(fsdp=False)
+    if fsdp:
+        add("--fsdp", action="store_true",
+            help="each of torchrun's processes keeps a share of weights, gradients and moments")
 
 RUNNING = []  # the settings of the command that runs, for the message on too little memory
 
@@ -941,6 +1219,8 @@ def resolve(args):
     """Fill in defaults, check what argparse cannot, choose device and dtype, seed torch."""
     RUNNING[:] = [args]
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if world_size() > 1:
+        take_gpu(args)
     try:
         if torch.device(args.device).type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("neither cpu, cuda nor mps")
@@ -968,6 +1248,7 @@ def resolve(args):
         folder = folder.parent
     if not args.out or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UsageError(f"--out {args.out or repr('')}: {folder} is not a writable folder")
+    join_ranks(args)
     return args
 
 def settings(args):
@@ -980,8 +1261,9 @@ def load_training_data(args, content=None):
     if not content and os.path.isdir(args.model or ""):
         spec = read_hf_tokenizer(args.model)
     smoke = args.smoke or (old.get("smoke") and args.data is None)
-    data = load_data(old.get("data") if args.data is None else args.data, args.vocab, args.seq_len,
-                     spec=spec, limit=30 if smoke else None)
+    with first_rank_first():
+        data = load_data(old.get("data") if args.data is None else args.data, args.vocab,
+                         args.seq_len, spec=spec, limit=30 if smoke else None)
     if content and content.get("data") not in (None, data.digest):
         say(f"note: {data.name} is not the text that this checkpoint was trained on")
     return data
@@ -1016,7 +1298,8 @@ def new_model(args, data):
     config = LlamaConfig(data.tokenizer.n_vocab, p.n_layer, p.n_embd, p.n_head, p.n_head,
                          p.n_hidden, args.seq_len, tied=args.tied)
     if not args.model:
-        return LLaMA(config, getattr(torch, args.dtype)).to(args.device)
+        model = LLaMA(config, getattr(torch, args.dtype))
+        return model if args.fsdp else model.to(args.device)               # else see distribute
     model, content = open_model(args, args.model)
     if os.path.isdir(args.model):                      # its own shape and tokenizer
         args.size = os.path.basename(os.path.abspath(args.model))
@@ -1032,12 +1315,14 @@ def new_model(args, data):
 
 def header(title, args, model, data):
     """The first lines of every script: what runs, on what, with which settings. Locks --out."""
-    if os.path.isdir(args.out) or not args.resume:     # else resume() says what is missing
+    if rank() == 0 and (os.path.isdir(args.out) or not args.resume):       # else resume() complains
         hold(args.out)
     linear = sum(p.numel() for _, m in model.linears() for p in m.parameters())
+    together = f" in each of {world_size()} processes" if world_size() > 1 else ""
     say(f"{title} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M params, "
         f"{linear / 1e6:.2f}M in the blocks' linears | {args.device} {args.dtype}, "
-        f"{torch.get_num_threads()} threads | torch {torch.__version__} | seed {args.seed}")
+        f"{torch.get_num_threads()} threads{together} | torch {torch.__version__} | "
+        f"seed {args.seed}")
     say("settings: " + " ".join(f"{k}={v}" for k, v in settings(args).items()))
     say(f"data: {data.name} | {len(data.train)} train, {len(data.dev)} dev, {len(data.val)} val "
         f"tokens | sha256 {data.digest[:12]}")
@@ -1082,6 +1367,8 @@ def finish(args, method, model, scores, result, **more):
            "bytes_dense": 2 * params, "bytes_packed": packed, "params": params,
            "tokens": result["tokens"], "seconds": result["seconds"], "device": args.device,
            "seed": args.seed, **more, "command": " ".join(["python", *sys.argv])}
+    if rank():
+        return
     line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
     path = os.path.join(args.out, "results.jsonl")
     try:
@@ -1099,19 +1386,28 @@ def run(main):
     """Call main(); what the user can mend becomes one line on stderr and exit status 2."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UsageError as e:
-        print(f"error: {e}", file=sys.stderr)
+        complain(f"error: {e}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as e:
         if not (isinstance(e, (MemoryError, torch.OutOfMemoryError))
                 or "out of memory" in str(e) or "allocate memory" in str(e)):
             raise
-        print(f"error: {out_of_memory()}", file=sys.stderr)
+        complain(f"error: {out_of_memory()}")
     else:
         return
     raise SystemExit(2)
+
+def complain(text):
+    """Print to stderr. The ranks mostly fail alike: rank 0 speaks, and torchrun then ends the
+    others, unless one has a trouble of its own."""
+    if rank():
+        time.sleep(5)
+    print(text, file=sys.stderr)
 
 def out_of_memory():
     """What was used at the peak, by how large a batch, and the flag to change."""
@@ -1132,7 +1428,7 @@ def pretrain(argv):
     p = Parser(prog="model.py", description="Pre-train the dense base model into OUT/base.pt.",
                epilog="also: model.py eval CKPT, model.py sample CKPT, model.py export CKPT DIR "
                       "(--help for each)")
-    add_flags(p)
+    add_flags(p, fsdp=True)
     args = resolve(p.parse_args(argv))
     data = load_training_data(args)
     model = new_model(args, data)
@@ -1165,20 +1461,91 @@ def sample_text(model, tokenizer, prompt, n, seed, temperature=0.8, top_k=50):
     generator = torch.Generator(device).manual_seed(seed)
     return tokenizer.decode(model.generate(ids, n, temperature, top_k, generator)[0, 1:].tolist())
 
+def random_model(args):
+    """A model of random weights in the form that generation reads, made on the device."""
+    p, dtype, bits = PRESETS[args.size], getattr(torch, args.dtype), args.bits
+    with torch.device("meta"):                         # shapes alone: no memory
+        model = LLaMA(LlamaConfig(32000, p.n_layer, p.n_embd, p.n_head, p.n_head, p.n_hidden,
+                                  max(p.seq_len, args.tokens + 64)), dtype)
+    def random(*shape):
+        return torch.randn(shape, device=args.device, dtype=dtype).mul_(0.02)
+    def packed(O, C):
+        codes = torch.randint(256, (O, C * bits // 8), device=args.device, dtype=torch.uint8)
+        scale = torch.full((O, C // 128), 0.05 / 2**bits, device=args.device)
+        zero = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
+        spec = dict(kind="affine", bits=bits, a_bits=16, in_features=C, group_size=128,
+                    signed=False)
+        return QuantLinear(spec, {"packed": codes, "scale": scale, "zero_point": zero})
+    for m in model.modules():
+        if isinstance(m, RMSNorm):
+            m.weight = nn.Parameter(torch.ones(m.weight.shape, device=args.device))
+        elif hasattr(m, "weight") and (bits == 16 or m in (model.embed, model.head)):
+            m.weight = nn.Parameter(random(*m.weight.shape), False)
+    if bits < 16:
+        model.replace_linears(lambda name, linear: packed(*linear.weight.shape))
+    return model.eval().for_decoding()
+
+def copy_speed(device):
+    """Bytes a second that a copy in the device's memory reads and writes; the best of some."""
+    cuda, best = device.startswith("cuda"), 0.0
+    a, b = (torch.ones(2 ** (29 if cuda else 26), dtype=torch.uint8, device=device) for _ in "ab")
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(4):
+            a.copy_(b)
+        if cuda:
+            torch.cuda.synchronize()
+        best = max(best, 8 * a.numel() / (time.perf_counter() - start))
+    return best
+
+@torch.no_grad()
+def decode_speed(model, args):
+    """Time the steps of one sequence and say how near they come to the time that reading takes."""
+    device, c, prompt, first, marks = args.device, model.config, 8, 8, []
+    idx = torch.randint(c.vocab_size, (1, prompt), device=device)
+    choose = Chooser(model, 1, args.temperature, args.top_k, torch.Generator(device).manual_seed(0))
+    for i, _ in enumerate(decode(model, idx, first + args.tokens + 1, choose)):
+        if i in (first, first + args.tokens):
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+    ms, copy = (marks[1] - marks[0]) / args.tokens * 1e3, copy_speed(device)
+    size = model.dtype.itemsize * 2 * c.n_layer * c.n_kv_head * c.head_dim * (
+        prompt + first + args.tokens // 2)             # keys and values, in the middle
+    for m in model.modules():                          # and all weights but the embedding
+        if isinstance(m, (Linear, QuantLinear, RMSNorm)):
+            fast = getattr(m, "fast", None) and m.fast[1]
+            size += tensor_bytes(fast[:3] if fast else m.state_dict().values())
+    floor = size / copy * 1e3
+    say(f"{args.size}, random weights, {args.bits} bits, {args.dtype} | {args.tokens} tokens, one "
+        f"sequence | {1e3 / ms:.1f} tokens/s, {ms:.3f} ms each | {size / 1e9:.3f} GB a token, "
+        f"{size / ms / 1e6:.0f} GB/s | floor {floor:.3f} ms, at a copy's {copy / 1e9:.0f} GB/s: "
+        f"{100 * floor / ms:.0f}% of that speed")
+
 def sample_checkpoint(argv):
     p = Parser(prog="model.py sample", description="Text from a checkpoint, dense or packed.")
-    p.add_argument("checkpoint", help="a .pt file, dense or packed, or a Hugging Face folder")
+    p.add_argument("checkpoint", nargs="?", help="a .pt file, dense or packed, or a Hugging Face "
+                   "folder (default: none, random weights; then only the speed is printed)")
     p.add_argument("--prompt", default="", help="text to go on from (default: a new document)")
     p.add_argument("--tokens", type=number(int, 1), default=200, help="how many (default: 200)")
     p.add_argument("--temperature", type=number(float, 0, 100), default=0.8,
                    help="0 takes the most likely token (default: 0.8)")
     p.add_argument("--top-k", type=number(int, 1), default=50,
                    help="choose among so many tokens (default: 50)")
+    p.add_argument("--size", dest="shape", choices=tuple(PRESETS),
+                   help="without a checkpoint: preset of the random weights")
+    p.add_argument("--bits", type=int, choices=(1, 2, 4, 8, 16), default=16,
+                   help="without a checkpoint: of the random weights, groups of 128 (default: 16)")
     add_flags(p, data=False, trains=False)
     args = resolve(p.parse_args(argv))
+    if bool(args.checkpoint) == bool(args.shape):
+        raise UsageError("sample needs a checkpoint, or else --size for random weights, not both")
+    if not args.checkpoint:
+        args.size = args.shape
+        return decode_speed(random_model(args), args)
     model, content = load_checkpoint(args.checkpoint, args.device, getattr(torch, args.dtype))
-    say(sample_text(model, make_tokenizer(content["tokenizer"]), args.prompt, args.tokens,
-                    args.seed, args.temperature, args.top_k))
+    say(sample_text(model.for_decoding(), make_tokenizer(content["tokenizer"]), args.prompt,
+                    args.tokens, args.seed, args.temperature, args.top_k))
 
 def export_checkpoint(argv):
     p = Parser(prog="model.py export", description="Write a checkpoint as a Hugging Face folder.")

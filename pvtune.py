@@ -4,6 +4,7 @@
     python pvtune.py --bits 2 --smoke           # every line of it in a few seconds
     python pvtune.py --bits 2 --scheme affine --group-size 64      # a plain grid, from GPTQ
     python pvtune.py --demo                     # the exact theory, on problems of 6 and 10 numbers
+    torchrun --standalone --nproc_per_node=2 pvtune.py --bits 2    # the same arms on 2 GPUs
     python model.py eval out/pvtune-2x4g4.pt    # the packed result
 
 The idea:
@@ -36,9 +37,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (Parser, UsageError, add_flags, batch, evaluate, finish, header, load_base,
-                   load_checkpoint, number, resolve, run, save_checkpoint, say, settings, show,
-                   train)
+from model import (Parser, UsageError, add_flags, batch, evaluate, finish, from_rank_0, header,
+                   load_base, load_checkpoint, number, resolve, run, save_checkpoint, say, settings,
+                   show, train, world_size)
 from quantizers import (QuantLinear, affine_codes, bits_per_weight, dequantize, full_float32, gptq,
                         rtn, vq_dequantize, vq_fit, vq_search, vq_sum)
 
@@ -372,6 +373,9 @@ class PVOptimizer(torch.optim.Optimizer):
             new, *moved = move_codes(form, R, self.fraction, self.rank,
                                      None if fraction else self.trust, state.get("left"),
                                      generator=self.generator, rounding=rounding)
+            if world_size() > 1:                       # else rounding would part the ranks' codes
+                from_rank_0([form.codes])
+                new = form.dequantize()
             state["changed"] = state.get("changed", 0.0) + moved[0].sum().float()
             if delta < 1:
                 state["buffer"] = R.lerp_(new, delta)
@@ -428,6 +432,7 @@ class Distilled(nn.Module):
         self.forms = nn.ModuleList(stack([m.form for m in layers]) for layers in self.layers)
         for _, layer in student.linears():
             layer.form = None
+        self.private = [name for name, _ in self.named_parameters() if name.startswith("forms.")]
 
     def forward(self, idx, targets):
         if not torch.is_grad_enabled():

@@ -5,6 +5,7 @@
     python quest.py --bits 16                   # the dense control: same data, same schedule
     python quest.py --fit                       # the scaling law of the runs in out/results.jsonl
     python model.py sample out/quest-w4a4.pt    # use the packed result
+    torchrun --standalone --nproc_per_node=8 quest.py --size 800M --bits 4 --fsdp     # 8 GPUs
 
 The idea:
   1. Rotate both operands of every linear with the same Hadamard matrix H. Outliers spread over
@@ -33,7 +34,7 @@ import torch.nn as nn
 
 from model import (Parser, UsageError, add_flags, batch, evaluate, finish, header, load_checkpoint,
                    load_training_data, new_model, progress, resolve, run, sample_text,
-                   save_checkpoint, say, settings, show, tensor_bytes, train)
+                   save_checkpoint, say, settings, show, tensor_bytes, train, whole)
 from quantizers import (QuantLinear, bits_per_weight, clip_limit, code_linear, code_offset,
                         hadamard_signs, keep_two_of_four, num_levels, quest_codes, rotate,
                         trust_limit)
@@ -75,7 +76,7 @@ def parse_args(argv=None):
                    help="fp4: E2M1 levels; sparse: keep 2 of 4 pairs of weights (default: uniform)")
     p.add_argument("--fit", nargs="?", const="", metavar="ROWS", help="train nothing: fit the "
                    "scaling law to rows (default: OUT/results.jsonl)")
-    add_flags(p)
+    add_flags(p, fsdp=True)
     args = p.parse_args(argv)
     args.a_bits = args.a_bits or args.bits
     if args.bits == 16 and (args.a_bits, args.quantizer, args.grid) != (16, "quest", "uniform"):
@@ -86,6 +87,9 @@ def parse_args(argv=None):
         raise UsageError(f"--grid sparse needs whole --bits from 1 to 8, not {args.bits}")
     if args.quantizer == "lsq" and (args.grid != "uniform" or 1.58 in (args.bits, args.a_bits)):
         raise UsageError("--quantizer lsq needs --grid uniform and whole --bits and --a-bits")
+    if args.quantizer == "lsq" and args.fsdp:
+        raise UsageError("--fsdp cannot share out the single numbers of --quantizer lsq; leave one "
+                         "of the two out")
     return resolve(args)
 
 # ---------------------------------------------------------------------------------------------
@@ -216,7 +220,7 @@ class QuestLinear(nn.Module):
     def packed(self):
         """The same layer from packed codes and one float32 scale a row."""
         bits, a_bits, grid, quantizer = self.how
-        return QuantLinear.quest(self.weight, bits, a_bits, grid, QUANTIZERS[quantizer][0])
+        return QuantLinear.quest(whole(self.weight), bits, a_bits, grid, QUANTIZERS[quantizer][0])
 
 class LsqLinear(QuestLinear):
     """The paper's learned baseline, LSQ (1902.08153): one learned step a tensor, no rotation."""

@@ -1,0 +1,189 @@
+"""Generation with a cache of keys and values against generation without one, which computes the
+whole window for each token; sampling against torch.multinomial; the decoding kernels, in Triton's
+interpreter, against the model's own operations; and `model.py sample` without a checkpoint.
+"""
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lrqat
+import model
+from model import LLaMA, LlamaConfig, UsageError
+from quantizers import QuantLinear, rtn
+
+ROOT = pathlib.Path(__file__).parent.parent
+KINDS = {  # what differs from a dense model whose query heads share keys in pairs
+    "dense": {}, "all heads": dict(n_kv_head=4), "tied": dict(tied=True),
+    "scaled rotary": dict(rope_theta=500.0, rope_scaling=(8.0, 1.0, 4.0, 6)),
+    "wide heads": dict(head_dim=12), "activations": dict(a_bits=8, kv_bits=6),
+    "affine": {}, "quest": {}, "sparse": {}, "fp4": {}, "joined": {}, "joined affine": {},
+    "joined quest": {}}
+
+def make(kind):
+    torch.manual_seed(3)
+    m = LLaMA(LlamaConfig(**dict(vocab_size=61, n_layer=2, n_embd=32, n_head=4, n_kv_head=2,
+                                 n_hidden=40, seq_len=12) | KINDS[kind])).eval()
+    for p in m.parameters():                           # attention that is far from uniform
+        torch.nn.init.normal_(p, *((0, 0.3) if p.dim() == 2 else (1, 0.2)))
+    if "affine" in kind:
+        m.replace_linears(lambda _, l: QuantLinear.affine(*rtn(l.weight.detach(), 3, 8), 3, 8))
+    elif kind.split()[-1] in ("quest", "sparse", "fp4"):
+        grid = kind if kind in ("sparse", "fp4") else "uniform"
+        m.replace_linears(lambda _, l: QuantLinear.quest(l.weight.detach(), 4, 4, grid))
+    return m.for_decoding() if kind.startswith("joined") else m
+
+def prompt(n, batch=2):
+    return torch.randint(61, (batch, n), generator=torch.Generator().manual_seed(1))
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 5, 11, 12, 13, 20])
+def test_greedy_text_is_the_same_with_and_without_the_cache(kind, length):
+    """From prompts shorter and longer than the window of 12, across its end."""
+    m, x = make(kind), prompt(length)
+    want = m.generate(x, 10, temperature=0, cached=False)
+    got = m.generate(x, 10, temperature=0)
+    assert torch.equal(got, want)
+    assert kind == "tied" or len(want[:, length:].unique()) > 3               # not one loop
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dense", "activations", "affine", "joined quest"])
+def test_cached_logits_are_those_of_the_whole_sequence(kind):
+    m, x, seen = make(kind), prompt(4), []
+    def choose(logits):
+        seen.append(logits)
+        return logits.argmax(-1, keepdim=True)
+    choose.draw = lambda: None
+    tokens = [t.clone() for t in model.decode(m, x, 8, choose)]
+    whole = m(torch.cat([x, *tokens[:-1]], 1))[0][:, 3:]                           # (2, 8, vocab)
+    assert torch.allclose(torch.stack(seen, 1), whole, atol=2e-5)
+
+def test_a_joined_model_computes_what_its_linears_did():
+    for kind in ("dense", "affine", "quest"):
+        m, x = make(kind), prompt(9)
+        want = m(x)[0].detach()
+        names = m.for_decoding().state_dict()
+        assert torch.allclose(m(x)[0], want, atol=1e-5)
+        assert any(".wq.linear." in n for n in names) and not any(".wk." in n for n in names)
+
+def test_unlike_linears_are_not_joined():
+    m = make("dense")
+    w = m.blocks[0].attn.wk.weight.detach()
+    m.blocks[0].attn.wk = QuantLinear.affine(*rtn(w, 4), 4)
+    m.blocks[1].mlp.w_up = QuantLinear.quest(m.blocks[1].mlp.w_up.weight.detach(), 4, 4)
+    m.blocks[1].mlp.w_gate = QuantLinear.quest(m.blocks[1].mlp.w_gate.weight.detach(), 3, 4)
+    x = prompt(5)
+    want = m(x)[0].detach()
+    assert torch.allclose(m.for_decoding()(x)[0], want, atol=1e-5)
+    assert isinstance(m.blocks[1].attn.wq, model.Joined)
+    assert m.blocks[0].attn.wk.spec["bits"] == 4 and m.blocks[1].mlp.w_up.spec["bits"] == 4
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_seed_gives_the_same_text_with_and_without_the_cache(top_k):
+    m, x = make("dense"), prompt(3)
+    def draw(seed, cached):
+        generator = torch.Generator().manual_seed(seed)
+        return m.generate(x, 15, 1.5, top_k, generator, cached), generator.get_state()
+    (a, state), (b, other) = draw(1, True), draw(1, False)
+    assert torch.equal(a, b) and torch.equal(state, other)
+    assert not torch.equal(a, draw(2, True)[0])
+
+def test_choices_are_those_of_multinomial():
+    m, logits = make("dense"), torch.randn(500, 61)
+    choose = model.Chooser(m, 500, 0.7, None, torch.Generator().manual_seed(4))
+    choose.draw()
+    want = torch.multinomial((logits / 0.7).softmax(-1), 1,
+                             generator=torch.Generator().manual_seed(4))
+    assert torch.equal(choose(logits), want)
+
+KERNELS = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch, torch.nn.functional as F
+import model, test_decode
+from kernels import add_norm, rope_attention, silu_mul
+torch.manual_seed(0)
+for H, KV, D, dtype, tol in ((4, 2, 32, torch.float32, 1e-5), (3, 3, 64, torch.float32, 1e-5),
+                             (4, 1, 32, torch.float16, 4e-3)):
+    c = model.LlamaConfig(61, 1, H * D, H, KV, 200, 300)
+    m, B, S = model.LLaMA(c, dtype), 2, 300
+    x, delta = torch.randn(2, B, H * D).to(dtype)
+    norm = torch.nn.init.normal_(m.norm.weight, 1, 0.2) is not None and m.norm
+    for d in (None, delta):
+        total, h = add_norm(x, d, norm)
+        want = x if d is None else x + d
+        assert torch.equal(total, want) and torch.allclose(h, norm(want), atol=tol)
+    y = torch.randn(B, 2 * 200).to(dtype)
+    assert torch.allclose(silu_mul(y), F.silu(y[:, :200]) * y[:, 200:], atol=tol)
+    cos, sin = model.rope_tables(S, D, 1e4, "cpu")
+    for at in (0, 1, 127, 128, 299):
+        a, b = (model.Cache(m, B, S) for _ in "ab")
+        a.keys.normal_(), a.values.normal_()
+        b.keys.copy_(a.keys), b.values.copy_(a.values)
+        a.at = b.at = torch.tensor([at])
+        b.mask = torch.arange(S) <= b.at.unsqueeze(1)
+        qkv = torch.randn(B, (H + 2 * KV) * D).to(dtype)
+        q, k, v = (t.view(B, 1, -1, D).transpose(1, 2)
+                   for t in qkv.split([H * D, KV * D, KV * D], 1))
+        q, k = (model.apply_rope(t, cos[b.at], sin[b.at]) for t in (q, k))
+        want = b.attend(q, k, v).transpose(1, 2).reshape(B, -1)
+        got = rope_attention(qkv, cos, sin, a)
+        assert torch.allclose(got, want, atol=tol), (H, KV, at, (got - want).abs().max())
+        assert torch.allclose(a.keys, b.keys, atol=tol) and torch.equal(a.values, b.values)
+m, x, logits = test_decode.make("joined"), test_decode.prompt(3), []
+def choose(y):
+    logits.append(y)
+    return y.argmax(-1, keepdim=True)
+choose.draw = lambda: None
+want = [t.clone() for t in model.decode(m, x, 6, choose)]
+model.has_kernels = lambda m: True                     # the whole step through fast_step
+got = [t.clone() for t in model.decode(m, x, 6, choose)]
+assert torch.equal(torch.cat(got, 1), torch.cat(want, 1))
+assert torch.allclose(torch.stack(logits[6:]), torch.stack(logits[:6]), atol=2e-5)
+"""
+
+def test_decoding_kernels_equal_the_operations_they_replace(tmp_path):
+    pytest.importorskip("triton")
+    code = KERNELS.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+@pytest.mark.parametrize("name, warps, sizes", [
+    ("_add_norm", 8, dict(ADD=True, BLOCK=4096)), ("_silu_mul", 2, dict(BLOCK=512)),
+    ("_rope_attention", 8, dict(H=32, KV=8, D=128, BLOCK=128))])
+def test_decoding_kernels_compile_for_an_h100_without_spilling(name, warps, sizes, tmp_path):
+    triton = pytest.importorskip("triton")
+    import kernels
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    kernel = getattr(kernels, name)
+    kinds = dict(weight="*fp32", cos="*fp32", sin="*fp32", at="*i64", C="i32", F="i32", S="i32",
+                 eps="fp32", scale="fp32") | dict.fromkeys(sizes, "constexpr")
+    code = triton.compile(ASTSource(kernel, {n: kinds.get(n, "*bf16") for n in kernel.arg_names},
+                                    sizes), target=GPUTarget("cuda", 90, 32),
+                          options=dict(num_warps=warps))
+    (tmp_path / "cubin").write_bytes(code.asm["cubin"])
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    use = subprocess.run([tool, "--dump-resource-usage", tmp_path / "cubin"], text=True, check=True,
+                         capture_output=True).stdout
+    assert "LOCAL:0" in use and "STACK:0" in use
+
+@pytest.mark.parametrize("bits", [16, 4, 2])
+def test_speed_of_random_weights_says_its_bytes(capsys, bits):
+    model.sample_checkpoint(["--size", "tiny", "--bits", str(bits), "--tokens", "5", "--device",
+                             "cpu", "--dtype", "float32"])
+    out = capsys.readouterr().out
+    weights = 3 * (4 * 256 * 256 + 3 * 256 * 768)
+    size = weights * 4 if bits == 16 else weights * bits / 8 + weights // 128 * 5
+    size += 4 * 32000 * 256 + 4 * 7 * 256 + 4 * 2 * 3 * 256 * (8 + 8 + 2)   # head, norms, cache
+    assert f"{size / 1e9:.3f} GB a token" in out and "tokens/s" in out
+
+@pytest.mark.parametrize("flags", [[], ["base.pt", "--size", "tiny"]])
+def test_sample_takes_a_checkpoint_or_a_size(flags):
+    with pytest.raises(UsageError, match="sample needs a checkpoint, or else --size"):
+        model.sample_checkpoint([*flags, "--device", "cpu"])
