@@ -1155,7 +1155,8 @@ def resume(model, optimizer, args, data, path):
     load_weights(model, content["model"], path)
     learn = [p for group in optimizer.param_groups for p in group["params"]]
     for i, state in content["optimizer"]["state"].items():
-        state.update({k: placed_like(t, learn[i]) for k, t in state.items() if t.dim()})
+        state.update({k: placed_like(t, learn[i]) for k, t in state.items()
+                      if torch.is_tensor(t) and t.dim()})
     optimizer.load_state_dict(content["optimizer"])
     say(f"resumed {path} at step {len(content['losses'])}/{args.steps}")
     return content["losses"], content["seconds"]

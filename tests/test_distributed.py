@@ -35,6 +35,7 @@ JOBS = {  # folder: script, flags. A larger --lr makes QuEST's codes flip by the
     "pvtune": ("pvtune", ["--bits", "2", "--variant", "pv", "--steps", "4", "--code-lr", "1",
                           "--tau", "0.05", "--model", "dense/base.pt"]),
 }
+TINY = model.Preset(2, 64, 4, 128, 2e-3, 400, 16, 1, 128)                  # smaller still
 CHILD = """
 import json, os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
@@ -45,13 +46,13 @@ test_distributed.child()
 """
 
 def command(script, flags, out):
-    """Run a script's main in this process, as from the command line, on a very small preset."""
-    model.PRESETS["tiny"] = model.Preset(2, 64, 4, 128, 2e-3, 400, 16, 1, 128)
+    """Run a script's main in this process, as from the command line."""
     sys.argv = [f"{script}.py", *SMALL, *flags, "--out", out]
     {"model": model, "quest": quest, "lrqat": lrqat, "pvtune": pvtune}[script].main()
 
 def child():
     """All that one rank does; what it saw goes to rank<r>.json."""
+    model.PRESETS["tiny"] = TINY
     rank, seen, tokenize, step = model.rank(), {"tokenized": 0}, model.tokenize, model.train_step
     def counted(*args):
         seen["tokenized"] += 1
@@ -111,6 +112,7 @@ def folder(tmp_path_factory):
         m.setenv("XDG_CACHE_HOME", str(home / "cache"))
         m.chdir(home / "b")
         m.setattr(sys, "argv", [])
+        m.setitem(model.PRESETS, "tiny", TINY)
         for name, (script, flags) in JOBS.items():
             if not name.endswith("-fsdp") or name == "tied-fsdp":
                 command(script, [f for f in flags if f != "--fsdp"], name)
