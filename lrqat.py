@@ -38,10 +38,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (PRESETS, LlamaConfig, LLaMA, Parser, RMSNorm, UsageError, add_flags, batch,
-                   evaluate, finish, header, load_base, load_checkpoint, number, resolve, run,
-                   save_checkpoint, say, settings, show, tensor_bytes, train, train_step,
-                   world_size)
+from model import (PRESETS, LLaMA, LlamaConfig, Parser, RMSNorm, UsageError, add_flags, batch,
+                   block_hessians, evaluate, finish, header, load_base, load_checkpoint, number,
+                   resolve, run, save_checkpoint, say, settings, show, tensor_bytes, train,
+                   train_step, world_size)
 from quantizers import EPS, QuantLinear, bits_per_weight, dequantize, gptq, rtn, unpack
 
 ALPHA = 32.0                         # the paper: 1, for 10,000 steps
@@ -265,21 +265,11 @@ def convert(model, arm, args, ranges=None):
 @torch.no_grad()
 def gptq_model(model, data, args):
     """GPTQ block by block, each on what the blocks before it, already quantized, feed it."""
-    hessians, bits, g = {}, args.bits, args.group_size
     x, _ = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)  # the calibration
-    def collect(m, inputs):
-        h = inputs[0].flatten(0, -2).float()                                       # (n, C)
-        hessians[m] = hessians.get(m, 0) + h.t() @ h                               # (C, C)
-    for i in range(model.config.n_layer):
-        block = [(name, m) for name, m in model.linears() if name.startswith(f"blocks.{i}.")]
-        for _, m in block:
-            m.register_forward_pre_hook(collect)       # goes when the linear is replaced
-        hessians.clear()
-        for part in x.split(16):
-            model(part)
-        for name, m in block:
-            codes = gptq(m.weight, hessians[m], bits, g, symmetric=bits > 2, mse=True)
-            model.set_submodule(name, QuantLinear.affine(*codes, bits, g))
+    for block in block_hessians(model, x):
+        for name, m, h in block:
+            codes = gptq(m.weight, h, args.bits, args.group_size, symmetric=args.bits > 2, mse=True)
+            model.set_submodule(name, QuantLinear.affine(*codes, args.bits, args.group_size))
     return model
 
 @torch.no_grad()

@@ -443,6 +443,27 @@ class LLaMA(nn.Module):
             idx = torch.cat((idx, token), dim=1)
         return idx
 
+@torch.no_grad()
+def block_hessians(model, idx):
+    """Yield, block by block, [(name, linear, sum of x x^T over its inputs x (C, C))].
+
+    idx (B, T): calibration windows. What was put into a linear's place before the next block is
+    asked for feeds that block: each is quantized on what the quantized ones before it give.
+    """
+    hessians = {}
+    def collect(m, inputs):
+        x = inputs[0].flatten(0, -2).float()                               # (n, C)
+        hessians[m] = hessians.get(m, 0) + x.t() @ x
+    for i in range(model.config.n_layer):
+        linears = [(n, m) for n, m in model.linears() if n.startswith(f"blocks.{i}.")]
+        hooks = [m.register_forward_pre_hook(collect) for _, m in linears]
+        hessians.clear()
+        for part in idx.split(16):
+            model(part)
+        for hook in hooks:
+            hook.remove()
+        yield [(name, m, hessians[m]) for name, m in linears]
+
 # ---- Generation, a token at a time ------------------------------------------------------------
 
 class Chooser:

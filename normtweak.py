@@ -35,8 +35,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (Parser, UsageError, add_flags, batch, evaluate, finish, header, load_base,
-                   load_checkpoint, number, progress, resolve, run, save_checkpoint, say, settings)
+from model import (Chooser, Parser, UsageError, add_flags, batch, decode, evaluate, finish, header,
+                   load_base, load_checkpoint, number, progress, resolve, run, save_checkpoint, say,
+                   settings)
 from quantizers import (QuantLinear, bits_per_weight, dequantize, fake_quant_tokens, full_float32,
                         gptq, rtn)
 
@@ -119,9 +120,14 @@ def calibration(model, data, args):
         return torch.randint(data.tokenizer.n_vocab, (n, args.seq_len), **draw)
     allowed = frequent_tokens(data).to(args.device)
     start = allowed[torch.randint(len(allowed), (n, 1), **draw)]           # (N, 1)
-    chunks = start.split(max(1, 2**12 // args.seq_len))                    # bounds the logits
-    return torch.cat([generate(model, ids, args.seq_len, data.tokenizer.eot_token, generator)
-                      for ids in progress(chunks, "calibration: generating")])
+    windows, end = [], data.tokenizer.eot_token
+    chunks = start.split(max(1, 2**14 // args.seq_len))                    # bounds the cache
+    for ids in chunks:
+        n = args.seq_len - 1
+        tokens = decode(model, ids, n, Writer(model, len(ids), end, generator))
+        rest = [next(tokens).clone() for _ in progress(range(n), "calibration: token")]
+        windows.append(torch.cat((ids, *rest), dim=1))                     # (N, T)
+    return torch.cat(windows)
 
 def frequent_tokens(data):
     """The fewest ids that make up START_SHARE of the training text; END is not one of them."""
@@ -131,21 +137,23 @@ def frequent_tokens(data):
     n = np.searchsorted(counts[order].cumsum(), START_SHARE * counts.sum()) + 1
     return torch.from_numpy(order[:n])
 
-@torch.no_grad()
-def generate(model, ids, n, end, generator):
-    """Continue (N, 1) start tokens to full length (N, n): GREEDY likeliest ones, then samples.
+class Writer(Chooser):
+    """The GREEDY likeliest tokens, then samples. END is never chosen, and ids stay ids: text would
+    be cut into other tokens on the way back."""
 
-    END is never chosen, and ids stay ids: text would be cut into other tokens on the way back.
-    """
-    while ids.size(1) < n:
-        logits = model(ids)[0][:, -1].float()                              # (N, vocab)
-        logits[:, end] = -torch.inf
-        values, tokens = logits.topk(min(TOP_K, logits.size(-1) - 1))      # (N, TOP_K)
-        choice = torch.multinomial(values.softmax(-1), 1, generator=generator)
-        if ids.size(1) <= GREEDY:
-            choice = torch.zeros_like(choice)
-        ids = torch.cat((ids, tokens.gather(1, choice)), dim=1)
-    return ids
+    def __init__(self, model, batch, end, generator):
+        super().__init__(model, batch, 1.0, TOP_K, generator)
+        self.end, self.written = end, 0
+
+    def draw(self):
+        self.written += 1
+        if self.written > GREEDY:                      # until then the noise is equal for all
+            super().draw()
+
+    def __call__(self, logits):
+        logits = logits.float().clone()                                    # (N, vocab)
+        logits[:, self.end] = -torch.inf
+        return super().__call__(logits)
 
 # ---- The hosts: RTN, GPTQ, and SmoothQuant in front of either. `windows` are the inputs (B, T, C)
 # of a block, which come from the quantized blocks before it; `tables` are the rotary ones.

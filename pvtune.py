@@ -37,9 +37,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (Parser, UsageError, add_flags, batch, evaluate, finish, from_rank_0, header,
-                   load_base, load_checkpoint, number, resolve, run, save_checkpoint, say, settings,
-                   show, train, world_size)
+from model import (Parser, UsageError, add_flags, batch, block_hessians, evaluate, finish,
+                   from_rank_0, header, load_base, load_checkpoint, number, resolve, run,
+                   save_checkpoint, say, settings, show, train, world_size)
 from quantizers import (QuantLinear, affine_codes, bits_per_weight, dequantize, full_float32, gptq,
                         rtn, vq_dequantize, vq_fit, vq_search, vq_sum)
 
@@ -455,34 +455,24 @@ class Distilled(nn.Module):
 @torch.no_grad()
 def fit(model, data, args):
     """Compress the linears in place, block by block, each on what the blocks before feed it."""
-    hessians, generator = {}, torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
     x, _ = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)          # calibration
-    def collect(m, inputs):
-        h = inputs[0].flatten(0, -2).float()                                       # (n, C)
-        hessians[m] = hessians.get(m, 0) + h.t() @ h                               # (C, C)
-    for i in range(model.config.n_layer):
-        block = [(name, m) for name, m in model.linears() if name.startswith(f"blocks.{i}.")]
-        hooks = [m.register_forward_pre_hook(collect) for _, m in block]
-        hessians.clear()
-        for part in x.split(16):
-            model(part)
+    for i, block in enumerate(block_hessians(model, x), 1):
         lost = []
-        for hook in hooks:
-            hook.remove()
-        for name, m in block:
+        for name, m, h in block:
             if args.scheme == "affine":
-                parts = gptq(m.weight, hessians[m], args.bits, args.group_size, mse=True)
+                parts = gptq(m.weight, h, args.bits, args.group_size, mse=True)
                 form = Grid(*(x[None] for x in parts), args.bits)
             else:
                 with torch.enable_grad():
-                    parts = vq_fit(m.weight, hessians[m], *parse_scheme(args.scheme),
+                    parts = vq_fit(m.weight, h, *parse_scheme(args.scheme),
                                    steps=5 if args.smoke else 25, generator=generator)
                 form = Codebooks(*(x[None] for x in parts))
-            error, h = form.dequantize()[0] - m.weight, hessians[m]
+            error = form.dequantize()[0] - m.weight
             lost.append(((error @ h * error).sum() / (m.weight @ h * m.weight).sum()).item())
             model.set_submodule(name, PVLinear(form))
-        say(f"block {i + 1}/{model.config.n_layer} | {args.scheme} | % of output lost "
-            + " | ".join(f"{n.rsplit('.', 1)[1]} {100 * e:.1f}" for (n, _), e in zip(block, lost)))
+        say(f"block {i}/{model.config.n_layer} | {args.scheme} | % of output lost "
+            + " | ".join(f"{n.rsplit('.', 1)[1]} {100 * e:.1f}" for (n, *_), e in zip(block, lost)))
     return model
 
 def nearest_rtn(model, bpw):
