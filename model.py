@@ -55,7 +55,7 @@ try:
 except ImportError:                                    # Windows: no lock on --out, no peak memory
     fcntl = resource = None
 
-from quantizers import QuantLinear, bits_per_weight, fake_quant_tokens
+from quantizers import TRITON, QuantLinear, bits_per_weight, fake_quant_tokens
 
 class UsageError(ValueError):
     """A mistake of the user's. The message is one line: the value, the limit and the fix."""
@@ -554,7 +554,7 @@ def has_kernels(model):
     """May fast_step compute a step?"""
     c = model.config
     joint = (m for block in model.blocks for m in (block.attn.wq, block.mlp.w_gate))
-    return (model.embed.weight.is_cuda and model.dtype != torch.float32
+    return (model.embed.weight.is_cuda and TRITON and model.dtype != torch.float32
             and c.a_bits == c.kv_bits == 16 and c.head_dim in (32, 64, 128, 256)
             and all(isinstance(m, Joined) for m in joint))
 
@@ -1388,6 +1388,7 @@ def finish(args, method, model, scores, result, **more):
            "bits_per_byte": scores["bits_per_byte"], "base_val_loss": None,
            "bytes_dense": 2 * params, "bytes_packed": packed, "params": params,
            "tokens": result["tokens"], "seconds": result["seconds"], "device": args.device,
+           "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
            "seed": args.seed, **more, "command": " ".join(["python", *sys.argv])}
     if rank():
         return

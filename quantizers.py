@@ -14,6 +14,7 @@ its code for the affine grid; AQLM (2401.06118) for the codebooks. Not here: any
 Shapes: O output channels, C input channels, g = group_size, G = C / g groups, ... any others.
 """
 import contextlib
+import importlib.util
 import math
 
 import torch
@@ -21,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 EPS = 1e-8  # the smallest clip: a row of zeros gets codes of about zero and a live gradient
+TRITON = importlib.util.find_spec("triton") is not None        # else kernels.py cannot be imported
 
 # ---- The Hadamard rotation (QuEST section 3.1) ----------------------------------------------
 # It spreads an outlier over its block. Rows become nearly Gaussian, and one clip fits them all.
@@ -279,7 +281,7 @@ def gptq(w, hessian, bits, group_size=-1, symmetric=False, mse=False, act_order=
     h.diagonal().add_(dead)
     u, w, q = inverse_factor(h, percdamp), w[:, order].masked_fill_(dead, 0), torch.empty_like(w)
     columns = _gptq_columns
-    if w.is_cuda and w.dtype == torch.float32:         # the same arithmetic, in one kernel
+    if w.is_cuda and w.dtype == torch.float32 and TRITON:      # the same arithmetic, in one kernel
         from kernels import gptq_columns as columns
     step = LAZY_BLOCK if static else max(n for n in range(1, LAZY_BLOCK + 1) if g % n == 0)
     for a in range(0, C, step):
@@ -617,7 +619,8 @@ class QuantLinear(nn.Module):
         s = self.spec
         if s["kind"] != "quest" and s["a_bits"] < 16:
             x = fake_quant_tokens(x, s["a_bits"])
-        if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and not x.requires_grad:
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        if x.is_cuda and half and not x.requires_grad and TRITON:
             y = self.kernel(x)
             if y is not None:
                 return y

@@ -35,12 +35,12 @@ import torch.nn as nn
 from model import (Parser, UsageError, add_flags, batch, evaluate, finish, header, load_checkpoint,
                    load_training_data, new_model, progress, resolve, run, sample_text,
                    save_checkpoint, say, settings, show, tensor_bytes, train, whole)
-from quantizers import (QuantLinear, bits_per_weight, clip_limit, code_linear, code_offset,
-                        hadamard_signs, keep_two_of_four, num_levels, quest_codes, rotate,
-                        trust_limit)
+from quantizers import (TRITON, QuantLinear, bits_per_weight, clip_limit, code_linear,
+                        code_offset, hadamard_signs, keep_two_of_four, num_levels, quest_codes,
+                        rotate, trust_limit)
 
-if torch.cuda.is_available():
-    import kernels                                     # needs Triton
+if torch.cuda.is_available() and TRITON:
+    import kernels
 
 BITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8, 16)
 # --quantizer: rotate?, and the largest |h| / scale that gets a gradient, from (bits, grid). The
@@ -209,7 +209,7 @@ class QuestLinear(nn.Module):
         """[linear(x) for each], quantizing x once."""
         (bits, a_bits, grid, quantizer), weights = linears[0].how, [m.weight for m in linears]
         flat = x.flatten(0, -2)                                                    # (B, C)
-        if (TRUST is None and (grid, quantizer) == ("uniform", "quest") and x.is_cuda
+        if (TRUST is None and (grid, quantizer) == ("uniform", "quest") and x.is_cuda and TRITON
                 and kernels.quest_fits(x, bits, a_bits)):
             ys = FusedQuest.apply(flat, bits, a_bits, *weights)
         else:
