@@ -869,11 +869,33 @@ def _humming(x, O, bits):
     layer.transform()
     return lambda: layer(x)
 
+def _quest(x, O, bits):
+    C, codes = x.size(1), functools.partial(torch.randint, 256, dtype=torch.uint8, device="cuda")
+    w = quest_operand(codes((O, C * bits // 8)), torch.rand(O, 1, device="cuda"), bits, C)
+    return lambda: quest_linear(x, w, bits, bits)      # with rotating and quantizing x
+
+def _codebooks(x, O):
+    codes = torch.randint(256, (O, x.size(1) // 8, 2), dtype=torch.uint8, device="cuda")
+    return codes, torch.randn(2, 256, 8, device="cuda").to(x.dtype), torch.rand(O, device="cuda")
+
+def _vq(x, O, bits):
+    codes, books, scales = _codebooks(x, O)
+    codes = codes.permute(2, 1, 0).contiguous()
+    return lambda: vq_matmul(x, codes, books, scales)
+
+def _aqlm(x, O, bits):
+    from aqlm.inference_kernels.triton_kernel import triton_matmul
+    codes, books, scales = _codebooks(x.half(), O)
+    books, scales, x = books.unsqueeze(2), scales.half().view(-1, 1, 1, 1), x.half()
+    return lambda: triton_matmul(x, codes.view(torch.int8), books, scales, None)
+
 CANDIDATES = [  # name, function, bits, most tokens; cuBLAS is first, the others are ratios to it
     ("cuBLAS", _cublas, (16,), math.inf), ("lowbit_matmul", _lowbit, (1, 2, 3, 4, 8), math.inf),
+    ("quest_linear", _quest, (4, 8), math.inf), ("vq_matmul", _vq, (2,), 4),
     ("tinygemm", _tinygemm, (4,), 512), ("_int_mm", _int_mm, (8,), math.inf),
     ("_scaled_mm", _scaled_mm, (8,), math.inf), ("gemlite", _gemlite, (1, 2, 4), 512),
-    ("humming", _humming, (1, 2, 3, 4, 8), 512)]
+    ("humming", _humming, (1, 2, 3, 4, 8), 512), ("aqlm", _aqlm, (2,), 4)]
+GROUPED = ("lowbit_matmul", "tinygemm", "gemlite", "humming")          # a scale and a zero a group
 
 def graph_us(calls, replays=20):
     """Microseconds a call: the median replay of a CUDA graph of 20 calls or more, in turn."""
@@ -920,7 +942,7 @@ def main():
         if name in missing:
             continue
         x = torch.randn(M, C, device="cuda", dtype=torch.bfloat16)
-        size = O * C * bits // 8 + (O * C // 32 if bits < 16 else 0)   # a scale and a zero a group
+        size = O * C * bits // 8 + (O * C // 32 if name in GROUPED else 0)
         copies = math.ceil(200e6 / size)               # four times the L2
         try:
             us = graph_us([make(x, O, bits) for _ in range(max(copies, 2))])
@@ -943,6 +965,11 @@ def main():
         if args.out:
             with open(args.out, "a") as file:
                 print(json.dumps(rows[-1]), file=file)
+    for T, C in ((512, 4096), (4096, 4096), (4096, 14336)) if not args.only else ():
+        x = torch.randn(math.ceil(1e8 / T / C), T, C, device="cuda").bfloat16()
+        us = graph_us([functools.partial(hadamard_quantize, part, 4) for part in x])
+        floor = T * C * 3 / copy / 1e6                 # two bytes in, one out
+        say(f"hadamard_quantize {T} x {C} | {us:.1f} us, {us / floor:.2f} x its bytes' {floor:.1f}")
     if args.plot:
         plot(rows, args.plot)
 
