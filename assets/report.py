@@ -6,9 +6,9 @@
 Every script appends one JSON line a run to OUT/results.jsonl. Here the runs that differ by nothing
 but the seed become one line: mean and standard deviation over seeds, and the paired difference to
 the dense runs of the same seeds, size and tokens. normtweak.jsonl holds one line for each quantized
-model, without and with the tweak; its table pairs them by calibration seed. lrqat.jsonl: one line an
-arm, rate and seed, the arm's rate chosen by the mean loss on the dev split. pvtune.jsonl: one line
-an arm, also those of the search for rates on the dev split. The figure needs matplotlib.
+model, without and with the tweak; its table pairs them by calibration seed. lrqat.jsonl: one line
+an arm, rate and seed, the arm's rate chosen by the mean loss on the dev split. pvtune.jsonl: one
+line an arm, also those of the search for rates on the dev split. The figure needs matplotlib.
 """
 import collections
 import json
@@ -108,7 +108,8 @@ def print_lrqat(rows):
         losses = [mean((bits, "LR-QAT", how, 0.01), "val_loss") for bits in (2, 3, 4)]
         print(f"| {' | '.join(map(str, how))} | " +
               " | ".join(f"{m:.4f} ± {d:.4f}" for m, d in losses) + " |")
-    print("\n| 7B, 1 x 1024 tokens | phi | blocks again | peak GiB | tokens/s |\n" + "|---" * 5 + "|")
+    print("\n| 7B, 1 x 1024 tokens | phi | blocks again | peak GiB | tokens/s |")
+    print("|---" * 5 + "|")
     for r in (r for r in rows if r["part"] == "memory"):
         peak = f"{r['peak'] / 2**30:.2f}" if r["fits"] else "more than 79"
         print(f"| {r['arm']} | {r['phi'] if r['arm'] == 'LR-QAT' else ''} | "

@@ -23,6 +23,7 @@ import model
 import normtweak
 import pvtune
 import quest
+from conftest import call
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = {"model.py": model, "quest.py": quest}
@@ -31,17 +32,6 @@ TEXT = "".join(f"def f{i}(x): return {'self index value'.split()[i % 3]} + {i * 
                for i in range(800))
 KEYS = """method w_bits a_bits bpw group_size val_loss val_ppl bits_per_byte base_val_loss
           bytes_dense bytes_packed params tokens seconds device seed command""".split()
-
-def call(capsys, command):
-    """Run a command line in this process -> (status, stdout, stderr)."""
-    sys.argv = shlex.split(command)
-    status = 0
-    capsys.readouterr()
-    try:
-        model.run(SCRIPTS[sys.argv[0]].main)
-    except SystemExit as e:
-        status = e.code
-    return status, *capsys.readouterr()
 
 @pytest.fixture(scope="module", autouse=True)
 def small_and_offline(tmp_path_factory):

@@ -23,6 +23,7 @@ import lrqat
 import model
 import normtweak
 import quest
+from conftest import call
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = {"model.py": model, "quest.py": quest, "normtweak.py": normtweak, "lrqat.py": lrqat}
@@ -56,17 +57,6 @@ def work(tmp_path, monkeypatch):
     new_process()
     for child in CHILDREN:
         child.kill()
-
-def call(capsys, command):
-    """Run a command line in this process -> (status, stdout, stderr)."""
-    sys.argv = shlex.split(command)
-    status = 0
-    capsys.readouterr()
-    try:
-        model.run(SCRIPTS[sys.argv[0]].main)
-    except SystemExit as e:
-        status = e.code
-    return status, *capsys.readouterr()
 
 def check_refused(result, *names):
     status, _, err = result

@@ -6,24 +6,21 @@ where the packages safetensors, tokenizers and transformers are not installed.
 """
 import json
 import pathlib
-import shlex
 import shutil
 import sys
 
 import pytest
 import torch
 
-import lrqat
 import model
 import normtweak
-import quest
+from conftest import call
 from model import LLaMA, UsageError
 from quantizers import QuantLinear, quest_fake_quant, rotate, rtn
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
-SCRIPTS = {"model.py": model, "quest.py": quest, "normtweak.py": normtweak, "lrqat.py": lrqat}
 LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0,
               high_freq_factor=4.0, original_max_position_embeddings=64)
 SHAPE = dict(vocab_size=300, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
@@ -93,17 +90,6 @@ def ids(m, *shape):
 def close(got, want, tolerance=1e-4):
     assert ((got - want).norm() / want.norm()).item() < tolerance
     assert ((got - want).abs().max() / want.abs().max()).item() < tolerance
-
-def call(capsys, command):
-    """Run a command line in this process -> (status, stdout, stderr)."""
-    sys.argv = shlex.split(command)
-    status = 0
-    capsys.readouterr()
-    try:
-        model.run(SCRIPTS[sys.argv[0]].main)
-    except SystemExit as e:
-        status = e.code
-    return status, *capsys.readouterr()
 
 def edit(path, **changes):
     """Change entries of a JSON file; None takes one away."""
