@@ -1,6 +1,6 @@
-"""The tables and the figure of the README from result rows.
+"""The tables and the figures of the README from result rows.
 
-    python assets/report.py                        # the committed rows: tables and figure
+    python assets/report.py                        # the committed rows: tables and figures
     python assets/report.py out/results.jsonl      # the rows of your own runs
 
 Every script appends one JSON line a run to OUT/results.jsonl. Here the runs that differ by nothing
@@ -8,7 +8,7 @@ but the seed become one line: mean and standard deviation over seeds, and the pa
 the dense runs of the same seeds, size and tokens. normtweak.jsonl holds one line for each quantized
 model, without and with the tweak; its table pairs them by calibration seed. lrqat.jsonl: one line
 an arm, rate and seed, the arm's rate chosen by the mean loss on the dev split. pvtune.jsonl: one
-line an arm, also those of the search for rates on the dev split. The figure needs matplotlib.
+line an arm, also those of the search for rates on the dev split. The figures need matplotlib.
 """
 import collections
 import json
@@ -176,6 +176,35 @@ def draw_quest(table, path):
     fig.savefig(path)
     print(f"drawn: {path}")
 
+def draw_memory(rows, path):
+    """Where the memory of a 7B training step goes, by component, blocks computed again."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    parts = {"frozen weights": "#0b6e4f", "adapters": "#3a86c8", "gradients": "#e69f00",
+             "optimizer": "#d1495b", "activations": "#8d6cab", "temporaries": "#999999"}
+    rows = [r for r in rows if r["part"] == "memory" and r["lean"]]
+    names = [f"{r['arm']}, phi {r['phi']}" if r["arm"] == "LR-QAT" else
+             "dense training" if r["arm"].startswith("dense") else r["arm"] for r in rows]
+    fig, ax = plt.subplots(figsize=(7.2, 3.0), dpi=160)
+    left = [0.0] * len(rows)
+    for part, color in parts.items():
+        sizes = [r[part] / 2**30 for r in rows]
+        ax.barh(names, sizes, left=left, color=color, height=0.7,
+                label="weights that train" if part == "adapters" else part)
+        left = [a + b for a, b in zip(left, sizes)]
+    for name, end, row in zip(names, left, rows):
+        ax.text(end + 0.5, name, f"{row['peak'] / 2**30:.1f}", va="center", fontsize=8)
+    ax.axvline(8, color="black", lw=0.8, ls=":")
+    ax.invert_yaxis()
+    ax.set_xlim(0, 60)
+    ax.set_xlabel("GiB at the peak of a step, 1 x 1024 tokens; dotted: a card of 8 GB")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, loc="upper right")
+    fig.tight_layout()
+    fig.savefig(path)
+    print(f"drawn: {path}")
+
 def main():
     paths = sys.argv[1:] or [HERE / "results.jsonl"]
     missing = [p for p in paths if not pathlib.Path(p).exists()]
@@ -190,6 +219,7 @@ def main():
         print_pv(read_rows([HERE / "pvtune.jsonl"]))
         try:
             draw_quest(table, HERE / "quest.png")
+            draw_memory(read_rows([HERE / "lrqat.jsonl"]), HERE / "memory.png")
         except ModuleNotFoundError:
             print("matplotlib is not installed (pip install -e '.[plot]'): no figures drawn")
 
