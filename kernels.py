@@ -439,7 +439,7 @@ def _mask(bits):                                       # of one field, in both h
     return (2 ** (2 if bits == 3 else bits) - 1) * 0x10001
 
 def _zero_tickets(n, device):
-    """n zeros, which `_tile` leaves as zeros: kept for each stream, but not from within a graph."""
+    """n zeros, which a kernel leaves as zeros: kept for each stream, but not from within a graph."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(n, dtype=torch.int32, device=device)
     key = torch.cuda.current_stream(device)
@@ -712,7 +712,6 @@ def _vq_matvec(x, codes, books, scales, table, parts, tickets, y, tokens, N, G: 
 
 # (outputs a program, programs in all, tables a step, warps), the fastest measured of seven
 VQ_TILE = (512, 264, 16, 4)
-_TICKETS = {}  # zeros, which every call leaves as zeros
 
 def vq_matmul(x, codes, codebooks, scales):
     """x (B, 8 G) times a weight of additive codebooks -> (B, N), in x's dtype.
@@ -727,12 +726,11 @@ def vq_matmul(x, codes, codebooks, scales):
     BN, programs, R, warps = VQ_TILE
     BG, tiles = R // triton.next_power_of_2(B), triton.cdiv(N, BN)
     SPLIT = math.gcd(G // BG, triton.next_power_of_2(max(1, programs // tiles)))
-    if x.device not in _TICKETS:
-        _TICKETS[x.device] = torch.zeros(4096, dtype=torch.int32, device=x.device)
     table = x.new_empty(tiles * SPLIT * R * 256)
     parts, y = scales.new_empty(SPLIT * B * N), x.new_empty(B, N)
     _vq_matvec[tiles, SPLIT](x.contiguous(), codes, codebooks, scales, table, parts,
-                             _TICKETS[x.device], y, B, N, G, M, BG, BN, SPLIT, R, num_warps=warps)
+                             _zero_tickets(tiles, x.device), y, B, N, G, M, BG, BN, SPLIT, R,
+                             num_warps=warps)
     return y
 
 def vq_matmul_reference(x, codes, codebooks, scales):

@@ -26,7 +26,6 @@ Printed: learn, parameters that learn. recovered, the share of the loss between 
 training of the same length that an arm wins back. flipped, integers that A B moved to other codes.
 Shapes: W (O, C) weights, A (O, r), B (r, C), G = C / g groups of inputs, s and z (O, G).
 """
-import argparse
 import copy
 import math
 import os

@@ -1056,6 +1056,12 @@ def write_hf(folder, model, spec):
 
 # ---- Training: one recipe for the dense model and for QuEST -----------------------------------
 
+def kl_loss(teacher, student):
+    """KL(teacher || student) of logits (..., vocab), mean over tokens. The gradient of equal
+    logits is exactly zero, so that Adam does not blow noise up."""
+    log_p = teacher - teacher.logsumexp(-1, keepdim=True)
+    return (student.logsumexp(-1) + (log_p.exp() * (log_p - student)).sum(-1)).mean()
+
 def learning_rate(step, steps, peak):
     """Cosine up from peak/100 over the first tenth of the steps, then cosine down to peak/10."""
     warm = max(1, round(0.1 * steps))

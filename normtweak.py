@@ -4,7 +4,7 @@
     python normtweak.py --bits 2 --smoke        # every line of it in a few seconds
     python normtweak.py --bits 4 --a-bits 8     # activations too, with SmoothQuant folded in
     python normtweak.py --model out/gptq-w2.pt --teacher out/base.pt    # codes that exist already
-    python normtweak.py --model DIR --host gptq --bits 3 --group-size 64 --seq-len 128 --calib data
+    python normtweak.py --model DIR --host gptq --bits 3 --group-size 64 --seq-len 128
                                                 # a Hugging Face folder, one block in float at once
 
 The idea:
@@ -36,8 +36,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import (Chooser, Parser, UsageError, add_flags, batch, decode, evaluate, finish, header,
-                   load_base, load_checkpoint, number, progress, resolve, run, save_checkpoint, say,
-                   settings)
+                   kl_loss, load_base, load_checkpoint, number, progress, resolve, run,
+                   save_checkpoint, say, settings)
 from quantizers import (QuantLinear, bits_per_weight, dequantize, fake_quant_tokens, full_float32,
                         gptq, rtn)
 
@@ -98,11 +98,6 @@ def code_loss(f, q):
     f, q = f.flatten(0, -2), q.flatten(0, -2)
     std_f, std_q = (f.var(0) + 1e-6).sqrt(), (q.var(0) + 1e-6).sqrt()      # finite slope at 0
     return (f.mean(0) - q.mean(0)).square().sum() + (std_f - std_q).square().sum()
-
-def kl_loss(f, q):
-    """KL(softmax f || softmax q) over the channels of a token, mean over tokens."""
-    log_f = f - f.logsumexp(-1, keepdim=True)
-    return (q.logsumexp(-1) + (log_f.exp() * (log_f - q)).sum(-1)).mean()
 
 LOSSES = {"paper": channel_loss, "code": code_loss, "kl": kl_loss,
           "mse": lambda f, q: F.mse_loss(q, f)}

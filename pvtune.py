@@ -38,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import (Parser, UsageError, add_flags, batch, block_hessians, evaluate, finish,
-                   from_rank_0, header, load_base, load_checkpoint, number, resolve, run,
+                   from_rank_0, header, kl_loss, load_base, load_checkpoint, number, resolve, run,
                    save_checkpoint, say, settings, show, train, world_size)
 from quantizers import (QuantLinear, affine_codes, bits_per_weight, dequantize, full_float32, gptq,
                         rtn, vq_dequantize, vq_fit, vq_search, vq_sum)
@@ -411,12 +411,6 @@ class PVLinear(nn.Module):
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
-
-def kl_loss(teacher, student):
-    """KL(teacher || student) of logits (..., vocab), mean over tokens. The gradient of equal
-    logits is exactly zero, so that Adam does not blow noise up."""
-    log_p = teacher - teacher.logsumexp(-1, keepdim=True)
-    return (student.logsumexp(-1) + (log_p.exp() * (log_p - student)).sum(-1)).mean()
 
 class Distilled(nn.Module):
     """The student with the teacher's loss while gradients are on, with its own text's otherwise.
