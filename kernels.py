@@ -439,7 +439,7 @@ def _mask(bits):                                       # of one field, in both h
     return (2 ** (2 if bits == 3 else bits) - 1) * 0x10001
 
 def _zero_tickets(n, device):
-    """n zeros, which a kernel leaves as zeros: kept for each stream, but not from within a graph."""
+    """n zeros, which a kernel leaves as zeros: one store a stream, none from within a graph."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(n, dtype=torch.int32, device=device)
     key = torch.cuda.current_stream(device)
