@@ -37,8 +37,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (PRESETS, LLaMA, LlamaConfig, Parser, RMSNorm, UsageError, add_flags, batch,
-                   block_hessians, evaluate, finish, header, load_base, load_checkpoint, number,
+from model import (PRESETS, LLaMA, LlamaConfig, Parser, RMSNorm, UsageError, add_flags, arm_row,
+                   batch, block_hessians, evaluate, finish, header, load_base, load_checkpoint, number,
                    resolve, run, save_checkpoint, say, settings, show, tensor_bytes, train,
                    train_step, world_size)
 from quantizers import EPS, QuantLinear, bits_per_weight, dequantize, gptq, rtn, unpack
@@ -293,8 +293,10 @@ def compare(args):
     rows, path = {}, os.path.join(args.out, name)
     for arm in ARMS:
         torch.manual_seed(args.seed)
-        model, result = convert(copy.deepcopy(base), arm, args, ranges), {"seconds": 0.0}
+        start, result = time.time(), {"seconds": 0.0}
+        model = convert(copy.deepcopy(base), arm, args, ranges)
         model = gptq_model(model, data, args) if arm == "GPTQ" else model
+        seconds = time.time() - start
         learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if learn:
             say(f"--- {arm}: {learn} parameters learn")
@@ -303,12 +305,15 @@ def compare(args):
             result = train(model, data, own, state, lambda: flipped(model),
                            make_optimizer(model, args.lr))
         scores = evaluate(model.eval(), data.val, args.seq_len, data.tokenizer)
-        rows[arm] = scores["loss"], learn, result["seconds"]
+        bpw = 16.0 if arm.startswith("dense") else None                    # of all others: below
+        rows[arm] = arm_row(scores, bpw, seconds + result["seconds"], learn=learn)
         say(f"{arm} | {show(scores)}")
     say(f"\n{len(data.val) - 1:>7} val tokens     |   learn | val loss | recovered | seconds")
-    for arm, (loss, learn, seconds) in rows.items():   # recovered: of what RTN lost
-        share = (rows["RTN"][0] - loss) / (rows["RTN"][0] - rows["dense, longer"][0] or math.nan)
-        say(f"{arm:22} | {learn:7d} | {loss:8.4f} | {100 * share:8.1f}% | {seconds:7.1f}")
+    worst, best = rows["RTN"]["val_loss"], rows["dense, longer"]["val_loss"]
+    for arm, row in rows.items():                      # recovered: of what RTN lost
+        share = (worst - row["val_loss"]) / (worst - best or math.nan)
+        say(f"{arm:22} | {row['learn']:7d} | {row['val_loss']:8.4f} | {100 * share:8.1f}% | "
+            f"{row['seconds']:7.1f}")
     pack_result(args, model, data, path + ".pt", rows, result)
 
 def pack_result(args, model, data, path, rows, result):
@@ -323,11 +328,12 @@ def pack_result(args, model, data, path, rows, result):
     scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
     bpw, weights = bits_per_weight(model)
     say(f"\nmerged | {show(scores)} | {differ} of {weights} integers differ, loss by "
-        f"{abs(scores['loss'] - rows['LR-QAT'][0]):.1e} | {bpw:.3f} bits per weight | {path}")
+        f"{abs(scores['loss'] - rows['LR-QAT']['val_loss']):.1e} | {bpw:.3f} bits per weight | "
+        f"{path}")
     finish(args, "lrqat", model, scores, result, w_bits=args.bits, a_bits=args.a_bits,
            kv_bits=args.kv_bits, group_size=args.group_size, phi=args.phi, rank=args.rank,
-           init=args.init, base_val_loss=rows["dense"][0],
-           arms={arm: round(row[0], 6) for arm, row in rows.items()})
+           init=args.init, lr=args.lr, base_val_loss=rows["dense"]["val_loss"],
+           arms={arm: row | {"bpw": row["bpw"] or bpw} for arm, row in rows.items()})
 
 # ---- Memory -----------------------------------------------------------------------------------
 

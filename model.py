@@ -202,6 +202,10 @@ Preset = collections.namedtuple(
     "Preset", "n_layer n_embd n_head n_hidden  lr  steps  batch_size accumulate seq_len")
 PRESETS = {  # 30M to 800M: QuEST's shapes, peak learning rates and steps of 512 x 512 tokens
     "tiny": Preset(3, 256, 4, 768, 2e-3, 400, 16, 1, 128),
+    "0.4M": Preset(2, 128, 2, 384, 4e-3, 1052, 64, 1, 256),      # to 3.4M: for the scaling law,
+    "0.9M": Preset(4, 128, 2, 384, 4e-3, 1702, 64, 1, 256),      # 25 tokens a parameter at the
+    "1.7M": Preset(2, 256, 4, 768, 4e-3, 1701, 128, 1, 256),     # default vocabulary
+    "3.4M": Preset(4, 256, 4, 768, 4e-3, 3001, 128, 1, 256),
     "30M": Preset(6, 640, 5, 1792, 1.2e-3, 11444, 512, 8, 512),
     "50M": Preset(7, 768, 6, 2048, 1.2e-3, 19073, 512, 8, 512),
     "100M": Preset(8, 1024, 8, 2816, 6e-4, 38146, 512, 16, 512),
@@ -1394,11 +1398,11 @@ def finish(args, method, model, scores, result, **more):
            "bits_per_byte": scores["bits_per_byte"], "base_val_loss": None,
            "bytes_dense": 2 * params, "bytes_packed": packed, "params": params,
            "tokens": result["tokens"], "seconds": result["seconds"], "device": args.device,
-           "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
+           "peak_bytes": peak_bytes(),
            "seed": args.seed, **more, "command": " ".join(["python", *sys.argv])}
     if rank():
         return
-    line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
+    line = json.dumps(rounded(row))
     path = os.path.join(args.out, "results.jsonl")
     try:
         with open(path, "a") as f:
@@ -1406,6 +1410,24 @@ def finish(args, method, model, scores, result, **more):
     except OSError as e:
         raise UsageError(f"cannot write {path}: {e.strerror}; the row: {line}") from None
     say(line)
+
+def peak_bytes():
+    """The most bytes on the GPU since the last call; None where there is none."""
+    if not torch.cuda.is_initialized():
+        return None
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+def arm_row(scores, bpw, seconds, **more):
+    """What a row of results keeps of each arm that the run compared."""
+    return {"val_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"], "bpw": bpw,
+            "seconds": seconds, "peak_bytes": peak_bytes(), **more}
+
+def rounded(x):
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    return round(x, 6) if isinstance(x, float) else x
 
 def show(scores):
     return (f"val loss {scores['loss']:.4f} nats/token | ppl {scores['ppl']:.2f} | "

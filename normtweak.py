@@ -35,8 +35,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (Chooser, Parser, UsageError, add_flags, batch, decode, evaluate, finish, header,
-                   kl_loss, load_base, load_checkpoint, number, progress, resolve, run,
+from model import (Chooser, Parser, UsageError, add_flags, arm_row, batch, decode, evaluate,
+                   finish, header, kl_loss, load_base, load_checkpoint, number, progress, resolve, run,
                    save_checkpoint, say, settings)
 from quantizers import (QuantLinear, bits_per_weight, dequantize, fake_quant_tokens, full_float32,
                         gptq, rtn)
@@ -352,7 +352,7 @@ def main():
         say(f"warning: {ids.numel()} calibration tokens cannot tell {teacher.config.n_hidden} "
             "inputs of a layer apart; give more with --steps")
     base = evaluate(teacher, data.val, args.seq_len, data.tokenizer)
-    values, rows = {"dense": round(base["loss"], 6)}, [line("dense", base, 16)]
+    arms, rows = {"dense": arm_row(base, 16.0, 0.0)}, [line("dense", base, 16)]
     for host in ("packed",) if student else (args.host,) if args.host else ("rtn", "gptq"):
         for tweak in (False, True):
             name, begin = host + "-tweak" * tweak, time.time()
@@ -365,14 +365,14 @@ def main():
                             tokenizer=data.spec, data=data.digest)
             scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
             say(f"{name} | val loss {scores['loss']:.4f} | {seconds:.1f} s | saved {path}")
-            values[name] = round(scores["loss"], 6)
+            arms[name] = arm_row(scores, bpw, seconds)
             rows.append(line(name, scores, bpw, seconds, losses))
     say("method       | val loss |     ppl |   bpw | seconds | channel loss of each block\n"
         + "\n".join(rows))
     finish(args, "normtweak", model, scores, {"tokens": ids.numel(), "seconds": seconds},
            w_bits=args.bits, a_bits=args.a_bits, group_size=args.group_size,
-           base_val_loss=base["loss"], val_losses=values, symmetric=args.symmetric,
-           solver=args.solver, loss=args.loss, calib=args.calib)
+           base_val_loss=base["loss"], symmetric=args.symmetric, solver=args.solver,
+           loss=args.loss, calib=args.calib, lr=args.lr, arms=arms)
 
 def line(name, scores, bpw, seconds=0.0, losses=()):
     """One row of the final table."""

@@ -37,8 +37,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (Parser, UsageError, add_flags, batch, block_hessians, evaluate, finish,
-                   from_rank_0, header, kl_loss, load_base, load_checkpoint, number, resolve, run,
+from model import (Parser, UsageError, add_flags, arm_row, batch, block_hessians, evaluate,
+                   finish, from_rank_0, header, kl_loss, load_base, load_checkpoint, number, resolve, run,
                    save_checkpoint, say, settings, show, train, world_size)
 from quantizers import (QuantLinear, affine_codes, bits_per_weight, dequantize, full_float32, gptq,
                         rtn, vq_dequantize, vq_fit, vq_search, vq_sum)
@@ -505,15 +505,15 @@ def compare(args):
     bpw = bits_per_weight(Distilled(copy.deepcopy(fitted), base).pack())[0]
     def score(arm, model, bits, optimizer=None, seconds=0.0):
         scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
-        rows[arm] = {"loss": scores["loss"], "bpw": bits, "seconds": seconds}
+        rows[arm] = arm_row(scores, bits, seconds)
         if optimizer and optimizer.how:
             changed, (allowed, groups) = optimizer.changed(), optimizer.allowed()
             rows[arm] |= {"changed": changed / groups, "budget": changed / allowed / args.steps}
         say(f"{arm} | {show(scores)}")
         return scores
     score("dense", base, 16.0)
-    rounded = nearest_rtn(base, bpw)
-    score("RTN", rounded, bits_per_weight(rounded)[0])
+    start, rtn_model = time.time(), nearest_rtn(base, bpw)
+    score("RTN", rtn_model, bits_per_weight(rtn_model)[0], seconds=time.time() - start)
     score("as fitted", fitted, bpw, seconds=seconds)
     for variant in [args.variant] if args.variant else ["p", "ste", "pv"]:
         say(f"--- {NAMES[variant]}")
@@ -533,18 +533,17 @@ def compare(args):
     say(f"packed | {show(scores)} | differs from live by {abs(scores['loss'] - live['loss']):.1e} "
         f"| {bpw:.3f} bits per weight | {path}")
     finish(args, "pvtune", packed, scores, result, w_bits=bits, group_size=args.group_size,
-           scheme=args.scheme, variant=variant, rank=args.rank, tau=args.tau,
-           base_val_loss=rows["dense"]["loss"], arms={
-               arm: {k: round(v, 6) for k, v in row.items()} for arm, row in rows.items()})
+           scheme=args.scheme, variant=variant, rank=args.rank, tau=args.tau, lr=args.lr,
+           code_lr=args.code_lr, base_val_loss=rows["dense"]["val_loss"], arms=rows)
 
 def print_table(rows, tokens):
-    dense, fitted = rows["dense"]["loss"], rows["as fitted"]["loss"]
+    dense, fitted = rows["dense"]["val_loss"], rows["as fitted"]["val_loss"]
     say(f"\n{tokens:>7} val tokens     | val loss | recovered |   bpw | changed | budget | seconds")
     for arm, row in rows.items():
-        share = (fitted - row["loss"]) / (fitted - dense) if fitted != dense else math.nan
+        share = (fitted - row["val_loss"]) / (fitted - dense or math.nan)
         codes = (f"{100 * row['changed']:6.1f}% | {100 * row['budget']:5.1f}%"
                  if "changed" in row else "      - |      -")
-        say(f"{arm:22} | {row['loss']:8.4f} | {100 * share:8.1f}% | {row['bpw']:5.2f} | {codes} | "
+        say(f"{arm:22} | {row['val_loss']:8.4f} | {100 * share:8.1f}% | {row['bpw']:5.2f} | {codes} | "
             f"{row['seconds']:7.1f}")
     say("")
 

@@ -412,8 +412,13 @@ def report(args, model, data, path, scores, result, base, params):
     text = sample_text(model, data.tokenizer, prompt, 200, args.seed)
     say(f"--- 200 tokens after {prompt!r}, from the packed weights ---\n{text}\n---")
     finish(args, args.quantizer if weights else "dense", model, reloaded, result,
-           w_bits=args.bits, a_bits=args.a_bits, grid=args.grid, size=args.size,
-           linear_params=linear, base_val_loss=base)
+           w_bits=args.bits, a_bits=args.a_bits, grid=args.grid, size=args.size, lr=args.lr,
+           linear_params=linear, base_val_loss=base, curve=curve(result["losses"]))
+
+def curve(losses, points=40):
+    """The training loss over the run: means of equal parts of the steps."""
+    parts = torch.tensor(losses).tensor_split(min(points, len(losses)))
+    return [round(part.mean().item(), 4) for part in parts]
 
 if __name__ == "__main__":
     run(main)

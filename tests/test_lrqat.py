@@ -647,7 +647,10 @@ def test_script_compares_all_arms_packs_and_resumes(tmp_path, monkeypatch, capsy
         out = capsys.readouterr().out
         assert "merged" in out and " 0 of 17408 integers differ, loss by 0.0e+00" in out
         rows.append(json.loads(out.strip().splitlines()[-1]))
-    assert list(rows[0]["arms"]) == list(lrqat.ARMS) and rows[0]["arms"] == rows[1]["arms"]
+    first, again = ({arm: row["val_loss"] for arm, row in r["arms"].items()} for r in rows)
+    assert list(first) == list(lrqat.ARMS) and first == again
+    packed = {row["bpw"] for arm, row in rows[0]["arms"].items() if not arm.startswith("dense")}
+    assert packed == {rows[0]["bpw"]}
     assert len(hessians) == 2 * 14 and set(hessians) == {((32, 32), True), ((48, 48), True)}
     assert "resumed" in out and out.count("predicted") == 6
     m, content = trunk.load_checkpoint(str(tmp_path / "lrqat-w2a8.pt"))

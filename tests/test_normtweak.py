@@ -445,13 +445,13 @@ def test_saved_checkpoints_evaluate_to_the_reported_loss(
                "--seq-len", 24, *extra)
     row = json.loads(out.splitlines()[-1])
     assert row == json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
-    assert list(row["val_losses"]) == ["dense", "rtn", "rtn-tweak", "gptq", "gptq-tweak"]
-    assert row["base_val_loss"] == row["val_losses"]["dense"]
-    for name, loss in list(row["val_losses"].items())[1:]:
+    assert list(row["arms"]) == ["dense", "rtn", "rtn-tweak", "gptq", "gptq-tweak"]
+    assert row["base_val_loss"] == row["arms"]["dense"]["val_loss"]
+    for name, arm in list(row["arms"].items())[1:]:
         path = tmp_path / f"{name}-w{extra[1]}.pt"
         line = call(monkeypatch, capsys,
                     lambda: trunk.eval_checkpoint([str(path), "--seq-len", "24"]))
-        assert float(line.split("loss ")[-1]) == pytest.approx(loss, abs=1e-4)
+        assert float(line.split("loss ")[-1]) == pytest.approx(arm["val_loss"], abs=1e-4)
     table = [line for line in out.splitlines() if re.match(r"[\w-]+ +\| +\d\.\d{4} \|", line)]
     assert len(table) == 5 and table[-1].count("->") == 3
 
@@ -461,7 +461,7 @@ def test_a_packed_model_keeps_its_codes(base, tmp_path, monkeypatch, capsys):
     out = call(monkeypatch, capsys, nt.main, "--model", tmp_path / "rtn-w2.pt", "--teacher", base,
                *common)
     row = json.loads(out.splitlines()[-1])
-    assert list(row["val_losses"]) == ["dense", "packed", "packed-tweak"]
+    assert list(row["arms"]) == ["dense", "packed", "packed-tweak"]
     assert (row["w_bits"], row["group_size"]) == (2, 16)
     load = lambda name: trunk.load_checkpoint(str(tmp_path / name))[0]
     assert not different(load("packed-w2.pt"), load("rtn-w2.pt"))

@@ -795,7 +795,7 @@ def test_main_job_compares_packs_and_resumes(work, capsys, monkeypatch, flags, n
     assert "codes " in out and "trust " in out and "eta " in out
     whole, (out, again) = trunk.read_checkpoint(str(work / f"{name}.pt"))["model"], script(
         work, capsys, monkeypatch, flags + " --resume")
-    assert "resumed" in out and again["arms"]["PV"]["loss"] == row["arms"]["PV"]["loss"]
+    assert "resumed" in out and again["arms"]["PV"]["val_loss"] == row["arms"]["PV"]["val_loss"]
     other = trunk.read_checkpoint(str(work / f"{name}.pt"))["model"]
     assert all(torch.equal(whole[k], other[k]) for k in whole)
 
