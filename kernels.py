@@ -972,24 +972,35 @@ def main():
         plot(rows, args.plot)
 
 def plot(rows, path):
-    """One panel a shape: time over batch of each kernel, and the floor of 4 bits."""
+    """Time over tokens of cuBLAS, ours and the peers, with the floor of each of the first two."""
+    import matplotlib
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    shapes = list(dict.fromkeys(r["shape"] for r in rows))
-    figure, axes = plt.subplots(1, len(shapes), figsize=(5 * len(shapes), 4), squeeze=False)
+    lines = {("cuBLAS", 16): "black", ("lowbit_matmul", 4): "#0b6e4f",
+             ("lowbit_matmul", 2): "#3a86c8", ("humming", 4): "#e69f00",
+             ("tinygemm", 4): "#8d6cab", ("gemlite", 4): "#d1495b"}
+    shapes = list(dict.fromkeys(r["shape"] for r in rows))[:2]
+    figure, axes = plt.subplots(1, len(shapes), figsize=(4.2 * len(shapes), 4.2), squeeze=False)
     for ax, shape in zip(axes[0], shapes):
-        for key in dict.fromkeys((r["kernel"], r["bits"]) for r in rows):
-            line = [(r["batch"], r["us"], r["floor_us"]) for r in rows
-                    if (r["shape"], r["kernel"], r["bits"]) == (shape, *key)]
+        for key, color in lines.items():
+            line = sorted((r["batch"], r["us"], r["floor_us"]) for r in rows
+                          if (r["shape"], r["kernel"], r["bits"]) == (shape, *key))
             if line:
-                m, us, floor = zip(*line)
-                (drawn,) = ax.loglog(m, us, "o-" if key[0] == "lowbit_matmul" else "x--",
-                                     markersize=4, label=f"{key[0]} W{key[1]}")
-                if key[0] in ("lowbit_matmul", "cuBLAS"):
-                    ax.loglog(m, floor, ":", color=drawn.get_color())
-        ax.set(title=f"{shape} (outputs x inputs)", xlabel="tokens", ylabel="us; dotted: floor")
-    axes[0][0].legend(fontsize=7)
+                tokens, us, floor = zip(*line)
+                ours = key[0] in ("cuBLAS", "lowbit_matmul")
+                ax.loglog(tokens, us, "o-" if ours else "o--", color=color, markersize=3.5,
+                          linewidth=1.5 if ours else 1.0, label=f"{key[0]}, {key[1]} bits")
+                if ours:
+                    ax.loglog(tokens, floor, ":", color=color, linewidth=1.0)
+        ax.set_title(f"{shape.replace('x', ' outputs, ')} inputs", fontsize=10)
+        ax.set_xticks([1, 16, 64, 512, 4096], ["1", "16", "64", "512", "4096"])
+        ax.set(xlabel="tokens", ylabel="microseconds; dotted: floor")
+        ax.minorticks_off()
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.3)
+    axes[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=160)
 
 if __name__ == "__main__":
     from model import run

@@ -670,20 +670,11 @@ def load_data(source=None, vocab="1024", seq_len=128, spec=None, limit=None):
         parts = {"train": [d[:a] for d, a, b in cuts], "dev": [d[a:b] for d, a, b in cuts],
                  "val": [d[b:] for d, a, b in cuts]}
     sizes = {part: sum(map(len, texts)) for part, texts in parts.items()}
-    key = json.dumps([digest, sizes, vocab, spec, PATTERN])
-    key = hashlib.sha256(key.encode()).hexdigest()[:24]
-    cache = cache_dir() / f"{key}.npz"
-    try:
-        with np.load(cache) as f:
-            arrays, spec = {part: f[part] for part in parts}, json.loads(str(f["spec"]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):    # not there, or damaged
-        arrays, spec = tokenize(parts, vocab, spec)
-        try:
-            temporary = cache.with_suffix(f".{os.getpid()}.npz")
-            np.savez(temporary, **arrays, spec=json.dumps(spec))
-            temporary.replace(cache)
-        except OSError as e:
-            say(f"data: not cached in {cache.parent} ({e.strerror}); XDG_CACHE_HOME moves it")
+    spec = spec or cached([digest, sizes, vocab, PATTERN],
+                          lambda: {"spec": json.dumps(train_spec(parts["train"], vocab))},
+                          lambda f: json.loads(str(f["spec"])))
+    arrays = cached([digest, sizes, spec, PATTERN], lambda: tokenize(parts, spec),
+                    lambda f: {part: f[part] for part in parts})
     for part, ids in arrays.items():
         if len(ids) < seq_len + 1:
             raise UsageError(f"--data {name} is too short: its {part} part has {len(ids)} tokens, "
@@ -697,23 +688,44 @@ def cache_dir():
         path.mkdir(parents=True, exist_ok=True)
     return path
 
-def tokenize(parts, vocab, spec=None):
-    """{part: documents} -> ({part: ids}, tokenizer spec); END follows every document."""
-    if spec is None and vocab.isdecimal():
-        if int(vocab) < 257:
-            raise UsageError(f"--vocab {vocab} is too small: the 256 bytes and {END} need 257")
-        start, size = time.time(), sum(map(len, parts["train"]))
-        tokens = train_bpe(parts["train"][::1 + size // 16_000_000], int(vocab))
-        say(f"data: trained a tokenizer of {len(tokens) + 1} tokens in {time.time() - start:.1f} s")
-        spec = [t.decode("latin-1") for t in tokens]
-    enc = make_tokenizer(spec or vocab)
+def cached(what, make, read):
+    """read(arrays by name) of the cache's file for `what`, a list for JSON; else of make()."""
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
+    cache = cache_dir() / f"{key}.npz"
+    try:
+        with np.load(cache) as f:
+            return read(f)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):    # not there, or damaged
+        arrays = make()
+    try:
+        temporary = cache.with_suffix(f".{os.getpid()}.npz")
+        np.savez(temporary, **arrays)
+        temporary.replace(cache)
+    except OSError as e:
+        say(f"data: not cached in {cache.parent} ({e.strerror}); XDG_CACHE_HOME moves it")
+    return read(arrays)
+
+def train_spec(docs, vocab):
+    """The tokenizer spec of --vocab: a BPE of that size for these documents, or a name as it is."""
+    if not vocab.isdecimal():
+        return vocab
+    if int(vocab) < 257:
+        raise UsageError(f"--vocab {vocab} is too small: the 256 bytes and {END} need 257")
+    start = time.time()
+    tokens = train_bpe(docs[::1 + sum(map(len, docs)) // 16_000_000], int(vocab))
+    say(f"data: trained a tokenizer of {len(tokens) + 1} tokens in {time.time() - start:.1f} s")
+    return [t.decode("latin-1") for t in tokens]
+
+def tokenize(parts, spec):
+    """{part: documents} -> {part: ids}; END follows every document."""
+    enc = make_tokenizer(spec)
     ids = {part: [np.zeros(0, np.uint16 if enc.n_vocab <= 2**16 else np.uint32)] for part in parts}
     chunks = [(part, docs[i:i + 64]) for part, docs in parts.items()
               for i in range(0, len(docs), 64)]
     for part, docs in progress(chunks, "data: tokenizing"):
         for doc in enc.encode_ordinary_batch(list(filter(None, docs)), num_threads=os.cpu_count()):
             ids[part].append(np.array(doc + [enc.eot_token], ids[part][0].dtype))
-    return {part: np.concatenate(a) for part, a in ids.items()}, spec or vocab
+    return {part: np.concatenate(a) for part, a in ids.items()}
 
 def read_documents(source, limit=None):
     """Texts in the sorted order of their paths, and the source's name."""

@@ -8,7 +8,10 @@ but the seed become one line: mean and standard deviation over seeds, and the pa
 the dense runs of the same seeds, size and tokens. normtweak.jsonl holds one line for each quantized
 model, without and with the tweak; its table pairs them by calibration seed. lrqat.jsonl: one line
 an arm, rate and seed, the arm's rate chosen by the mean loss on the dev split. pvtune.jsonl: one
-line an arm, also those of the search for rates on the dev split. The figures need matplotlib.
+line an arm, also those of the search for rates on the dev split. law.jsonl: the runs of the scaling
+law, for `quest.py --fit`; kernels.jsonl: what `kernels.py --out` wrote. Runs that compare several
+arms on one base hold them under "arms": with the runs from scratch of the same size they become
+one table of methods. The figures need matplotlib.
 """
 import collections
 import json
@@ -59,6 +62,67 @@ def print_table(table):
               f"{len(runs)} | {loss[0]:.3f} ± {loss[1]:.3f} | {minus} | "
               f"{average['val_ppl']:.2f} | {average['bits_per_byte']:.3f} | "
               f"{average['seconds']:.0f} |")
+
+# (script, arm) as the table of methods names them; other arms have tables of their own.
+ARMS = {("normtweak", "rtn"): "RTN", ("normtweak", "rtn-tweak"): "RTN + tweak",
+        ("normtweak", "gptq"): "GPTQ", ("normtweak", "gptq-tweak"): "GPTQ + tweak",
+        ("lrqat", "LR-QAT"): "LR-QAT", ("lrqat", "full QAT (LSQ)"): "full QAT",
+        ("lrqat", "dense, longer"): "dense, trained on",
+        ("pvtune", "as fitted"): "codebooks, as fitted", ("pvtune", "P only"): "codebooks, P only",
+        ("pvtune", "STE"): "codebooks, STE", ("pvtune", "PV"): "codebooks, PV",
+        ("pvtune-affine", "PV"): "PV, affine grid"}
+SCRATCH = {"dense": "dense", "quest": "QuEST", "lsq": "LSQ", "ste": "straight-through",
+           "clip": "clipped gradient", "trust": "QuEST without Hadamard"}
+
+def methods(rows):
+    """{(bits, method): one dict a seed}, of runs on one base and runs from scratch of its size."""
+    dense = {r["seed"]: r["val_loss"] for r in rows if r["method"] == "dense"}
+    found = collections.defaultdict(dict)
+    for r in rows:
+        if "arms" not in r:
+            name = SCRATCH[r["method"]]
+            if r["method"] != "dense":
+                name += f" W{r['w_bits']}A{r['a_bits']}, from scratch"
+            keep = {k: r[k] for k in ("val_loss", "bits_per_byte", "bpw", "seconds", "peak_bytes")}
+            gap = r["val_loss"] - dense[r["seed"]] if r["seed"] in dense else None
+            found[r["w_bits"], name][r["seed"]] = keep | {"gap": gap}
+            continue
+        affine = r["method"] == "pvtune" and r["scheme"] == "affine"
+        for arm, row in r["arms"].items():
+            name = ARMS.get((r["method"] + "-affine" * affine, arm))
+            if name:
+                bits = 16 if row["bpw"] == 16 else round(r["w_bits"])
+                gap = row["val_loss"] - r["base_val_loss"]
+                found[bits, name][r["seed"]] = row | {"gap": gap}
+    return {key: list(runs.values()) for key, runs in found.items()}
+
+def print_methods(found):
+    print("\n| bits | method | bits/weight | seeds | val loss | minus dense | bits/byte | "
+          "seconds | peak GiB |\n" + "|---" * 9 + "|")
+    order = lambda item: (-item[0][0], statistics.mean(r["val_loss"] for r in item[1]))
+    for (bits, name), runs in sorted(found.items(), key=order):
+        loss, std = mean_std([r["val_loss"] for r in runs])
+        gaps = [r["gap"] for r in runs if r["gap"] is not None] if name != "dense" else []
+        average = {k: statistics.mean(r[k] for r in runs)
+                   for k in ("bpw", "bits_per_byte", "seconds")}
+        peak = max(r["peak_bytes"] or 0 for r in runs) / 2**30
+        print(f"| {bits} | {name} | {average['bpw']:.2f} | {len(runs)} | {loss:.4f}"
+              + (f" ± {std:.4f}" if len(runs) > 1 else "") + " | "
+              + ("{:+.4f} ± {:.4f}".format(*mean_std(gaps)) if len(gaps) > 1 else
+                 f"{gaps[0]:+.4f}" if gaps else "")
+              + f" | {average['bits_per_byte']:.4f} | {average['seconds']:.0f} | "
+              + (f"{peak:.1f} |" if peak else "|"))
+
+def print_law(rows):
+    """Losses of the scaling law's runs: a line a size and token count, a column a precision."""
+    cells = {(r["linear_params"], r["tokens"], r["w_bits"]): r["val_loss"] for r in rows}
+    bits = sorted({key[2] for key in cells}, reverse=True)
+    names = ["dense" if b == 16 else f"W{b}A{b}" for b in bits]
+    print(f"\n| parameters in linears | training tokens | {' | '.join(names)} |\n"
+          + "|---" * (len(bits) + 2) + "|")
+    for N, D in sorted({key[:2] for key in cells}):
+        losses = (f"{cells[N, D, b]:.4f}" if (N, D, b) in cells else "" for b in bits)
+        print(f"| {N / 1e6:.2f}M | {D / 1e6:.1f}M | " + " | ".join(losses) + " |")
 
 def print_tweaks(rows):
     """Loss without and with the tweak, and the difference, paired by calibration seed."""
@@ -147,16 +211,78 @@ def print_pv(rows, seeds=3):
                         for k in ("changed", "budget"))]
         print("| " + " | ".join(map(str, cells + [""] * (14 - len(cells)))) + " |")
 
-def draw_quest(table, path):
-    """Loss over dense for QuEST and its baselines by bit-width."""
+def axes_of(width, height, columns=1):
+    """matplotlib's figure and axes at the width of a README."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, columns, figsize=(width, height), dpi=160, squeeze=False)
+    for ax in axes[0]:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.3)
+    return fig, axes[0]
+
+def save(fig, path):
+    fig.tight_layout()
+    fig.savefig(path)
+    print(f"drawn: {path}")
+
+def draw_methods(found, path):
+    """Validation loss against bits a weight, a line a method."""
+    styles = {"RTN": ("#999999", "s"), "GPTQ": ("#555555", "s"), "GPTQ + tweak": ("#000000", "x"),
+              "LR-QAT": ("#3a86c8", "o"), "full QAT": ("#8d6cab", "o"),
+              "codebooks, as fitted": ("#f2a6b0", "D"), "codebooks, PV": ("#d1495b", "D"),
+              "PV, affine grid": ("#e69f00", "^"), "QuEST": ("#0b6e4f", "v")}
+    lines = collections.defaultdict(list)
+    for (bits, name), runs in found.items():
+        name = "QuEST" if name == f"QuEST W{bits}A{bits}, from scratch" else name
+        if name in styles:
+            bpw = statistics.mean(r["bpw"] for r in runs)
+            lines[name].append((bpw, *mean_std([r["val_loss"] for r in runs])))
+    dense = statistics.mean(r["val_loss"] for r in found[16, "dense"])
+    fig, (ax,) = axes_of(7.2, 4.6)
+    top = dense + 1.05 * max(y - dense for name, line in lines.items() if name != "RTN"
+                             for x, y, _ in line if name != "GPTQ" and name != "GPTQ + tweak")
+    for name, (color, marker) in styles.items():
+        if lines[name]:
+            x, y, std = zip(*sorted(lines[name]))
+            label = "QuEST, activations too, from scratch" if name == "QuEST" else name
+            ax.errorbar(x, y, std, label=label, color=color, marker=marker, ms=4.5, lw=1.2,
+                        capsize=2)
+    ax.axhline(dense, color="black", lw=0.8, ls=":")
+    ax.text(ax.get_xlim()[1], dense, "dense ", va="bottom", ha="right", fontsize=8)
+    ax.set_ylim(dense - 0.06 * (top - dense), top)
+    ax.set_xlabel("bits a weight, scales and codebooks included")
+    ax.set_ylabel("validation loss (nats/token)")
+    ax.legend(frameon=False, fontsize=8)
+    save(fig, path)
+
+def draw_curves(rows, path):
+    """Training loss over tokens at 2 bits: dense, QuEST, LSQ, straight-through."""
+    fig, (ax,) = axes_of(7.2, 3.8)
+    names = {"dense": "dense, 16 bits", "quest": "QuEST", "lsq": "LSQ, learned step",
+             "ste": "straight-through"}
+    for method, name in names.items():
+        runs = [r["curve"] for r in rows if r["method"] == method and r.get("curve")
+                and r["w_bits"] == r["a_bits"] and r["w_bits"] in (2, 16)]
+        if runs:
+            mean = [statistics.mean(part) for part in zip(*runs)]
+            tokens = rows[0]["tokens"] / 1e6
+            ax.plot([tokens * (i + 0.5) / len(mean) for i in range(len(mean))], mean, label=name,
+                    color=COLORS.get(method, "black"), lw=1.6 if method == "quest" else 1.1)
+    ax.set_ylim(None, ax.get_ylim()[0] + 0.45 * (ax.get_ylim()[1] - ax.get_ylim()[0]))
+    ax.set_xlabel("training tokens (millions)")
+    ax.set_ylabel("training loss (nats/token)")
+    ax.legend(frameon=False)
+    save(fig, path)
+
+def draw_quest(table, path):
+    """Loss over dense for QuEST and its baselines by bit-width."""
     lines = collections.defaultdict(list)
     for (size, tokens, method, grid, w, a, group), runs, loss, gap in table:
         if size == "tiny" and grid == "uniform" and w == a and w < 16 and gap and method in COLORS:
             lines[method].append((w, *gap))
-    fig, ax = plt.subplots(figsize=(7.2, 4.2), dpi=160)
+    fig, (ax,) = axes_of(7.2, 4.2)
     names = {"quest": "QuEST", "trust": "QuEST without Hadamard", "clip": "clipped gradient",
              "lsq": "LSQ, learned step", "ste": "straight-through"}
     for i, (method, name) in enumerate(names.items()):
@@ -169,24 +295,18 @@ def draw_quest(table, path):
     ax.set_xticks(range(6), ["1", "1.58", "2", "3", "4", "8"])
     ax.set_xlabel("bits of weights and activations")
     ax.set_ylabel("validation loss above the dense model (nats/token)")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", alpha=0.3)
+    ax.grid(axis="x", visible=False)
     ax.legend(frameon=False)
-    fig.tight_layout()
-    fig.savefig(path)
-    print(f"drawn: {path}")
+    save(fig, path)
 
 def draw_memory(rows, path):
     """Where the memory of a 7B training step goes, by component, blocks computed again."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     parts = {"frozen weights": "#0b6e4f", "adapters": "#3a86c8", "gradients": "#e69f00",
              "optimizer": "#d1495b", "activations": "#8d6cab", "temporaries": "#999999"}
     rows = [r for r in rows if r["part"] == "memory" and r["lean"]]
     names = [f"{r['arm']}, phi {r['phi']}" if r["arm"] == "LR-QAT" else
              "dense training" if r["arm"].startswith("dense") else r["arm"] for r in rows]
-    fig, ax = plt.subplots(figsize=(7.2, 3.0), dpi=160)
+    fig, (ax,) = axes_of(7.2, 3.0)
     left = [0.0] * len(rows)
     for part, color in parts.items():
         sizes = [r[part] / 2**30 for r in rows]
@@ -199,11 +319,9 @@ def draw_memory(rows, path):
     ax.invert_yaxis()
     ax.set_xlim(0, 60)
     ax.set_xlabel("GiB at the peak of a step, 1 x 1024 tokens; dotted: a card of 8 GB")
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(visible=False)
     ax.legend(frameon=False, fontsize=8, loc="upper right")
-    fig.tight_layout()
-    fig.savefig(path)
-    print(f"drawn: {path}")
+    save(fig, path)
 
 def main():
     paths = sys.argv[1:] or [HERE / "results.jsonl"]
@@ -211,17 +329,32 @@ def main():
     if missing:
         print(f"error: no such file: {missing[0]}; give a results.jsonl", file=sys.stderr)
         raise SystemExit(2)
-    table = summarize(read_rows(paths))
-    print_table(table)
-    if not sys.argv[1:]:
-        print_tweaks(read_rows([HERE / "normtweak.jsonl"]))
-        print_lrqat(read_rows([HERE / "lrqat.jsonl"]))
-        print_pv(read_rows([HERE / "pvtune.jsonl"]))
-        try:
-            draw_quest(table, HERE / "quest.png")
-            draw_memory(read_rows([HERE / "lrqat.jsonl"]), HERE / "memory.png")
-        except ModuleNotFoundError:
-            print("matplotlib is not installed (pip install -e '.[plot]'): no figures drawn")
+    rows = read_rows(paths)
+    bases = {r["params"] for r in rows if "arms" in r}
+    table = summarize([r for r in rows if r["params"] not in bases])
+    if table:
+        print_table(table)
+    for params in sorted(bases):
+        print_methods(methods([r for r in rows if r["params"] == params]))
+    if sys.argv[1:]:
+        return
+    law, kernels, pv, lr = (read_rows([HERE / f"{name}.jsonl"])
+                            for name in ("law", "kernels", "pvtune", "lrqat"))
+    print_law(law)
+    print_tweaks(read_rows([HERE / "normtweak.jsonl"]))
+    print_lrqat(lr)
+    print_pv(pv)
+    big = [r for r in rows if r["params"] in bases]
+    try:
+        sys.path.insert(0, str(HERE.parent))
+        from kernels import plot                       # as `kernels.py --plot` draws it
+        draw_methods(methods(big), HERE / "methods.png")
+        draw_curves([r for r in big if "arms" not in r], HERE / "curves.png")
+        draw_quest(table, HERE / "quest.png")
+        plot(kernels, HERE / "kernels.png")
+        draw_memory(lr, HERE / "memory.png")
+    except ModuleNotFoundError as e:
+        print(f"{e.name} is not installed (pip install -e '.[plot]'): not all figures drawn")
 
 if __name__ == "__main__":
     main()

@@ -123,6 +123,8 @@ def test_cached_tokens_are_the_same_and_follow_content_and_settings(tmp_path, mo
     again = model.load_data(str(path), "300", 16)
     assert not calls and again.spec == first.spec and again.digest == first.digest
     assert all((getattr(again, p) == getattr(first, p)).all() for p in ("train", "dev", "val"))
+    model.load_data(str(path), "1024", 16, spec=first.spec)        # as a checkpoint's data is read
+    assert not calls
     model.load_data(str(path), "301", 16)
     path.write_text(text(20000) + "!")
     model.load_data(str(path), "300", 16)
