@@ -38,9 +38,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import (PRESETS, LLaMA, LlamaConfig, Parser, RMSNorm, UsageError, add_flags, arm_row,
-                   batch, block_hessians, evaluate, finish, header, load_base, load_checkpoint, number,
-                   resolve, run, save_checkpoint, say, settings, show, tensor_bytes, train,
-                   train_step, world_size)
+                   batch, block_hessians, check_groups, evaluate, finish, header, load_base,
+                   load_checkpoint, number, resolve, run, save_checkpoint, say, settings, show,
+                   tensor_bytes, train, train_step, world_size)
 from quantizers import EPS, QuantLinear, bits_per_weight, dequantize, gptq, rtn, unpack
 
 ALPHA = 32.0                         # the paper: 1, for 10,000 steps
@@ -80,15 +80,14 @@ def parse_args(argv=None):
 
 def check_shapes(model, args):
     """Raise UsageError for a rank, a group or a phi that some linear of the model cannot have."""
+    check_groups(model, args.group_size)
     for name, linear in model.linears():
-        (O, C), g = linear.weight.shape, args.group_size
+        O, C = linear.weight.shape
         for wrong, message in (
                 (args.rank > min(O, C), f"--rank {args.rank} is above a side of {name}, {O} x {C}; "
                  f"try --rank {min(O, C, 32)}"),
                 (args.phi == "packed" and C % 2, "--phi packed needs an even number of columns, "
-                 f"{name} has {C}; try --phi fixed"),
-                (g == 0 or g > 0 and C % g, f"--group-size {g} does not divide {name}'s {C} input "
-                 f"channels; try --group-size {math.gcd(C, 128)}, or -1 (one scale per row)")):
+                 f"{name} has {C}; try --phi fixed")):
             if wrong:
                 raise UsageError(message)
 

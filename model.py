@@ -1357,6 +1357,14 @@ def new_model(args, data):
                          f"{' --tied' * args.tied}; give the flags that made it")
     return model.train()
 
+def check_groups(model, g):
+    """Raise UsageError for a --group-size that does not divide a linear's inputs; -1: a row."""
+    for name, linear in model.linears():
+        C = linear.in_features
+        if g == 0 or C % abs(g):
+            raise UsageError(f"--group-size {g} does not divide the {C} input channels of {name}; "
+                             f"try {math.gcd(C, 128)}, or -1 (one scale per row)")
+
 def header(title, args, model, data):
     """The first lines of every script: what runs, on what, with which settings. Locks --out."""
     if rank() == 0 and (os.path.isdir(args.out) or not args.resume):       # else resume() complains

@@ -35,9 +35,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (Chooser, Parser, UsageError, add_flags, arm_row, batch, decode, evaluate,
-                   finish, header, kl_loss, load_base, load_checkpoint, number, progress, resolve, run,
-                   save_checkpoint, say, settings)
+from model import (Chooser, Parser, UsageError, add_flags, arm_row, batch, check_groups, decode,
+                   evaluate, finish, header, kl_loss, load_base, load_checkpoint, number, progress,
+                   resolve, run, save_checkpoint, say, settings)
 from quantizers import (QuantLinear, bits_per_weight, dequantize, fake_quant_tokens, full_float32,
                         gptq, rtn)
 
@@ -332,10 +332,7 @@ def load_models(args):
     if student and student.config != teacher.config:
         raise UsageError(f"--teacher {dense} is not what {path} was made from: {teacher.config} "
                          f"there, {student.config} here")
-    for name, linear in teacher.linears():
-        if args.group_size == 0 or linear.in_features % abs(args.group_size):
-            raise UsageError(f"--group-size {args.group_size} does not divide the "
-                             f"{linear.in_features} input channels of {name}; try 64 or -1")
+    check_groups(teacher, args.group_size)
     for name in ("data", "vocab", "smoke"):            # `model.py eval` reads the same text by it
         setattr(args, name, getattr(args, name) or content["settings"].get(name))
     return student, teacher, data

@@ -37,9 +37,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (Parser, UsageError, add_flags, arm_row, batch, block_hessians, evaluate,
-                   finish, from_rank_0, header, kl_loss, load_base, load_checkpoint, number, resolve, run,
-                   save_checkpoint, say, settings, show, train, world_size)
+from model import (Parser, UsageError, add_flags, arm_row, batch, block_hessians, check_groups,
+                   evaluate, finish, from_rank_0, header, kl_loss, load_base, load_checkpoint,
+                   number, resolve, run, save_checkpoint, say, settings, show, train, world_size)
 from quantizers import (QuantLinear, affine_codes, bits_per_weight, dequantize, full_float32, gptq,
                         rtn, vq_dequantize, vq_fit, vq_search, vq_sum)
 
@@ -94,14 +94,15 @@ def parse_scheme(text):
 
 def check_shapes(model, args):
     """Raise UsageError for a group or a codebook that some linear of the model cannot have."""
+    if args.scheme == "affine":
+        return check_groups(model, args.group_size)
+    _, B, g = parse_scheme(args.scheme)
     for name, linear in model.linears():
-        (O, C), g = linear.weight.shape, args.group_size
-        if g == 0 or g > 0 and C % g:
-            flag = f"--group-size {g}" if args.scheme == "affine" else f"--scheme {args.scheme}"
-            raise UsageError(f"{flag}: groups of {g} do not divide {name}'s {C} input channels; "
-                             f"try {math.gcd(C, 64)}")
-        K = 0 if args.scheme == "affine" else 2 ** parse_scheme(args.scheme)[1]
-        if K > O * C // abs(g) / 4:
+        (O, C), K = linear.weight.shape, 2**B
+        if C % g:
+            raise UsageError(f"--scheme {args.scheme}: groups of {g} do not divide {name}'s {C} "
+                             f"input channels; try {math.gcd(C, 64)}")
+        if K > O * C // g / 4:
             raise UsageError(f"--scheme {args.scheme}: {K} vectors are above a quarter of {name}'s "
                              f"{O * C // g} groups; try fewer bits a code or smaller groups")
 
@@ -543,8 +544,8 @@ def print_table(rows, tokens):
         share = (fitted - row["val_loss"]) / (fitted - dense or math.nan)
         codes = (f"{100 * row['changed']:6.1f}% | {100 * row['budget']:5.1f}%"
                  if "changed" in row else "      - |      -")
-        say(f"{arm:22} | {row['val_loss']:8.4f} | {100 * share:8.1f}% | {row['bpw']:5.2f} | {codes} | "
-            f"{row['seconds']:7.1f}")
+        say(f"{arm:22} | {row['val_loss']:8.4f} | {100 * share:8.1f}% | {row['bpw']:5.2f} | "
+            f"{codes} | {row['seconds']:7.1f}")
     say("")
 
 def main():
