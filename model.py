@@ -202,9 +202,9 @@ Preset = collections.namedtuple(
     "Preset", "n_layer n_embd n_head n_hidden  lr  steps  batch_size accumulate seq_len")
 PRESETS = {  # 30M to 800M: QuEST's shapes, peak learning rates and steps of 512 x 512 tokens
     "tiny": Preset(3, 256, 4, 768, 2e-3, 400, 16, 1, 128),
-    "0.4M": Preset(2, 128, 2, 384, 4e-3, 1052, 64, 1, 256),      # to 3.4M: for the scaling law,
+    "0.5M": Preset(4, 96, 3, 288, 4e-3, 1033, 64, 1, 256),       # to 3.4M: for the scaling law,
     "0.9M": Preset(4, 128, 2, 384, 4e-3, 1702, 64, 1, 256),      # 25 tokens a parameter at the
-    "1.7M": Preset(2, 256, 4, 768, 4e-3, 1701, 128, 1, 256),     # default vocabulary
+    "1.9M": Preset(4, 192, 3, 576, 4e-3, 1765, 128, 1, 256),     # default vocabulary
     "3.4M": Preset(4, 256, 4, 768, 4e-3, 3001, 128, 1, 256),
     "30M": Preset(6, 640, 5, 1792, 1.2e-3, 11444, 512, 8, 512),
     "50M": Preset(7, 768, 6, 2048, 1.2e-3, 19073, 512, 8, 512),
