@@ -405,10 +405,11 @@ DECODE = {    # (bits, tokens up to): tiles of 16 outputs a warp, k's a step, wa
     # Measured on an H100. One tile: more programs in flight hide the memory's latency. From 9
     # tokens on reading x costs more than that, and two tiles share it. 256 k's: 512 cost registers
     # and with them warps. The barrier brings the loads forward, but a warp then waits for three.
-    (1, 8): (1, 256, True), (2, 8): (1, 256, False), (3, 8): (1, 256, True),
+    (1, 8): (1, 256, True), (2, 8): (1, 256, True), (3, 8): (1, 256, True),
     (4, 8): (1, 256, True), (8, 8): (1, 128, True),
     (1, 16): (2, 256, False), (2, 16): (2, 256, False), (3, 16): (2, 256, True),
     (4, 16): (2, 256, False), (8, 16): (1, 128, False)}
+DECODE_FEW = {(1, 16): (1, 256, False), (3, 16): (1, 256, False)}      # instead, for few outputs
 TILE = {      # BLOCK_M: BLOCK_N, BLOCK_K, warps, stages, and programs worth splitting k for
     # 4 warps: two programs an SM, so that one unpacks while the other multiplies; splitting k for
     # more of them than 264 cost time. At 256 tokens the sums fill the registers of 8 warps, and
@@ -424,8 +425,9 @@ def plan(M, w):
     constants = dict(C=C, GROUP=w.group, BITS=bits, ASM=ASM)
     if M <= 16:
         BLOCK_M = 8 if M <= 8 else 16
-        T, SPAN, WAIT = DECODE[bits, BLOCK_M]
-        T, S = T if tiles % T == 0 else 1, 8 if O <= 8192 else 4       # few outputs: split k more
+        few = O <= 8192
+        T, SPAN, WAIT = few and DECODE_FEW.get((bits, BLOCK_M)) or DECODE[bits, BLOCK_M]
+        T, S = T if tiles % T == 0 else 1, 8 if few else 4             # few outputs: split k more
         constants.update(S=S, T=T, BLOCK_M=BLOCK_M, SPAN=SPAN, SUB=math.gcd(SPAN, w.group),
                          WAIT=WAIT)
         return _decode, (tiles // T,), constants, dict(num_warps=S, num_stages=1)
