@@ -433,6 +433,8 @@ def plan(M, w):
                          WAIT=WAIT)
         return _decode, (tiles // T,), constants, dict(num_warps=S, num_stages=1)
     BLOCK_M = min(max(32, triton.next_power_of_2(M)), 256)
+    if triton.cdiv(O, 128) * triton.cdiv(M, 256) <= 66:                # of the 132 SMs
+        BLOCK_M = min(BLOCK_M, 128)
     BLOCK_N, BLOCK_K, warps, stages, enough = TILE[BLOCK_M]
     BLOCK_K = math.gcd(BLOCK_K, w.group, C)
     tiles = triton.cdiv(O, BLOCK_N) * triton.cdiv(M, BLOCK_M)

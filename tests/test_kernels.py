@@ -31,7 +31,7 @@ CASES = {  # O, C, group, symmetric, M, path
 if GPU:       # many steps, several programs at once: what the interpreter runs one after the other
     CASES["64 tokens"] = 1024, 2048, 128, False, 64, "tile"
     CASES["300 tokens"] = 1024, 2048, 128, False, 300, "tile"
-    CASES["1024 tokens"] = 1024, 2048, 128, False, 1024, "tile"
+    CASES["1024 tokens"] = 4352, 2048, 128, False, 1024, "tile"
 
 def random_codes(O, C, group, bits, symmetric):
     g = C if group == -1 else group
