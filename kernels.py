@@ -458,9 +458,17 @@ def dequantize(w, dtype):
     return out
 
 # ---- QuEST: rotation, scale, codes and trust mask in one pass ---------------------------------
-# H is orthonormal: a row's root mean square is known before it is rotated. Codes are integers
+# H is orthonormal: a row has one root mean square, rotated or not. Codes are integers
 # around zero, 2 q + 1 (ternary: 2 q), so that no product has to make up for the grid's half step;
 # only at 8 bits, where that would leave int8, they are q. A program loads H once.
+
+@triton.jit
+def _row_scale(f, C, CLIP: tl.constexpr, EPS: tl.constexpr, TOP: tl.constexpr,
+               ROWS: tl.constexpr, NB: tl.constexpr):
+    """f (ROWS NB, n), whose squares are C times those of a row -> scale (ROWS,), (ROWS NB, 1)."""
+    square = tl.sum(tl.reshape(tl.sum(f * f, 1), (ROWS, NB)), 1)
+    s = (CLIP * tl.sqrt(square / C) + EPS) * (2.0 / TOP)
+    return s, tl.reshape(tl.broadcast_to(s[:, None], (ROWS, NB)), (ROWS * NB,))[:, None]
 
 @triton.jit
 def _hadamard_quantize(x, signs, codes, scale, sums, values, trusted, T, C: tl.constexpr,
@@ -468,6 +476,8 @@ def _hadamard_quantize(x, signs, codes, scale, sums, values, trusted, T, C: tl.c
                        SHIFT: tl.constexpr, LIMIT: tl.constexpr, PLANES: tl.constexpr,
                        TRAIN: tl.constexpr, n: tl.constexpr, NB: tl.constexpr,
                        ROWS: tl.constexpr, STAGES: tl.constexpr):
+    LOW: tl.constexpr = SHIFT - 0.5 - 0.5 * TOP        # the least integer; LOW + TOP the largest
+    ODD: tl.constexpr = 1 if SHIFT == 0.0 else 0
     i, r, col = tl.arange(0, ROWS * NB), tl.arange(0, ROWS), tl.arange(0, n)
     order = (col % (n // PLANES)) * PLANES + col // (n // PLANES)
     H = tl.trans(tl.load(signs + order[:, None] * n + col[None, :]))       # (n, n)
@@ -477,28 +487,30 @@ def _hadamard_quantize(x, signs, codes, scale, sums, values, trusted, T, C: tl.c
         at, out = tl.cast(tile, tl.int64) * (ROWS * C), tile * ROWS + r
         live = ((tile * ROWS + i // NB < T) & (i % NB < C // n))[:, None]
         v = tl.load(x + at + (start + col[None, :]), mask=live, other=0.0)         # (ROWS NB, n)
-        f = v.to(tl.float32)
-        square = tl.sum(tl.reshape(tl.sum(f * f, 1), (ROWS, NB)), 1)       # (ROWS,)
-        s = (CLIP * tl.sqrt(square / C) + EPS) * (2.0 / TOP)
-        each = tl.reshape(tl.broadcast_to(s[:, None], (ROWS, NB)), (ROWS * NB,))[:, None]
-        if x.dtype.element_ty == tl.float32:           # two float16 hold 22 bits of it
-            f *= n**-0.5 / each
-            high = f.to(tl.float16)
-            u = tl.dot(high, H, tl.dot((f - high.to(tl.float32)).to(tl.float16), H))
-        else:
-            u = tl.dot(v, H) * (n**-0.5 / each)
-        near = (u + (SHIFT - 0.5)) + 12582912.0 - 12582912.0       # 1.5 * 2^23: to the nearest
-        c = tl.minimum(tl.maximum(2.0 * near + (1.0 - 2.0 * SHIFT), -TOP), TOP)
-        k = (c if TOP < 128 else 0.5 * c - 0.5) + 12582912.0       # its low byte is the integer
-        tl.store(codes + at + (start + col[None, :]), k.to(tl.int32, bitcast=True).to(tl.int8),
+        if x.dtype.element_ty == tl.float32:           # two float16 hold 22 bits of v / scale
+            s, each = _row_scale(v, C, CLIP, EPS, TOP, ROWS, NB)
+            v *= n**-0.5 / each
+            high = v.to(tl.float16)
+            u = tl.dot(high, H, tl.dot((v - high.to(tl.float32)).to(tl.float16), H))
+            unit, far = 1.0, LIMIT
+        else:                                          # tensor cores read v where it lies
+            u = tl.dot(v, H)
+            s, each = _row_scale(u, C * n, CLIP, EPS, TOP, ROWS, NB)
+            unit, far = n**-0.5 / each, each * (LIMIT * n**0.5)
+        near = tl.minimum(tl.maximum(u * unit + (SHIFT - 0.5), LOW), LOW + TOP)
+        near += 12582912.0                             # 1.5 * 2^23: rounds to the nearest
+        q = near.to(tl.int32, bitcast=True) - 0x4B400000                   # its bits without q
+        c = 2 * q + ODD
+        tl.store(codes + at + (start + col[None, :]), (c if TOP < 128 else q).to(tl.int8),
                  mask=live)
-        total = tl.sum(tl.reshape(tl.sum(tl.where(live, c, 0.0), 1), (ROWS, NB)), 1)
+        total = tl.sum(tl.reshape(tl.sum(c, 1), (ROWS, NB)), 1) - (NB * n - C) * ODD
         tl.store(scale + out, s, mask=out < T)
-        tl.store(sums + out, total.to(tl.int32), mask=out < T)
+        tl.store(sums + out, total, mask=out < T)
         if TRAIN:
-            tl.store(values + at + (start + col[None, :]),
-                     (c * (0.5 * each)).to(values.dtype.element_ty), mask=live)
-            bit = (tl.abs(u) <= LIMIT).to(tl.int32) << (col % 8)[None, :]
+            value = (near - 12582912.0 + 0.5 * ODD) * each
+            tl.store(values + at + (start + col[None, :]), value.to(values.dtype.element_ty),
+                     mask=live)
+            bit = (tl.abs(u) <= far).to(tl.int32) << (col % 8)[None, :]
             byte = tl.sum(tl.reshape(bit, (ROWS * NB, n // 8, 8)), 2).to(tl.uint8)
             tl.store(trusted + at // 8 + (start // 8 + tl.arange(0, n // 8)[None, :]), byte,
                      mask=live)
@@ -507,7 +519,7 @@ def _hadamard_quantize(x, signs, codes, scale, sums, values, trusted, T, C: tl.c
 # 64 rows are the least that its wide tensor-core instruction takes; more rows, or more than two
 # programs a processor, did not pay, tiles loaded ahead did. Float32 rows take too many registers
 # for 64, and rows of more than 64 blocks need wider tiles.
-QUANTIZE, QUANTIZE_WIDE = (64, 4, 3, 264), (128, 8, 2, 264)
+QUANTIZE, QUANTIZE_WIDE = (64, 4, 3, 264), (128, 4, 2, 264)
 QUANTIZE_FLOAT32, ROTATE = (32, 4, 1, 264), (64, 4, 1, 396)
 
 def hadamard_quantize(x, bits, dtype=None, planes=1):
@@ -526,8 +538,9 @@ def hadamard_quantize(x, bits, dtype=None, planes=1):
     NB = triton.next_power_of_2(C // n)
     tile, warps, stages, programs = (QUANTIZE_WIDE if NB > 64 else QUANTIZE_FLOAT32 if wide else
                                      QUANTIZE)
-    ROWS = max(1, (tile if T * C >= 2**20 else 16) // NB)  # few tokens: one each, for latency
-    _hadamard_quantize[min(triton.cdiv(T, ROWS), programs),](
+    ROWS = max(1, tile // NB)                          # whatever T: a row's sums keep their order
+    tiles = triton.cdiv(T, ROWS)
+    _hadamard_quantize[triton.cdiv(tiles, triton.cdiv(tiles, programs)),](
         x.contiguous(), hadamard_signs(n, x.device, torch.float16 if wide else x.dtype), *out[:3],
         out[-2], out[-1], T, C, GAUSSIAN_CLIP[bits], EPS, 2.0 * clip_limit(bits),
         0.5 - code_offset(bits), trust_limit(bits), planes, dtype is not None, n, NB, ROWS, stages,
