@@ -685,46 +685,61 @@ def quest_fits(x, bits, a_bits):
 # ---- Additive codebooks -------------------------------------------------------------------------
 # A codebook has 256 vectors of 8. Against one token's 8 inputs they have 256 products, a small
 # table; then every code of these inputs is a look-up and an addition in place of 8 multiplications.
+# `_vq_tables` makes the tables, `_vq_lookups` adds up: its warps walk along the outputs, so that 32
+# look-ups go to one table of 512 bytes in L1. (Lanes along the groups would touch 32 lines each
+# time, and take three times as long: hence outputs come first in its tensors.)
 
 @triton.jit
-def _vq_matvec(x, codes, books, scales, table, parts, tickets, y, tokens, N, G: tl.constexpr,
-               BOOKS: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-               R: tl.constexpr):
+def _vq_tables(x, books, tables, tickets, G, R: tl.constexpr, CODES: tl.constexpr,
+               TILES: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()          # the look-ups' programs may load codes now
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(tickets + tl.arange(0, TILES), tl.zeros((TILES,), tl.int32))
+    r, e = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, 16)        # 8 inputs and 8 zeros
+    c, token = tl.program_id(1) * CODES + tl.arange(0, CODES), tl.program_id(0) * R // G
+    v = tl.load(x + r[:, None] * 8 + e[None, :], mask=(e < 8)[None, :], other=0.0)         # (R, 16)
+    book = tl.load(books + c[None, :] * 8 + e[:, None], mask=(e < 8)[:, None], other=0.0)
+    row = (token * (tl.num_programs(1) * CODES // 256) + c // 256)[None, :] * G + (r % G)[:, None]
+    tl.store(tables + row * 256 + (c % 256)[None, :], tl.dot(v, book).to(tables.dtype.element_ty))
+
+@triton.jit
+def _vq_lookups(tables, codes, scales, parts, tickets, y, tokens, N, ROWS: tl.constexpr,
+                R: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+                PDL: tl.constexpr):
     tile, part = tl.program_id(0), tl.program_id(1)
-    n, r = tile * BN + tl.arange(0, BN), tl.arange(0, R)                   # row = token, group
-    token, group, e = r // BG, r % BG, tl.arange(0, 16)                    # 8 inputs and 8 zeros
-    c, inside = tl.arange(0, 256), (n < N)[None, :]
-    table += (tile * SPLIT + part).to(tl.int64) * R * 256                  # this program's own
-    acc = tl.zeros((R, BN), tl.float32)
-    for g in range(0, G, BG * SPLIT):
-        first = g + part * BG
-        v = tl.load(x + (token * G + first + group)[:, None] * 8 + e[None, :],
-                    mask=(token < tokens)[:, None] & (e < 8)[None, :], other=0.0)  # (R, 16)
-        for m in tl.static_range(BOOKS):
-            code = tl.load(codes + ((m * G + first + group) * N.to(tl.int64))[:, None] + n[None, :],
-                           mask=inside, other=0).to(tl.int32)              # (R, BN)
-            book = tl.load(books + (m * 256 + c)[None, :] * 8 + e[:, None],
-                           mask=(e < 8)[:, None], other=0.0)               # (16, 256)
-            tl.debug_barrier()                         # the last look-ups are done
-            tl.store(table + r[:, None] * 256 + c[None, :],
-                     tl.dot(v, book).to(table.dtype.element_ty))
-            tl.debug_barrier()
-            acc += tl.load(table + r[:, None] * 256 + code).to(tl.float32)
-    sums = tl.sum(tl.reshape(acc, (R // BG, BG, BN)), 1)                   # (tokens, BN)
-    t = tl.arange(0, R // BG)
-    at, live = t[:, None] * N + n[None, :], (t < tokens)[:, None] & inside
+    i, j = tile * (BN // 4) + tl.arange(0, BN // 4), tl.arange(0, 4)       # output 4 i + j
+    q, token = tl.arange(0, R * TOKENS) % R, tl.arange(0, R * TOKENS) // R
+    codes = codes.to(tl.pointer_type(tl.int32), bitcast=True)
+    acc = tl.zeros((BN // 4, R * TOKENS, 4), tl.float32)
+    row = part * (ROWS // SPLIT) + q                   # of codes: codebook * G + group
+    inside = (i < N // 4)[:, None]
+    word = tl.load(codes + row[None, :] * (N // 4) + i[:, None], mask=inside, other=0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()                       # the tables are there
+    for k in range(0, ROWS // SPLIT, R):
+        at, now = (tl.minimum(token, tokens - 1) * ROWS + row) * 256, word
+        row += R                                       # the next codes, ahead of their use
+        word = tl.load(codes + row[None, :] * (N // 4) + i[:, None],
+                       mask=inside & (k + R < ROWS // SPLIT), other=0)
+        code = now[:, :, None] >> (8 * j)[None, None, :] & 255
+        acc += tl.load(tables + at[None, :, None] + code).to(tl.float32)
+    sums = tl.sum(tl.reshape(acc, (BN // 4, TOKENS, R, 4)), 2)             # (BN / 4, TOKENS, 4)
+    t = tl.arange(0, TOKENS)[None, :, None]
+    at = t * N + (4 * i)[:, None, None] + j[None, None, :]
+    live = (t < tokens) & (i < N // 4)[:, None, None]
     tl.store(parts + part * tokens * N + at, sums, mask=live)
     tl.debug_barrier()
     if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLIT - 1:   # all parts are there: the
-        sums = tl.zeros((R // BG, BN), tl.float32)                     # same order every time
-        for p in range(SPLIT):
+        sums = tl.zeros((BN // 4, TOKENS, 4), tl.float32)              # same order every time
+        for p in tl.static_range(SPLIT):
             sums += tl.load(parts + p * tokens * N + at, mask=live, other=0.0, cache_modifier=".cg")
-        sums *= tl.load(scales + n, mask=n < N, other=0.0)[None, :]
+        n = (4 * i)[:, None, None] + j[None, None, :]
+        sums *= tl.load(scales + n, mask=n < N, other=0.0)
         tl.store(y + at, sums.to(y.dtype.element_ty), mask=live)
-        tl.atomic_xchg(tickets + tile, 0)
 
-# (outputs a program, programs in all, tables a step, warps), the fastest measured of seven
-VQ_TILE = (512, 264, 16, 4)
+# (outputs a program, the least programs in all, tables a step, warps), the fastest measured
+VQ_TILE = (512, 256, 16, 4)
 
 def vq_matmul(x, codes, codebooks, scales):
     """x (B, 8 G) times a weight of additive codebooks -> (B, N), in x's dtype.
@@ -737,13 +752,17 @@ def vq_matmul(x, codes, codebooks, scales):
     if B > 4 or G % 32 or N % 16 or codebooks.shape != (M, 256, 8) or x.dtype == torch.float32:
         return vq_matmul_reference(x, codes, codebooks, scales)
     BN, programs, R, warps = VQ_TILE
-    BG, tiles = R // triton.next_power_of_2(B), triton.cdiv(N, BN)
-    SPLIT = math.gcd(G // BG, triton.next_power_of_2(max(1, programs // tiles)))
-    table = x.new_empty(tiles * SPLIT * R * 256)
-    parts, y = scales.new_empty(SPLIT * B * N), x.new_empty(B, N)
-    _vq_matvec[tiles, SPLIT](x.contiguous(), codes, codebooks, scales, table, parts,
-                             _zero_tickets(tiles, x.device), y, B, N, G, M, BG, BN, SPLIT, R,
-                             num_warps=warps)
+    TOKENS, tiles = triton.next_power_of_2(B), triton.cdiv(N, BN)
+    R //= TOKENS
+    SPLIT = math.gcd(M * G // R, triton.next_power_of_2(triton.cdiv(programs, tiles)))
+    TILES, early = triton.next_power_of_2(tiles), WGMMA and not torch.compiler.is_compiling()
+    tables, parts = x.new_empty(B * M * G * 256), scales.new_empty(SPLIT * B * N)
+    tickets, y = codes.new_empty(TILES, dtype=torch.int32), x.new_empty(B, N)
+    _vq_tables[B * G // 16, 2 * M](x.contiguous(), codebooks, tables, tickets, G, 16, 128, TILES,
+                                   early, num_warps=2)
+    _vq_lookups[tiles, SPLIT](tables, codes, scales, parts, tickets, y, B, N, M * G, R, TOKENS, BN,
+                              SPLIT, early, num_warps=warps,
+                              **(dict(launch_pdl=True) if early else {}))
     return y
 
 def vq_matmul_reference(x, codes, codebooks, scales):
