@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quantizers import (EPS, GAUSSIAN_CLIP, clip_limit, code_offset, hadamard_signs, pack,
                         quest_codes, rotate, trust_limit, unpack)
@@ -591,13 +592,18 @@ def rotate_trusted(gs, trusted, dtype):
 # the top of their bytes and the bit below is set: 2^(8 - b) (q + 1/2), two instructions for four.
 
 @triton.jit
+def _tile_of(i, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """First token and first output of tile i: 8 rows of tiles go together, L2 holds them."""
+    tiles, wide = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    high = tl.minimum(wide - i // (8 * tiles) * 8, 8)
+    return i % (8 * tiles) // high * BM, (i // (8 * tiles) * 8 + i % (8 * tiles) % high) * BN
+
+@triton.jit
 def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, M, N, K: tl.constexpr, b: tl.constexpr,
                   HALF: tl.constexpr, A8: tl.constexpr, W8: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr, BK: tl.constexpr):
-    i, tiles = tl.program_id(0), tl.cdiv(M, BM)        # 8 rows of tiles together: L2 holds them
-    high = tl.minimum(tl.cdiv(N, BN) - i // (8 * tiles) * 8, 8)
-    n = (i // (8 * tiles) * 8 + i % (8 * tiles) % high) * BN + tl.arange(0, BN)
-    m = i % (8 * tiles) // high * BM + tl.arange(0, BM)
+    m, n = _tile_of(tl.program_id(0), M, N, BM, BN)
+    m, n = m + tl.arange(0, BM), n + tl.arange(0, BN)
     PLANES: tl.constexpr = 8 // b
     WIDE: tl.constexpr = 128 // PLANES
     j, live, row = tl.arange(0, BK // PLANES), (m < M)[None, :], (n % N).to(tl.int64)[:, None] * K
@@ -630,11 +636,37 @@ def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, M, N, K: tl.constexpr
     tl.store(y + m.to(tl.int64)[:, None] * N + n[None, :], out.to(y.dtype.element_ty),
              mask=(m < M)[:, None] & (n < N)[None, :])
 
+@triton.jit
+def _quest_matmul_tma(a, a_scale, a_sum, w, w_scale, w_sum, y, M, N, K: tl.constexpr,
+                      A8: tl.constexpr, W8: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                      BK: tl.constexpr, STAGES: tl.constexpr):
+    for i in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0),
+                      flatten=True):                   # loads of the next tile go on below
+        m, n = _tile_of(i, M, N, BM, BN)
+        acc = tl.zeros((BM, BN), tl.int32)
+        for k in tl.range(0, K, BK, num_stages=STAGES):
+            acc = tl.dot(a.load([m, k]), w.load([n, k]).T, acc, out_dtype=tl.int32)
+        at_m, at_n = (m + tl.arange(0, BM)) % M, (n + tl.arange(0, BN)) % N
+        acc *= (2 if A8 else 1) * (2 if W8 else 1)
+        if A8:
+            acc += tl.load(w_sum + at_n)[None, :]
+        if W8:
+            acc += tl.load(a_sum + at_m)[:, None] - (K if A8 else 0)
+        out = acc.to(tl.float32) * (0.25 * tl.load(w_scale + at_n))[None, :]
+        out = (out * tl.load(a_scale + at_m)[:, None]).to(y.dtype)
+        halves = tl.permute(tl.reshape(out, (BM, 2, BN // 2)), (0, 2, 1))  # for shared memory
+        left, right = tl.split(halves)
+        y.store([m, n], left)
+        y.store([m, n + BN // 2], right)
+
 # (most tokens, BM, BN, BK, warps, stages). A few tokens: small tiles, so that there are programs
 # enough to read the weight at the pace of memory. Many: two programs of 8 warps share a processor
 # and hide each other's waits; for 8 x 8 bits one with twice the tokens, which halves the traffic.
+# QUEST_TMA is for as many tiles as there are processors: what limits them is the traffic from L2,
+# 6 to 7 TB/s, and tiles that Hopper's TMA loads leave registers and time for tiles twice the size.
 QUEST_TILES = ((16, 16, 64, 256, 4, 4), (64, 64, 64, 256, 4, 3), (2**31, 128, 128, 128, 8, 4))
-QUEST_TILE_8x8 = (256, 128, 128, 8, 4)
+QUEST_TILE_8x8, QUEST_TMA, PROCESSORS = (256, 128, 128, 8, 4), (128, 256, 128, 8, 4), 132
+TMA = WGMMA
 
 def quest_matmul(a, w, a_bits, bits, dtype):
     """QuEST inputs times QuEST weights, (M, N) in dtype; sums are exact integers.
@@ -645,6 +677,15 @@ def quest_matmul(a, w, a_bits, bits, dtype):
     """
     (M, K), N, b = a[0].shape, w[0].size(0), 8 * w[0].size(1) // a[0].size(1)
     y = torch.empty(M, N, dtype=dtype, device=a[0].device)
+    BM, BN, BK, warps, stages = QUEST_TMA              # torch.compile: its descriptors are untried
+    if (TMA and b == 8 and triton.cdiv(M, BM) * triton.cdiv(N, BN) >= PROCESSORS and N % 8 == 0
+            and dtype.itemsize == 2 and not torch.compiler.is_compiling()):
+        _quest_matmul_tma[PROCESSORS,](
+            TensorDescriptor.from_tensor(a[0], [BM, BK]), *a[1:3],
+            TensorDescriptor.from_tensor(w[0].view(torch.int8), [BN, BK]), *w[1:3],
+            TensorDescriptor.from_tensor(y, [BM, BN // 2]), M, N, K, a_bits == 8, bits == 8, BM,
+            BN, BK, stages, num_warps=warps)
+        return y
     BM, BN, BK, warps, stages = next(tile[1:] for tile in QUEST_TILES if M <= tile[0])
     if M > 64 and a_bits == bits == 8:
         BM, BN, BK, warps, stages = QUEST_TILE_8x8
