@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quantizers import (EPS, GAUSSIAN_CLIP, clip_limit, code_offset, hadamard_signs, pack,
                         quest_codes, rotate, trust_limit, unpack)
@@ -488,9 +489,17 @@ def dequantize(w, dtype):
     return out
 
 # ---- QuEST: rotation, scale, codes and trust mask in one pass ---------------------------------
-# H is orthonormal: a row's root mean square is known before it is rotated. Codes are integers
+# H is orthonormal: a row has one root mean square, rotated or not. Codes are integers
 # around zero, 2 q + 1 (ternary: 2 q), so that no product has to make up for the grid's half step;
 # only at 8 bits, where that would leave int8, they are q. A program loads H once.
+
+@triton.jit
+def _row_scale(f, C, CLIP: tl.constexpr, EPS: tl.constexpr, TOP: tl.constexpr,
+               ROWS: tl.constexpr, NB: tl.constexpr):
+    """f (ROWS NB, n), whose squares are C times those of a row -> scale (ROWS,), (ROWS NB, 1)."""
+    square = tl.sum(tl.reshape(tl.sum(f * f, 1), (ROWS, NB)), 1)
+    s = (CLIP * tl.sqrt(square / C) + EPS) * (2.0 / TOP)
+    return s, tl.reshape(tl.broadcast_to(s[:, None], (ROWS, NB)), (ROWS * NB,))[:, None]
 
 @triton.jit
 def _hadamard_quantize(x, signs, codes, scale, sums, values, trusted, T, C: tl.constexpr,
@@ -498,6 +507,8 @@ def _hadamard_quantize(x, signs, codes, scale, sums, values, trusted, T, C: tl.c
                        SHIFT: tl.constexpr, LIMIT: tl.constexpr, PLANES: tl.constexpr,
                        TRAIN: tl.constexpr, n: tl.constexpr, NB: tl.constexpr,
                        ROWS: tl.constexpr, STAGES: tl.constexpr):
+    LOW: tl.constexpr = SHIFT - 0.5 - 0.5 * TOP        # the least integer; LOW + TOP the largest
+    ODD: tl.constexpr = 1 if SHIFT == 0.0 else 0
     i, r, col = tl.arange(0, ROWS * NB), tl.arange(0, ROWS), tl.arange(0, n)
     order = (col % (n // PLANES)) * PLANES + col // (n // PLANES)
     H = tl.trans(tl.load(signs + order[:, None] * n + col[None, :]))       # (n, n)
@@ -507,28 +518,30 @@ def _hadamard_quantize(x, signs, codes, scale, sums, values, trusted, T, C: tl.c
         at, out = tl.cast(tile, tl.int64) * (ROWS * C), tile * ROWS + r
         live = ((tile * ROWS + i // NB < T) & (i % NB < C // n))[:, None]
         v = tl.load(x + at + (start + col[None, :]), mask=live, other=0.0)         # (ROWS NB, n)
-        f = v.to(tl.float32)
-        square = tl.sum(tl.reshape(tl.sum(f * f, 1), (ROWS, NB)), 1)       # (ROWS,)
-        s = (CLIP * tl.sqrt(square / C) + EPS) * (2.0 / TOP)
-        each = tl.reshape(tl.broadcast_to(s[:, None], (ROWS, NB)), (ROWS * NB,))[:, None]
-        if x.dtype.element_ty == tl.float32:           # two float16 hold 22 bits of it
-            f *= n**-0.5 / each
-            high = f.to(tl.float16)
-            u = tl.dot(high, H, tl.dot((f - high.to(tl.float32)).to(tl.float16), H))
-        else:
-            u = tl.dot(v, H) * (n**-0.5 / each)
-        near = (u + (SHIFT - 0.5)) + 12582912.0 - 12582912.0       # 1.5 * 2^23: to the nearest
-        c = tl.minimum(tl.maximum(2.0 * near + (1.0 - 2.0 * SHIFT), -TOP), TOP)
-        k = (c if TOP < 128 else 0.5 * c - 0.5) + 12582912.0       # its low byte is the integer
-        tl.store(codes + at + (start + col[None, :]), k.to(tl.int32, bitcast=True).to(tl.int8),
+        if x.dtype.element_ty == tl.float32:           # two float16 hold 22 bits of v / scale
+            s, each = _row_scale(v, C, CLIP, EPS, TOP, ROWS, NB)
+            v *= n**-0.5 / each
+            high = v.to(tl.float16)
+            u = tl.dot(high, H, tl.dot((v - high.to(tl.float32)).to(tl.float16), H))
+            unit, far = 1.0, LIMIT
+        else:                                          # tensor cores read v where it lies
+            u = tl.dot(v, H)
+            s, each = _row_scale(u, C * n, CLIP, EPS, TOP, ROWS, NB)
+            unit, far = n**-0.5 / each, each * (LIMIT * n**0.5)
+        near = tl.minimum(tl.maximum(u * unit + (SHIFT - 0.5), LOW), LOW + TOP)
+        near += 12582912.0                             # 1.5 * 2^23: rounds to the nearest
+        q = near.to(tl.int32, bitcast=True) - 0x4B400000                   # its bits without q
+        c = 2 * q + ODD
+        tl.store(codes + at + (start + col[None, :]), (c if TOP < 128 else q).to(tl.int8),
                  mask=live)
-        total = tl.sum(tl.reshape(tl.sum(tl.where(live, c, 0.0), 1), (ROWS, NB)), 1)
+        total = tl.sum(tl.reshape(tl.sum(c, 1), (ROWS, NB)), 1) - (NB * n - C) * ODD
         tl.store(scale + out, s, mask=out < T)
-        tl.store(sums + out, total.to(tl.int32), mask=out < T)
+        tl.store(sums + out, total, mask=out < T)
         if TRAIN:
-            tl.store(values + at + (start + col[None, :]),
-                     (c * (0.5 * each)).to(values.dtype.element_ty), mask=live)
-            bit = (tl.abs(u) <= LIMIT).to(tl.int32) << (col % 8)[None, :]
+            value = (near - 12582912.0 + 0.5 * ODD) * each
+            tl.store(values + at + (start + col[None, :]), value.to(values.dtype.element_ty),
+                     mask=live)
+            bit = (tl.abs(u) <= far).to(tl.int32) << (col % 8)[None, :]
             byte = tl.sum(tl.reshape(bit, (ROWS * NB, n // 8, 8)), 2).to(tl.uint8)
             tl.store(trusted + at // 8 + (start // 8 + tl.arange(0, n // 8)[None, :]), byte,
                      mask=live)
@@ -537,7 +550,7 @@ def _hadamard_quantize(x, signs, codes, scale, sums, values, trusted, T, C: tl.c
 # 64 rows are the least that its wide tensor-core instruction takes; more rows, or more than two
 # programs a processor, did not pay, tiles loaded ahead did. Float32 rows take too many registers
 # for 64, and rows of more than 64 blocks need wider tiles.
-QUANTIZE, QUANTIZE_WIDE = (64, 4, 3, 264), (128, 8, 2, 264)
+QUANTIZE, QUANTIZE_WIDE = (64, 4, 3, 264), (128, 4, 2, 264)
 QUANTIZE_FLOAT32, ROTATE = (32, 4, 1, 264), (64, 4, 1, 396)
 
 def hadamard_quantize(x, bits, dtype=None, planes=1):
@@ -556,8 +569,9 @@ def hadamard_quantize(x, bits, dtype=None, planes=1):
     NB = triton.next_power_of_2(C // n)
     tile, warps, stages, programs = (QUANTIZE_WIDE if NB > 64 else QUANTIZE_FLOAT32 if wide else
                                      QUANTIZE)
-    ROWS = max(1, (tile if T * C >= 2**20 else 16) // NB)  # few tokens: one each, for latency
-    _hadamard_quantize[min(triton.cdiv(T, ROWS), programs),](
+    ROWS = max(1, tile // NB)                          # whatever T: a row's sums keep their order
+    tiles = triton.cdiv(T, ROWS)
+    _hadamard_quantize[triton.cdiv(tiles, triton.cdiv(tiles, programs)),](
         x.contiguous(), hadamard_signs(n, x.device, torch.float16 if wide else x.dtype), *out[:3],
         out[-2], out[-1], T, C, GAUSSIAN_CLIP[bits], EPS, 2.0 * clip_limit(bits),
         0.5 - code_offset(bits), trust_limit(bits), planes, dtype is not None, n, NB, ROWS, stages,
@@ -608,13 +622,18 @@ def rotate_trusted(gs, trusted, dtype):
 # the top of their bytes and the bit below is set: 2^(8 - b) (q + 1/2), two instructions for four.
 
 @triton.jit
+def _tile_of(i, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """First token and first output of tile i: 8 rows of tiles go together, L2 holds them."""
+    tiles, wide = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    high = tl.minimum(wide - i // (8 * tiles) * 8, 8)
+    return i % (8 * tiles) // high * BM, (i // (8 * tiles) * 8 + i % (8 * tiles) % high) * BN
+
+@triton.jit
 def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, M, N, K: tl.constexpr, b: tl.constexpr,
                   HALF: tl.constexpr, A8: tl.constexpr, W8: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr, BK: tl.constexpr):
-    i, tiles = tl.program_id(0), tl.cdiv(M, BM)        # 8 rows of tiles together: L2 holds them
-    high = tl.minimum(tl.cdiv(N, BN) - i // (8 * tiles) * 8, 8)
-    n = (i // (8 * tiles) * 8 + i % (8 * tiles) % high) * BN + tl.arange(0, BN)
-    m = i % (8 * tiles) // high * BM + tl.arange(0, BM)
+    m, n = _tile_of(tl.program_id(0), M, N, BM, BN)
+    m, n = m + tl.arange(0, BM), n + tl.arange(0, BN)
     PLANES: tl.constexpr = 8 // b
     WIDE: tl.constexpr = 128 // PLANES
     j, live, row = tl.arange(0, BK // PLANES), (m < M)[None, :], (n % N).to(tl.int64)[:, None] * K
@@ -647,11 +666,37 @@ def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, M, N, K: tl.constexpr
     tl.store(y + m.to(tl.int64)[:, None] * N + n[None, :], out.to(y.dtype.element_ty),
              mask=(m < M)[:, None] & (n < N)[None, :])
 
+@triton.jit
+def _quest_matmul_tma(a, a_scale, a_sum, w, w_scale, w_sum, y, M, N, K: tl.constexpr,
+                      A8: tl.constexpr, W8: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                      BK: tl.constexpr, STAGES: tl.constexpr):
+    for i in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0),
+                      flatten=True):                   # loads of the next tile go on below
+        m, n = _tile_of(i, M, N, BM, BN)
+        acc = tl.zeros((BM, BN), tl.int32)
+        for k in tl.range(0, K, BK, num_stages=STAGES):
+            acc = tl.dot(a.load([m, k]), w.load([n, k]).T, acc, out_dtype=tl.int32)
+        at_m, at_n = (m + tl.arange(0, BM)) % M, (n + tl.arange(0, BN)) % N
+        acc *= (2 if A8 else 1) * (2 if W8 else 1)
+        if A8:
+            acc += tl.load(w_sum + at_n)[None, :]
+        if W8:
+            acc += tl.load(a_sum + at_m)[:, None] - (K if A8 else 0)
+        out = acc.to(tl.float32) * (0.25 * tl.load(w_scale + at_n))[None, :]
+        out = (out * tl.load(a_scale + at_m)[:, None]).to(y.dtype)
+        halves = tl.permute(tl.reshape(out, (BM, 2, BN // 2)), (0, 2, 1))  # for shared memory
+        left, right = tl.split(halves)
+        y.store([m, n], left)
+        y.store([m, n + BN // 2], right)
+
 # (most tokens, BM, BN, BK, warps, stages). A few tokens: small tiles, so that there are programs
 # enough to read the weight at the pace of memory. Many: two programs of 8 warps share a processor
 # and hide each other's waits; for 8 x 8 bits one with twice the tokens, which halves the traffic.
+# QUEST_TMA is for as many tiles as there are processors: what limits them is the traffic from L2,
+# 6 to 7 TB/s, and tiles that Hopper's TMA loads leave registers and time for tiles twice the size.
 QUEST_TILES = ((16, 16, 64, 256, 4, 4), (64, 64, 64, 256, 4, 3), (2**31, 128, 128, 128, 8, 4))
-QUEST_TILE_8x8 = (256, 128, 128, 8, 4)
+QUEST_TILE_8x8, QUEST_TMA, PROCESSORS = (256, 128, 128, 8, 4), (128, 256, 128, 8, 4), 132
+TMA = WGMMA
 
 def quest_matmul(a, w, a_bits, bits, dtype):
     """QuEST inputs times QuEST weights, (M, N) in dtype; sums are exact integers.
@@ -662,6 +707,15 @@ def quest_matmul(a, w, a_bits, bits, dtype):
     """
     (M, K), N, b = a[0].shape, w[0].size(0), 8 * w[0].size(1) // a[0].size(1)
     y = torch.empty(M, N, dtype=dtype, device=a[0].device)
+    BM, BN, BK, warps, stages = QUEST_TMA              # torch.compile: its descriptors are untried
+    if (TMA and b == 8 and triton.cdiv(M, BM) * triton.cdiv(N, BN) >= PROCESSORS and N % 8 == 0
+            and dtype.itemsize == 2 and not torch.compiler.is_compiling()):
+        _quest_matmul_tma[PROCESSORS,](
+            TensorDescriptor.from_tensor(a[0], [BM, BK]), *a[1:3],
+            TensorDescriptor.from_tensor(w[0].view(torch.int8), [BN, BK]), *w[1:3],
+            TensorDescriptor.from_tensor(y, [BM, BN // 2]), M, N, K, a_bits == 8, bits == 8, BM,
+            BN, BK, stages, num_warps=warps)
+        return y
     BM, BN, BK, warps, stages = next(tile[1:] for tile in QUEST_TILES if M <= tile[0])
     if M > 64 and a_bits == bits == 8:
         BM, BN, BK, warps, stages = QUEST_TILE_8x8
@@ -702,46 +756,61 @@ def quest_fits(x, bits, a_bits):
 # ---- Additive codebooks -------------------------------------------------------------------------
 # A codebook has 256 vectors of 8. Against one token's 8 inputs they have 256 products, a small
 # table; then every code of these inputs is a look-up and an addition in place of 8 multiplications.
+# `_vq_tables` makes the tables, `_vq_lookups` adds up: its warps walk along the outputs, so that 32
+# look-ups go to one table of 512 bytes in L1. (Lanes along the groups would touch 32 lines each
+# time, and take three times as long: hence outputs come first in its tensors.)
 
 @triton.jit
-def _vq_matvec(x, codes, books, scales, table, parts, tickets, y, tokens, N, G: tl.constexpr,
-               BOOKS: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-               R: tl.constexpr):
+def _vq_tables(x, books, tables, tickets, G, R: tl.constexpr, CODES: tl.constexpr,
+               TILES: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()          # the look-ups' programs may load codes now
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(tickets + tl.arange(0, TILES), tl.zeros((TILES,), tl.int32))
+    r, e = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, 16)        # 8 inputs and 8 zeros
+    c, token = tl.program_id(1) * CODES + tl.arange(0, CODES), tl.program_id(0) * R // G
+    v = tl.load(x + r[:, None] * 8 + e[None, :], mask=(e < 8)[None, :], other=0.0)         # (R, 16)
+    book = tl.load(books + c[None, :] * 8 + e[:, None], mask=(e < 8)[:, None], other=0.0)
+    row = (token * (tl.num_programs(1) * CODES // 256) + c // 256)[None, :] * G + (r % G)[:, None]
+    tl.store(tables + row * 256 + (c % 256)[None, :], tl.dot(v, book).to(tables.dtype.element_ty))
+
+@triton.jit
+def _vq_lookups(tables, codes, scales, parts, tickets, y, tokens, N, ROWS: tl.constexpr,
+                R: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+                PDL: tl.constexpr):
     tile, part = tl.program_id(0), tl.program_id(1)
-    n, r = tile * BN + tl.arange(0, BN), tl.arange(0, R)                   # row = token, group
-    token, group, e = r // BG, r % BG, tl.arange(0, 16)                    # 8 inputs and 8 zeros
-    c, inside = tl.arange(0, 256), (n < N)[None, :]
-    table += (tile * SPLIT + part).to(tl.int64) * R * 256                  # this program's own
-    acc = tl.zeros((R, BN), tl.float32)
-    for g in range(0, G, BG * SPLIT):
-        first = g + part * BG
-        v = tl.load(x + (token * G + first + group)[:, None] * 8 + e[None, :],
-                    mask=(token < tokens)[:, None] & (e < 8)[None, :], other=0.0)  # (R, 16)
-        for m in tl.static_range(BOOKS):
-            code = tl.load(codes + ((m * G + first + group) * N.to(tl.int64))[:, None] + n[None, :],
-                           mask=inside, other=0).to(tl.int32)              # (R, BN)
-            book = tl.load(books + (m * 256 + c)[None, :] * 8 + e[:, None],
-                           mask=(e < 8)[:, None], other=0.0)               # (16, 256)
-            tl.debug_barrier()                         # the last look-ups are done
-            tl.store(table + r[:, None] * 256 + c[None, :],
-                     tl.dot(v, book).to(table.dtype.element_ty))
-            tl.debug_barrier()
-            acc += tl.load(table + r[:, None] * 256 + code).to(tl.float32)
-    sums = tl.sum(tl.reshape(acc, (R // BG, BG, BN)), 1)                   # (tokens, BN)
-    t = tl.arange(0, R // BG)
-    at, live = t[:, None] * N + n[None, :], (t < tokens)[:, None] & inside
+    i, j = tile * (BN // 4) + tl.arange(0, BN // 4), tl.arange(0, 4)       # output 4 i + j
+    q, token = tl.arange(0, R * TOKENS) % R, tl.arange(0, R * TOKENS) // R
+    codes = codes.to(tl.pointer_type(tl.int32), bitcast=True)
+    acc = tl.zeros((BN // 4, R * TOKENS, 4), tl.float32)
+    row = part * (ROWS // SPLIT) + q                   # of codes: codebook * G + group
+    inside = (i < N // 4)[:, None]
+    word = tl.load(codes + row[None, :] * (N // 4) + i[:, None], mask=inside, other=0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()                       # the tables are there
+    for k in range(0, ROWS // SPLIT, R):
+        at, now = (tl.minimum(token, tokens - 1) * ROWS + row) * 256, word
+        row += R                                       # the next codes, ahead of their use
+        word = tl.load(codes + row[None, :] * (N // 4) + i[:, None],
+                       mask=inside & (k + R < ROWS // SPLIT), other=0)
+        code = now[:, :, None] >> (8 * j)[None, None, :] & 255
+        acc += tl.load(tables + at[None, :, None] + code).to(tl.float32)
+    sums = tl.sum(tl.reshape(acc, (BN // 4, TOKENS, R, 4)), 2)             # (BN / 4, TOKENS, 4)
+    t = tl.arange(0, TOKENS)[None, :, None]
+    at = t * N + (4 * i)[:, None, None] + j[None, None, :]
+    live = (t < tokens) & (i < N // 4)[:, None, None]
     tl.store(parts + part * tokens * N + at, sums, mask=live)
     tl.debug_barrier()
     if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLIT - 1:   # all parts are there: the
-        sums = tl.zeros((R // BG, BN), tl.float32)                     # same order every time
-        for p in range(SPLIT):
+        sums = tl.zeros((BN // 4, TOKENS, 4), tl.float32)              # same order every time
+        for p in tl.static_range(SPLIT):
             sums += tl.load(parts + p * tokens * N + at, mask=live, other=0.0, cache_modifier=".cg")
-        sums *= tl.load(scales + n, mask=n < N, other=0.0)[None, :]
+        n = (4 * i)[:, None, None] + j[None, None, :]
+        sums *= tl.load(scales + n, mask=n < N, other=0.0)
         tl.store(y + at, sums.to(y.dtype.element_ty), mask=live)
-        tl.atomic_xchg(tickets + tile, 0)
 
-# (outputs a program, programs in all, tables a step, warps), the fastest measured of seven
-VQ_TILE = (512, 264, 16, 4)
+# (outputs a program, the least programs in all, tables a step, warps), the fastest measured
+VQ_TILE = (512, 256, 16, 4)
 
 def vq_matmul(x, codes, codebooks, scales):
     """x (B, 8 G) times a weight of additive codebooks -> (B, N), in x's dtype.
@@ -754,13 +823,17 @@ def vq_matmul(x, codes, codebooks, scales):
     if B > 4 or G % 32 or N % 16 or codebooks.shape != (M, 256, 8) or x.dtype == torch.float32:
         return vq_matmul_reference(x, codes, codebooks, scales)
     BN, programs, R, warps = VQ_TILE
-    BG, tiles = R // triton.next_power_of_2(B), triton.cdiv(N, BN)
-    SPLIT = math.gcd(G // BG, triton.next_power_of_2(max(1, programs // tiles)))
-    table = x.new_empty(tiles * SPLIT * R * 256)
-    parts, y = scales.new_empty(SPLIT * B * N), x.new_empty(B, N)
-    _vq_matvec[tiles, SPLIT](x.contiguous(), codes, codebooks, scales, table, parts,
-                             _zero_tickets(tiles, x.device), y, B, N, G, M, BG, BN, SPLIT, R,
-                             num_warps=warps)
+    TOKENS, tiles = triton.next_power_of_2(B), triton.cdiv(N, BN)
+    R //= TOKENS
+    SPLIT = math.gcd(M * G // R, triton.next_power_of_2(triton.cdiv(programs, tiles)))
+    TILES, early = triton.next_power_of_2(tiles), WGMMA and not torch.compiler.is_compiling()
+    tables, parts = x.new_empty(B * M * G * 256), scales.new_empty(SPLIT * B * N)
+    tickets, y = codes.new_empty(TILES, dtype=torch.int32), x.new_empty(B, N)
+    _vq_tables[B * G // 16, 2 * M](x.contiguous(), codebooks, tables, tickets, G, 16, 128, TILES,
+                                   early, num_warps=2)
+    _vq_lookups[tiles, SPLIT](tables, codes, scales, parts, tickets, y, B, N, M * G, R, TOKENS, BN,
+                              SPLIT, early, num_warps=warps,
+                              **(dict(launch_pdl=True) if early else {}))
     return y
 
 def vq_matmul_reference(x, codes, codebooks, scales):

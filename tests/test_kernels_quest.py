@@ -114,6 +114,20 @@ def check_integer_matmul_equals_float64_at_all_bits():
                 q = unpack(layer.packed, bits, K, signed=True)
                 close(quest_linear_reference(x, q, layer.scale, a_bits, bits), expected, 2e-2)
 
+def check_matmul_of_tiles_gives_the_same_bits():
+    """Hopper's loads of tiles against pointers: 8-bit and 4-bit codes, tiles that are not full."""
+    before, kernels.PROCESSORS = (kernels.TMA, kernels.PROCESSORS), 3      # of which some do two
+    for a_bits, bits in ((8, 8), (4, 4), (8, 4)):
+        for M, N, K in ((300, 264, 256), (500, 136, 384)):
+            a = hadamard_quantize(randn(M, K, dtype=DTYPES[-1]), a_bits)
+            w = hadamard_quantize(randn(N, K, seed=1), bits)
+            ys = []
+            for kernels.TMA in (False, True):
+                poison()
+                ys.append(quest_matmul(a, w, a_bits, bits, DTYPES[-1]))
+            assert torch.equal(*ys)
+    kernels.TMA, kernels.PROCESSORS = before
+
 def check_no_sum_overflows_where_all_codes_are_extreme():
     """+-120 times -128 over the widest row: beyond 2^24, where float32 sums lose units."""
     K = 32512 if DEVICE == "cuda" else 8192
@@ -226,6 +240,17 @@ def test_integer_matmul_compiles_for_an_h100_to_tensor_cores_without_spills(b, t
         BK=256 if b == 1 else BK)
     assert spills == 0 and shared <= 227 * 1024 and count["IGMMA"] and count["LDGSTS"]
 
+@pytest.mark.parametrize("eight", [False, True])
+def test_integer_matmul_of_tiles_compiles_for_an_h100_without_spills(eight):
+    import kernels
+    BM, BN, BK, warps, stages = kernels.QUEST_TMA
+    spills, shared, count = compiled(
+        kernels._quest_matmul_tma, warps, a=f"tensordesc<i8[{BM},{BK}]>", a_scale="*fp32",
+        a_sum="*i32", w=f"tensordesc<i8[{BN},{BK}]>", w_scale="*fp32", w_sum="*i32",
+        y=f"tensordesc<bf16[{BM},{BN // 2}]>", M="i32", N="i32", K=4096, A8=eight, W8=eight,
+        BM=BM, BN=BN, BK=BK, STAGES=stages)
+    assert spills == 0 and shared <= 227 * 1024 and count["IGMMA"] and count["UTMALDG"]
+
 @pytest.mark.parametrize("x, C, train", [("*bf16", 14336, False), ("*bf16", 1024, True),
                                          ("*bf16", 2816, True), ("*fp32", 1024, True)])
 def test_hadamard_quantize_compiles_for_an_h100_to_tensor_cores_without_spills(x, C, train):
@@ -253,11 +278,12 @@ def test_rotation_of_gradients_compiles_for_an_h100_without_spills(count, out):
 def test_lookups_compile_for_an_h100_without_spills():
     import kernels
     BN, _, R, warps = kernels.VQ_TILE
-    spills, shared, _ = compiled(
-        kernels._vq_matvec, warps, x="*bf16", codes="*u8", books="*bf16", scales="*fp32",
-        table="*bf16", parts="*fp32", tickets="*i32", y="*bf16", tokens="i32", N="i32", G=512,
-        BOOKS=2, BG=R, BN=BN, SPLIT=32, R=R)
-    assert spills == 0 and shared <= 227 * 1024
+    for tokens in (1, 4):
+        spills, shared, count = compiled(
+            kernels._vq_lookups, warps, tables="*bf16", codes="*u8", scales="*fp32",
+            parts="*fp32", tickets="*i32", y="*bf16", tokens="i32", N="i32", ROWS=1024,
+            R=R // tokens, TOKENS=tokens, BN=BN, SPLIT=32, PDL=True)
+        assert spills == 0 and shared <= 227 * 1024 and count["ACQBULK"]   # waits for the tables
 
 def main():
     results = {}
