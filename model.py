@@ -504,7 +504,7 @@ class Cache:
         groups = q.size(1) // k.size(1)                # query heads that share a key head
         y = F.scaled_dot_product_attention(q.reshape(len(q), k.size(1), -1, q.size(-1)), self.keys,
                                            self.values, self.mask.repeat(groups, 1))
-        return y.view(q.shape)
+        return y.reshape(q.shape)                      # a GPU's y has another memory order
 
 @torch.no_grad()
 def decode(model, idx, n, choose):

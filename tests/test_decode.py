@@ -62,6 +62,14 @@ def test_cached_logits_are_those_of_the_whole_sequence(kind):
     whole = m(torch.cat([x, *tokens[:-1]], 1))[0][:, 3:]                           # (2, 8, vocab)
     assert torch.allclose(torch.stack(seen, 1), whole, atol=2e-5)
 
+def test_the_cache_takes_attention_in_any_memory_order(monkeypatch):
+    """A GPU's kernels return (B, nh, T, hs) with the heads inside: no view splits these."""
+    m, x = make("dense"), prompt(5)
+    want, sdpa = m.generate(x, 6, temperature=0), F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: (
+        sdpa(*a, **k).transpose(1, 2).contiguous().transpose(1, 2)))
+    assert torch.equal(m.generate(x, 6, temperature=0), want)
+
 def test_a_joined_model_computes_what_its_linears_did():
     for kind in ("dense", "affine", "quest"):
         m, x = make(kind), prompt(9)
