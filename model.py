@@ -479,14 +479,15 @@ class Chooser:
             self.noise.exponential_(generator=self.generator)
 
     def __call__(self, logits):
-        logits = logits.float()
         if self.temperature < 1e-6:
             return logits.argmax(-1, keepdim=True)
-        if self.top_k:
-            kth = logits.topk(min(self.top_k, logits.size(-1))).values[:, -1:]
-            logits = logits.masked_fill(logits < kth, -math.inf)
-        p = (logits / self.temperature).softmax(-1)
-        return (p / self.noise).argmax(-1, keepdim=True)       # torch.multinomial, but never waits
+        noise, ids = self.noise, None
+        if self.top_k and self.top_k < logits.size(-1):        # exactly so many, ties or not
+            logits, ids = logits.topk(self.top_k, sorted=False)
+            noise = noise.gather(1, ids)
+        # The largest of p / noise, torch.multinomial's choice, but without p, and it never waits.
+        best = (logits.float() / self.temperature - noise.log()).argmax(-1, keepdim=True)
+        return best if ids is None else ids.gather(1, best)
 
 class Cache:
     """A layer's keys and values, (B, nkv, S, hs) each, for S tokens at most."""

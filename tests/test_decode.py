@@ -100,13 +100,20 @@ def test_a_seed_gives_the_same_text_with_and_without_the_cache(top_k):
     assert torch.equal(a, b) and torch.equal(state, other)
     assert not torch.equal(a, draw(2, True)[0])
 
-def test_choices_are_those_of_multinomial():
+@pytest.mark.parametrize("top_k", [None, 61, 7])
+def test_choices_are_those_of_multinomial(top_k):
     m, logits = make("dense"), torch.randn(500, 61)
-    choose = model.Chooser(m, 500, 0.7, None, torch.Generator().manual_seed(4))
+    choose = model.Chooser(m, 500, 0.7, top_k, torch.Generator().manual_seed(4))
     choose.draw()
-    want = torch.multinomial((logits / 0.7).softmax(-1), 1,
+    kept = logits.masked_fill(logits < logits.topk(top_k or 61).values[:, -1:], -torch.inf)
+    want = torch.multinomial((kept / 0.7).softmax(-1), 1,
                              generator=torch.Generator().manual_seed(4))
     assert torch.equal(choose(logits), want)
+
+def test_top_k_keeps_so_many_also_of_equal_logits():
+    choose = model.Chooser(make("dense"), 400, 1.0, 3, torch.Generator().manual_seed(4))
+    choose.draw()
+    assert len(choose(torch.zeros(400, 61)).unique()) == 3
 
 KERNELS = """
 import sys
