@@ -497,6 +497,7 @@ class Cache:
         shape = 2, batch, c.n_kv_head, length, c.head_dim
         self.keys, self.values = torch.zeros(shape, dtype=model.dtype,
                                              device=model.embed.weight.device)
+        self.tickets = torch.zeros(batch * c.n_head, dtype=torch.int32, device=self.keys.device)
 
     def attend(self, q, k, v):
         """Store k and v (B, nkv, T, hs) at the positions `at` (T,); q (B, nh, T, hs), each of which
@@ -561,15 +562,19 @@ def has_kernels(model):
 
 def fast_step(model, x, cos, sin, cache):
     """What the blocks and the head compute for one token x (B, 1, C), in 8 kernels a block."""
-    from kernels import add_norm, rope_attention, silu_mul
+    from kernels import add_norm, matvec, overlapping, rope_attention, silu_mul
     x, delta = x.squeeze(1), None                                                  # (B, C)
-    for block, layer in zip(model.blocks, cache):
-        attn, mlp = block.attn, block.mlp
-        x, h = add_norm(x, delta, block.attn_norm)
-        y = rope_attention(attn.wq.linear(h), cos, sin, layer)                     # (B, nh * hs)
-        x, h = add_norm(x, attn.wo(y), block.mlp_norm)
-        delta = mlp.w_down(silu_mul(mlp.w_gate.linear(h)))
-    return model.head(add_norm(x, delta, model.norm)[1])                           # (B, vocab)
+    def times(linear, x):
+        one = isinstance(linear, Linear) and len(x) == 1
+        return matvec(x, linear.weight) if one else linear(x)
+    with overlapping():
+        for block, layer in zip(model.blocks, cache):
+            attn, mlp = block.attn, block.mlp
+            x, h = add_norm(x, delta, block.attn_norm)
+            y = rope_attention(times(attn.wq.linear, h), cos, sin, layer)          # (B, nh * hs)
+            x, h = add_norm(x, times(attn.wo, y), block.mlp_norm)
+            delta = times(mlp.w_down, silu_mul(times(mlp.w_gate.linear, h)))
+        return times(model.head, add_norm(x, delta, model.norm)[1])                # (B, vocab)
 
 # ---- Tokenizer --------------------------------------------------------------------------------
 # Words with their space, numbers of up to three digits, signs, white space: merges stay inside.
