@@ -20,6 +20,7 @@ product of such codes in integers, `rotate_trusted` the backward pass: quest.py 
 
 Shapes: M tokens, O output and C input channels, g = group_size, G = C / g groups.
 """
+import contextlib
 import functools
 import json
 import math
@@ -40,6 +41,24 @@ from quantizers import (EPS, GAUSSIAN_CLIP, clip_limit, code_offset, hadamard_si
 def once(text):
     """Say it, but only the first time."""
     print(text, flush=True)
+
+# Programmatic dependent launch (Hopper): a kernel starts while the one before it still runs, reads
+# its weights, and waits before it reads anything that a kernel writes.
+PDL = False
+
+@contextlib.contextmanager
+def overlapping():
+    """The kernels of one token overlap. What they read before they wait, weights and the keys and
+    values of earlier tokens, has to be there before the first of them starts."""
+    global PDL
+    PDL = ASM and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    try:
+        yield
+    finally:
+        PDL = False
+
+def launch():
+    return {"launch_pdl": True} if PDL else {}         # the interpreter does not know the option
 
 # ---- GPTQ's columns ---------------------------------------------------------------------------
 
@@ -230,7 +249,8 @@ def _fetch(words, high, grid, t, k0, O, C: tl.constexpr, GROUP: tl.constexpr, BI
 @triton.jit(do_not_specialize=["M", "MASK"])
 def _decode(x, words, high, grid, y, M, O, N, MASK, C: tl.constexpr, GROUP: tl.constexpr,
             BITS: tl.constexpr, S: tl.constexpr, T: tl.constexpr, BLOCK_M: tl.constexpr,
-            SPAN: tl.constexpr, SUB: tl.constexpr, WAIT: tl.constexpr, ASM: tl.constexpr):
+            SPAN: tl.constexpr, SUB: tl.constexpr, WAIT: tl.constexpr, ASM: tl.constexpr,
+            PDL: tl.constexpr):
     """16 T outputs of all tokens. Its S warps take turns along k, SPAN k's each, and add up last.
 
     A dot of three dimensions gives every warp its own slice of the first: the weights, shifted in
@@ -241,6 +261,8 @@ def _decode(x, words, high, grid, y, M, O, N, MASK, C: tl.constexpr, GROUP: tl.c
     BLK: tl.constexpr = 256 // LOW
     EVEN: tl.constexpr = C % (S * SPAN) == 0
     pid, s = tl.program_id(0), tl.arange(0, S)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     i, m8 = tl.arange(0, 4)[:, None, None, None, None], tl.arange(0, 8)[None, :, None, None, None]
     m = m8 + 8 * tl.arange(0, BLOCK_M // 8)[None, None, None, :, None]
     e = tl.arange(0, 8)[None, None, None, None, :]
@@ -255,6 +277,9 @@ def _decode(x, words, high, grid, y, M, O, N, MASK, C: tl.constexpr, GROUP: tl.c
             w, h, g = _fetch(words, high, grid, pid * T + t, k0[:, None, None], O, C, GROUP, BITS,
                              SPAN, SUB, EVEN)
             ws, hs, gs = ws + w, hs + h, gs + g
+        if PDL:                 # for x; the first weights are on their way
+            if step == 0:
+                tl.extra.cuda.gdc_wait()
         if WAIT:                # else ptxas moves the loads to their uses, one after the other
             tl.debug_barrier()
         k0 = k0[None, None, :, None, None]
@@ -431,8 +456,8 @@ def plan(M, w):
         T, SPAN, WAIT = few and DECODE_FEW.get((bits, BLOCK_M)) or DECODE[bits, BLOCK_M]
         T, S = T if tiles % T == 0 else 1, 8 if few else 4             # few outputs: split k more
         constants.update(S=S, T=T, BLOCK_M=BLOCK_M, SPAN=SPAN, SUB=math.gcd(SPAN, w.group),
-                         WAIT=WAIT)
-        return _decode, (tiles // T,), constants, dict(num_warps=S, num_stages=1)
+                         WAIT=WAIT, PDL=PDL)
+        return _decode, (tiles // T,), constants, dict(num_warps=S, num_stages=1, **launch())
     BLOCK_M = min(max(32, triton.next_power_of_2(M)), 256)
     if triton.cdiv(O, 128) * triton.cdiv(M, 256) <= 66:                # of the 132 SMs
         BLOCK_M = min(BLOCK_M, 128)
@@ -843,31 +868,68 @@ def vq_matmul_reference(x, codes, codebooks, scales):
     return F.linear(x, w.transpose(0, 1).flatten(1)) * scales.to(x.dtype)
 
 
-# ---- Decoding: what stands between the products of one token ------------------------------------
+# ---- Decoding: one token's products with 16-bit weights, and what stands between products -------
 # A small kernel costs as much as a 2-bit product, so there are four a block and not thirty. They
 # round where PyTorch's own operations do.
 
 @triton.jit
-def _add_norm(x, delta, weight, total, h, C, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _matvec(x, w, y, N, C: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
+    """BN outputs of one token. The next BK inputs' weights are read while these are multiplied."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    at = w + tl.minimum(n, N - 1).to(tl.int64)[:, None] * C + k[None, :]           # (BN, BK)
+    acc = tl.zeros((BN, BK), tl.float32)
+    ws = tl.load(at, mask=(k < C)[None, :], other=0.0, eviction_policy="evict_first")
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for k0 in range(0, C, BK):
+        xs = tl.load(x + k0 + k, mask=k0 + k < C, other=0.0)
+        late = tl.load(at + k0 + BK, mask=(k0 + BK + k < C)[None, :], other=0.0,
+                       eviction_policy="evict_first")
+        acc += ws.to(tl.float32) * xs.to(tl.float32)[None, :]
+        ws = late
+    tl.store(y + n, tl.sum(acc, 1).to(y.dtype.element_ty), mask=n < N)
+
+def matvec(x, w):
+    """x (1, C) times w (N, C) transposed, both in 16 bits -> (1, N). Two rows a program and 4096 of
+    their inputs at once: the many small reads in flight reach a copy's bandwidth on an H100."""
+    (N, C), y = w.shape, x.new_empty(1, len(w))
+    BK = min(4096, triton.next_power_of_2(C))
+    _matvec[triton.cdiv(N, 2),](x, w, y, N, C, 2, BK, PDL, num_warps=max(1, BK // 512),
+                                **launch())
+    return y
+
+@triton.jit
+def _add_norm(x, delta, weight, total, h, C, eps, ADD: tl.constexpr, BLOCK: tl.constexpr,
+              PDL: tl.constexpr):
     row, i = tl.program_id(0) * C, tl.arange(0, BLOCK)
+    gain = tl.load(weight + i, mask=i < C, other=0.0)  # here: a sum's barrier holds later loads up
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     v = tl.load(x + row + i, mask=i < C, other=0.0)
     if ADD:
         v = (v.to(tl.float32) + tl.load(delta + row + i, mask=i < C, other=0.0)).to(v.dtype)
-        tl.store(total + row + i, v, mask=i < C)
     f = v.to(tl.float32)
-    f = f / tl.sqrt(tl.sum(f * f, 0) / C + eps) * tl.load(weight + i, mask=i < C, other=0.0)
+    f = f * tl.rsqrt(tl.sum(f * f, 0) / C + eps) * gain
     tl.store(h + row + i, f.to(v.dtype), mask=i < C)
+    if ADD:
+        tl.store(total + row + i, v, mask=i < C)
 
 def add_norm(x, delta, norm):
     """x (B, C), delta the same or None, norm an RMSNorm -> x + delta, and that normed."""
     (B, C), total, h = x.shape, x if delta is None else torch.empty_like(x), torch.empty_like(x)
     _add_norm[B,](x, delta, norm.weight, total, h, C, norm.eps, delta is not None,
-                  triton.next_power_of_2(C), num_warps=8)
+                  triton.next_power_of_2(C), PDL, num_warps=8, **launch())
     return total, h
 
 @triton.jit
-def _silu_mul(x, y, F, BLOCK: tl.constexpr):
+def _silu_mul(x, y, F, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row, i = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     gate = tl.load(x + 2 * row * F + i, mask=i < F, other=0.0)
     up = tl.load(x + 2 * row * F + F + i, mask=i < F, other=0.0)
     g = gate.to(tl.float32)
@@ -877,39 +939,65 @@ def _silu_mul(x, y, F, BLOCK: tl.constexpr):
 def silu_mul(x):
     """silu(gate) * up, where x (B, 2 F) holds gate and up side by side -> (B, F)."""
     y = x.new_empty(len(x), x.size(1) // 2)
-    _silu_mul[triton.cdiv(y.size(1), 512), len(x)](x, y, y.size(1), BLOCK=512, num_warps=2)
+    _silu_mul[triton.cdiv(y.size(1), 512), len(x)](x, y, y.size(1), 512, PDL, num_warps=2,
+                                                   **launch())
     return y
 
 @triton.jit
-def _rope_attention(qkv, cos, sin, at, keys, values, y, S, scale, H: tl.constexpr,
-                    KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """One head of one sequence: all keys before `at` in blocks, with a running softmax."""
+def _rope_attention(qkv, cos, sin, at, keys, values, y, parts, tickets, S, scale, H: tl.constexpr,
+                    KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+                    PDL: tl.constexpr):
+    """One head of one sequence: SPLIT programs take turns with blocks of the keys before `at`, with
+    a running softmax. Each leaves its sums in `parts`; the last one adds them up in their order."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     dt: tl.constexpr = qkv.dtype.element_ty
-    b, head, pos, d = tl.program_id(0), tl.program_id(1), tl.load(at), tl.arange(0, D)
+    b, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    pos, d, n = tl.load(at).to(tl.int32), tl.arange(0, D), part * BLOCK + tl.arange(0, BLOCK)
     kv, row = head // (H // KV), qkv + b * (H + 2 * KV) * D
+    first = (b * KV + kv).to(tl.int64) * S
+    here = (first + n[:, None]) * D + d[None, :]                                   # (BLOCK, D)
     other = (d + D // 2) % D                           # the half-split partner
     c = tl.load(cos + pos * D + d)
     s = tl.load(sin + pos * D + d) * tl.where(d < D // 2, -1.0, 1.0)
+    ks = tl.load(keys + here, mask=(n < pos)[:, None], other=0.0)
+    vs = tl.load(values + here, mask=(n < pos)[:, None], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     q = tl.load(row + head * D + d).to(tl.float32) * c
     q = (q + tl.load(row + head * D + other).to(tl.float32) * s).to(dt).to(tl.float32)
     k = tl.load(row + (H + kv) * D + d).to(tl.float32) * c
     k = (k + tl.load(row + (H + kv) * D + other).to(tl.float32) * s).to(dt)
-    v, first = tl.load(row + (H + KV + kv) * D + d), (b * KV + kv).to(tl.int64) * S
-    if head % (H // KV) == 0:                          # of the heads that share it, one stores
+    v = tl.load(row + (H + KV + kv) * D + d)
+    if (head % (H // KV) == 0) & (part == 0):          # of the programs that share it, one stores
         tl.store(keys + (first + pos) * D + d, k)
         tl.store(values + (first + pos) * D + d, v)
-    top, total = tl.sum(q * k.to(tl.float32), 0) * scale, tl.full((), 1.0, tl.float32)
-    acc = v.to(tl.float32)                                                         # (D,)
-    for n0 in range(0, pos, BLOCK):
-        n = n0 + tl.arange(0, BLOCK)
-        at_n, live = (first + n[:, None]) * D + d[None, :], n < pos                # (BLOCK, D)
-        ks = tl.load(keys + at_n, mask=live[:, None], other=0.0).to(tl.float32)
-        vs = tl.load(values + at_n, mask=live[:, None], other=0.0).to(tl.float32)
-        score = tl.where(live, tl.sum(ks * q[None, :], 1) * scale, -float("inf"))
+    own = (part == 0).to(tl.float32)                   # the token itself belongs to the first part
+    top, total, acc = tl.sum(q * k.to(tl.float32), 0) * scale, own, v.to(tl.float32) * own  # (D,)
+    for n0 in range(0, pos, SPLIT * BLOCK):
+        score = tl.sum(ks.to(tl.float32) * q[None, :], 1) * scale
+        score = tl.where(n0 + n < pos, score, -float("inf"))
         higher = tl.maximum(top, tl.max(score, 0))
         p, shrink = tl.exp(score - higher), tl.exp(top - higher)
-        acc = acc * shrink + tl.sum(p[:, None] * vs, 0)
+        acc = acc * shrink + tl.sum(p[:, None] * vs.to(tl.float32), 0)
         total, top = total * shrink + tl.sum(p, 0), higher
+        n1 = n0 + SPLIT * BLOCK
+        ks = tl.load(keys + here + n1 * D, mask=(n1 + n < pos)[:, None], other=0.0)
+        vs = tl.load(values + here + n1 * D, mask=(n1 + n < pos)[:, None], other=0.0)
+    if SPLIT > 1:
+        group = b * H + head
+        parts += group * SPLIT * 2 * D                 # (SPLIT, 2, D): sums; maximum, total
+        tl.store(parts + part * 2 * D + d, acc)
+        tl.store(parts + part * 2 * D + D + d, tl.where(d == 0, top, total), mask=d < 2)
+        tl.debug_barrier()
+        if tl.atomic_add(tickets + group, 1, sem="acq_rel") < SPLIT - 1:
+            return
+        tl.store(tickets + group, 0)                   # for the next launch
+        i = tl.arange(0, SPLIT)
+        tops = tl.load(parts + i * 2 * D + D)
+        weight = tl.exp(tops - tl.max(tops, 0))
+        total = tl.sum(weight * tl.load(parts + i * 2 * D + D + 1), 0)
+        acc = tl.sum(weight[:, None] * tl.load(parts + i[:, None] * 2 * D + d[None, :]), 0)
     tl.store(y + (b * H + head) * D + d, (acc / total).to(dt))
 
 def rope_attention(qkv, cos, sin, cache):
@@ -917,9 +1005,11 @@ def rope_attention(qkv, cos, sin, cache):
     gets the token's key and value -> (B, nh hs)."""
     B, KV, S, D = cache.keys.shape
     H = qkv.size(1) // D - 2 * KV
-    y = qkv.new_empty(B, H * D)
-    _rope_attention[B, H](qkv, cos, sin, cache.at, cache.keys, cache.values, y, S, D**-0.5, H, KV,
-                          D, BLOCK=128, num_warps=8)
+    BLOCK, SPLIT, warps = (128, 1, 8) if S <= 256 else (64, 4, 4)      # few keys: one program
+    y, parts = qkv.new_empty(B, H * D), qkv.new_empty(B * H * SPLIT * 2 * D, dtype=torch.float32)
+    _rope_attention[B, H, SPLIT](qkv, cos, sin, cache.at, cache.keys, cache.values, y, parts,
+                                 cache.tickets, S, D**-0.5, H, KV, D, BLOCK, SPLIT, PDL,
+                                 num_warps=warps, **launch())
     return y
 
 # ---- Benchmark ----------------------------------------------------------------------------------

@@ -483,14 +483,15 @@ class Chooser:
             self.noise.exponential_(generator=self.generator)
 
     def __call__(self, logits):
-        logits = logits.float()
         if self.temperature < 1e-6:
             return logits.argmax(-1, keepdim=True)
-        if self.top_k:
-            kth = logits.topk(min(self.top_k, logits.size(-1))).values[:, -1:]
-            logits = logits.masked_fill(logits < kth, -math.inf)
-        p = (logits / self.temperature).softmax(-1)
-        return (p / self.noise).argmax(-1, keepdim=True)       # torch.multinomial, but never waits
+        noise, ids = self.noise, None
+        if self.top_k and self.top_k < logits.size(-1):        # exactly so many, ties or not
+            logits, ids = logits.topk(self.top_k, sorted=False)
+            noise = noise.gather(1, ids)
+        # The largest of p / noise, torch.multinomial's choice, but without p, and it never waits.
+        best = (logits.float() / self.temperature - noise.log()).argmax(-1, keepdim=True)
+        return best if ids is None else ids.gather(1, best)
 
 class Cache:
     """A layer's keys and values, (B, nkv, S, hs) each, for S tokens at most."""
@@ -500,6 +501,7 @@ class Cache:
         shape = 2, batch, c.n_kv_head, length, c.head_dim
         self.keys, self.values = torch.zeros(shape, dtype=model.dtype,
                                              device=model.embed.weight.device)
+        self.tickets = torch.zeros(batch * c.n_head, dtype=torch.int32, device=self.keys.device)
 
     def attend(self, q, k, v):
         """Store k and v (B, nkv, T, hs) at the positions `at` (T,); q (B, nh, T, hs), each of which
@@ -508,7 +510,7 @@ class Cache:
         groups = q.size(1) // k.size(1)                # query heads that share a key head
         y = F.scaled_dot_product_attention(q.reshape(len(q), k.size(1), -1, q.size(-1)), self.keys,
                                            self.values, self.mask.repeat(groups, 1))
-        return y.view(q.shape)
+        return y.reshape(q.shape)                      # a GPU's y has another memory order
 
 @torch.no_grad()
 def decode(model, idx, n, choose):
@@ -564,15 +566,19 @@ def has_kernels(model):
 
 def fast_step(model, x, cos, sin, cache):
     """What the blocks and the head compute for one token x (B, 1, C), in 8 kernels a block."""
-    from kernels import add_norm, rope_attention, silu_mul
+    from kernels import add_norm, matvec, overlapping, rope_attention, silu_mul
     x, delta = x.squeeze(1), None                                                  # (B, C)
-    for block, layer in zip(model.blocks, cache):
-        attn, mlp = block.attn, block.mlp
-        x, h = add_norm(x, delta, block.attn_norm)
-        y = rope_attention(attn.wq.linear(h), cos, sin, layer)                     # (B, nh * hs)
-        x, h = add_norm(x, attn.wo(y), block.mlp_norm)
-        delta = mlp.w_down(silu_mul(mlp.w_gate.linear(h)))
-    return model.head(add_norm(x, delta, model.norm)[1])                           # (B, vocab)
+    def times(linear, x):
+        one = isinstance(linear, Linear) and len(x) == 1
+        return matvec(x, linear.weight) if one else linear(x)
+    with overlapping():
+        for block, layer in zip(model.blocks, cache):
+            attn, mlp = block.attn, block.mlp
+            x, h = add_norm(x, delta, block.attn_norm)
+            y = rope_attention(times(attn.wq.linear, h), cos, sin, layer)          # (B, nh * hs)
+            x, h = add_norm(x, times(attn.wo, y), block.mlp_norm)
+            delta = times(mlp.w_down, silu_mul(times(mlp.w_gate.linear, h)))
+        return times(model.head, add_norm(x, delta, model.norm)[1])                # (B, vocab)
 
 # ---- Tokenizer --------------------------------------------------------------------------------
 # Words with their space, numbers of up to three digits, signs, white space: merges stay inside.

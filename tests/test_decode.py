@@ -4,6 +4,7 @@ interpreter, against the model's own operations; and `model.py sample` without a
 """
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -62,6 +63,14 @@ def test_cached_logits_are_those_of_the_whole_sequence(kind):
     whole = m(torch.cat([x, *tokens[:-1]], 1))[0][:, 3:]                           # (2, 8, vocab)
     assert torch.allclose(torch.stack(seen, 1), whole, atol=2e-5)
 
+def test_the_cache_takes_attention_in_any_memory_order(monkeypatch):
+    """A GPU's kernels return (B, nh, T, hs) with the heads inside: no view splits these."""
+    m, x = make("dense"), prompt(5)
+    want, sdpa = m.generate(x, 6, temperature=0), F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: (
+        sdpa(*a, **k).transpose(1, 2).contiguous().transpose(1, 2)))
+    assert torch.equal(m.generate(x, 6, temperature=0), want)
+
 def test_a_joined_model_computes_what_its_linears_did():
     for kind in ("dense", "affine", "quest"):
         m, x = make(kind), prompt(9)
@@ -92,25 +101,37 @@ def test_a_seed_gives_the_same_text_with_and_without_the_cache(top_k):
     assert torch.equal(a, b) and torch.equal(state, other)
     assert not torch.equal(a, draw(2, True)[0])
 
-def test_choices_are_those_of_multinomial():
+@pytest.mark.parametrize("top_k", [None, 61, 7])
+def test_choices_are_those_of_multinomial(top_k):
     m, logits = make("dense"), torch.randn(500, 61)
-    choose = model.Chooser(m, 500, 0.7, None, torch.Generator().manual_seed(4))
+    choose = model.Chooser(m, 500, 0.7, top_k, torch.Generator().manual_seed(4))
     choose.draw()
-    want = torch.multinomial((logits / 0.7).softmax(-1), 1,
+    kept = logits.masked_fill(logits < logits.topk(top_k or 61).values[:, -1:], -torch.inf)
+    want = torch.multinomial((kept / 0.7).softmax(-1), 1,
                              generator=torch.Generator().manual_seed(4))
     assert torch.equal(choose(logits), want)
+
+def test_top_k_keeps_so_many_also_of_equal_logits():
+    choose = model.Chooser(make("dense"), 400, 1.0, 3, torch.Generator().manual_seed(4))
+    choose.draw()
+    assert len(choose(torch.zeros(400, 61)).unique()) == 3
 
 KERNELS = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch, torch.nn.functional as F
 import model, test_decode
-from kernels import add_norm, rope_attention, silu_mul
+from kernels import add_norm, matvec, rope_attention, silu_mul
 torch.manual_seed(0)
-for H, KV, D, dtype, tol in ((4, 2, 32, torch.float32, 1e-5), (3, 3, 64, torch.float32, 1e-5),
-                             (4, 1, 32, torch.float16, 4e-3)):
-    c = model.LlamaConfig(61, 1, H * D, H, KV, 200, 300)
-    m, B, S = model.LLaMA(c, dtype), 2, 300
+for N, C in ((61, 256), (7, 1376), (2, 5000)):         # inputs in one part, padded, in two parts
+    x, w = torch.randn(1, C).half(), torch.randn(N, C).half()
+    want = x.double() @ w.double().t()
+    assert (matvec(x, w) - want).norm() < 1e-3 * want.norm(), (N, C)
+for H, KV, D, S, dtype, tol in (
+        (4, 2, 32, 200, torch.float32, 1e-5), (3, 3, 64, 300, torch.float32, 1e-5),
+        (4, 1, 32, 300, torch.float16, 4e-3)):         # one program a head, and four
+    c, B = model.LlamaConfig(61, 1, H * D, H, KV, 200, S), 2
+    m = model.LLaMA(c, dtype)
     x, delta = torch.randn(2, B, H * D).to(dtype)
     norm = torch.nn.init.normal_(m.norm.weight, 1, 0.2) is not None and m.norm
     for d in (None, delta):
@@ -120,7 +141,7 @@ for H, KV, D, dtype, tol in ((4, 2, 32, torch.float32, 1e-5), (3, 3, 64, torch.f
     y = torch.randn(B, 2 * 200).to(dtype)
     assert torch.allclose(silu_mul(y), F.silu(y[:, :200]) * y[:, 200:], atol=tol)
     cos, sin = model.rope_tables(S, D, 1e4, "cpu")
-    for at in (0, 1, 127, 128, 299):
+    for at in (0, 1, 64, 127, 128, S - 1):
         a, b = (model.Cache(m, B, S) for _ in "ab")
         a.keys.normal_(), a.values.normal_()
         b.keys.copy_(a.keys), b.values.copy_(a.values)
@@ -134,6 +155,7 @@ for H, KV, D, dtype, tol in ((4, 2, 32, torch.float32, 1e-5), (3, 3, 64, torch.f
         got = rope_attention(qkv, cos, sin, a)
         assert torch.allclose(got, want, atol=tol), (H, KV, at, (got - want).abs().max())
         assert torch.allclose(a.keys, b.keys, atol=tol) and torch.equal(a.values, b.values)
+        assert not a.tickets.any()
 m, x, logits = test_decode.make("joined"), test_decode.prompt(3), []
 def choose(y):
     logits.append(y)
@@ -153,25 +175,44 @@ def test_decoding_kernels_equal_the_operations_they_replace(tmp_path):
                           env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
 
+DECODE = dict(GROUP=128, T=1, BLOCK_M=8, SPAN=256, SUB=128, ASM=True)
+
 @pytest.mark.parametrize("name, warps, sizes", [
     ("_add_norm", 8, dict(ADD=True, BLOCK=4096)), ("_silu_mul", 2, dict(BLOCK=512)),
-    ("_rope_attention", 8, dict(H=32, KV=8, D=128, BLOCK=128))])
-def test_decoding_kernels_compile_for_an_h100_without_spilling(name, warps, sizes, tmp_path):
+    ("_matvec", 8, dict(C=4096, BN=2, BK=4096)), ("_matvec", 8, dict(C=11008, BN=2, BK=4096)),
+    ("_rope_attention", 8, dict(H=32, KV=8, D=128, BLOCK=128, SPLIT=1)),
+    ("_rope_attention", 4, dict(H=32, KV=8, D=128, BLOCK=64, SPLIT=4)),
+    ("_decode", 4, dict(C=4096, BITS=2, S=4, WAIT=False) | DECODE),
+    ("_decode", 8, dict(C=11008, BITS=4, S=8, WAIT=True) | DECODE)])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_decoding_kernels_compile_for_an_h100_without_spilling(name, warps, sizes, overlap,
+                                                               tmp_path):
+    """And, where kernels overlap, each starts the next, then reads ahead, waits, reads the rest."""
     triton = pytest.importorskip("triton")
     import kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    kernel = getattr(kernels, name)
-    kinds = dict(weight="*fp32", cos="*fp32", sin="*fp32", at="*i64", C="i32", F="i32", S="i32",
-                 eps="fp32", scale="fp32") | dict.fromkeys(sizes, "constexpr")
-    code = triton.compile(ASTSource(kernel, {n: kinds.get(n, "*bf16") for n in kernel.arg_names},
-                                    sizes), target=GPUTarget("cuda", 90, 32),
-                          options=dict(num_warps=warps))
+    kernel, sizes = getattr(kernels, name), sizes | dict(PDL=overlap)
+    kinds = (dict.fromkeys(("C", "F", "M", "MASK", "N", "O", "S"), "i32")
+             | dict.fromkeys(("grid", "high", "tickets", "words"), "*i32")
+             | dict.fromkeys(("cos", "parts", "sin", "weight"), "*fp32")
+             | dict(at="*i64", eps="fp32", scale="fp32") | dict.fromkeys(sizes, "constexpr"))
+    signature = {n: kinds.get(n, "*bf16") for n in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (n, kind) in enumerate(signature.items())
+               if kind[0] == "*" or kind == "i32" and n != "M"}
+    code = triton.compile(ASTSource(kernel, signature, sizes, aligned),
+                          target=GPUTarget("cuda", 90, 32),
+                          options=dict(num_warps=warps, num_stages=1 if name == "_decode" else 3))
     (tmp_path / "cubin").write_bytes(code.asm["cubin"])
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     use = subprocess.run([tool, "--dump-resource-usage", tmp_path / "cubin"], text=True, check=True,
                          capture_output=True).stdout
     assert "LOCAL:0" in use and "STACK:0" in use
+    order = re.findall(r"griddepcontrol\.\w+|ld\.global", code.asm["ptx"])
+    start, wait = "griddepcontrol.launch_dependents", "griddepcontrol.wait"
+    assert (order.count(start), order.count(wait)) == (overlap, overlap)
+    if overlap and name != "_silu_mul":
+        assert order.index("ld.global") < order.index(wait) > order.index(start)
 
 @pytest.mark.parametrize("bits", [16, 4, 2])
 def test_speed_of_random_weights_says_its_bytes(capsys, bits):
