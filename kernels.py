@@ -51,14 +51,14 @@ def overlapping():
     """The kernels of one token overlap. What they read before they wait, weights and the keys and
     values of earlier tokens, has to be there before the first of them starts."""
     global PDL
-    PDL = ASM and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    PDL = HOPPER
     try:
         yield
     finally:
         PDL = False
 
-def launch():
-    return {"launch_pdl": True} if PDL else {}         # the interpreter does not know the option
+def launch(early):
+    return {"launch_pdl": True} if early else {}       # the interpreter does not know the option
 
 # ---- GPTQ's columns ---------------------------------------------------------------------------
 
@@ -457,7 +457,7 @@ def plan(M, w):
         T, S = T if tiles % T == 0 else 1, 8 if few else 4             # few outputs: split k more
         constants.update(S=S, T=T, BLOCK_M=BLOCK_M, SPAN=SPAN, SUB=math.gcd(SPAN, w.group),
                          WAIT=WAIT, PDL=PDL)
-        return _decode, (tiles // T,), constants, dict(num_warps=S, num_stages=1, **launch())
+        return _decode, (tiles // T,), constants, dict(num_warps=S, num_stages=1, **launch(PDL))
     BLOCK_M = min(max(32, triton.next_power_of_2(M)), 256)
     if triton.cdiv(O, 128) * triton.cdiv(M, 256) <= 66:                # of the 132 SMs
         BLOCK_M = min(BLOCK_M, 128)
@@ -721,7 +721,7 @@ def _quest_matmul_tma(a, a_scale, a_sum, w, w_scale, w_sum, y, M, N, K: tl.const
 # 6 to 7 TB/s, and tiles that Hopper's TMA loads leave registers and time for tiles twice the size.
 QUEST_TILES = ((16, 16, 64, 256, 4, 4), (64, 64, 64, 256, 4, 3), (2**31, 128, 128, 128, 8, 4))
 QUEST_TILE_8x8, QUEST_TMA, PROCESSORS = (256, 128, 128, 8, 4), (128, 256, 128, 8, 4), 132
-TMA = WGMMA
+TMA = HOPPER
 
 def quest_matmul(a, w, a_bits, bits, dtype):
     """QuEST inputs times QuEST weights, (M, N) in dtype; sums are exact integers.
@@ -851,14 +851,13 @@ def vq_matmul(x, codes, codebooks, scales):
     TOKENS, tiles = triton.next_power_of_2(B), triton.cdiv(N, BN)
     R //= TOKENS
     SPLIT = math.gcd(M * G // R, triton.next_power_of_2(triton.cdiv(programs, tiles)))
-    TILES, early = triton.next_power_of_2(tiles), WGMMA and not torch.compiler.is_compiling()
+    TILES, early = triton.next_power_of_2(tiles), HOPPER and not torch.compiler.is_compiling()
     tables, parts = x.new_empty(B * M * G * 256), scales.new_empty(SPLIT * B * N)
     tickets, y = codes.new_empty(TILES, dtype=torch.int32), x.new_empty(B, N)
     _vq_tables[B * G // 16, 2 * M](x.contiguous(), codebooks, tables, tickets, G, 16, 128, TILES,
                                    early, num_warps=2)
     _vq_lookups[tiles, SPLIT](tables, codes, scales, parts, tickets, y, B, N, M * G, R, TOKENS, BN,
-                              SPLIT, early, num_warps=warps,
-                              **(dict(launch_pdl=True) if early else {}))
+                              SPLIT, early, num_warps=warps, **launch(early))
     return y
 
 def vq_matmul_reference(x, codes, codebooks, scales):
@@ -897,7 +896,7 @@ def matvec(x, w):
     (N, C), y = w.shape, x.new_empty(1, len(w))
     BK = min(4096, triton.next_power_of_2(C))
     _matvec[triton.cdiv(N, 2),](x, w, y, N, C, 2, BK, PDL, num_warps=max(1, BK // 512),
-                                **launch())
+                                **launch(PDL))
     return y
 
 @triton.jit
@@ -921,7 +920,7 @@ def add_norm(x, delta, norm):
     """x (B, C), delta the same or None, norm an RMSNorm -> x + delta, and that normed."""
     (B, C), total, h = x.shape, x if delta is None else torch.empty_like(x), torch.empty_like(x)
     _add_norm[B,](x, delta, norm.weight, total, h, C, norm.eps, delta is not None,
-                  triton.next_power_of_2(C), PDL, num_warps=8, **launch())
+                  triton.next_power_of_2(C), PDL, num_warps=8, **launch(PDL))
     return total, h
 
 @triton.jit
@@ -940,7 +939,7 @@ def silu_mul(x):
     """silu(gate) * up, where x (B, 2 F) holds gate and up side by side -> (B, F)."""
     y = x.new_empty(len(x), x.size(1) // 2)
     _silu_mul[triton.cdiv(y.size(1), 512), len(x)](x, y, y.size(1), 512, PDL, num_warps=2,
-                                                   **launch())
+                                                   **launch(PDL))
     return y
 
 @triton.jit
@@ -1009,7 +1008,7 @@ def rope_attention(qkv, cos, sin, cache):
     y, parts = qkv.new_empty(B, H * D), qkv.new_empty(B * H * SPLIT * 2 * D, dtype=torch.float32)
     _rope_attention[B, H, SPLIT](qkv, cos, sin, cache.at, cache.keys, cache.values, y, parts,
                                  cache.tickets, S, D**-0.5, H, KV, D, BLOCK, SPLIT, PDL,
-                                 num_warps=warps, **launch())
+                                 num_warps=warps, **launch(PDL))
     return y
 
 # ---- Benchmark ----------------------------------------------------------------------------------
