@@ -2,6 +2,7 @@
 
     python lrqat.py --bits 2                    # every arm on the tiny base; one table; 3 minutes
     python lrqat.py --bits 2 --smoke            # every line of it in a few seconds
+    python lrqat.py --bits 2 --arm full         # one arm alone, packed: here full QAT
     python lrqat.py --size 7B --init-base random --bits 4 --phi packed --steps 3 --seq-len 1024
     python model.py eval out/lrqat-w2.pt        # the merged, packed result
     torchrun --standalone --nproc_per_node=2 lrqat.py --bits 2      # the same arms on 2 GPUs
@@ -23,7 +24,8 @@ A by its own scale; alpha and the rates suit a hundred steps. --a-bits also quan
 outputs, where the released code and its flags disagree. On a GPU, A B runs in TF32. Under --compile
 the compiler decides what is kept. Not here: training a checkpoint whose dense form does not fit.
 Printed: learn, parameters that learn. recovered, the share of the loss between RTN and dense
-training of the same length that an arm wins back. flipped, integers that A B moved to other codes.
+training of the same length (with --arm, the base) that an arm wins back. flipped, integers that A B
+moved to other codes.
 Shapes: W (O, C) weights, A (O, r), B (r, C), G = C / g groups of inputs, s and z (O, G).
 """
 import copy
@@ -49,12 +51,15 @@ PHI = {"fp32": (4, 8), "bf16": (2, 8), "fixed": (1, 7), "packed": (0.5, 4)}  # b
 LIMIT = 24                           # GiB that the other arms of a --init random run get
 ARMS = ("dense", "dense, longer", "RTN", "GPTQ", "scales only (PEQA)", "full QAT (LSQ)",
         "LR-QAT, s frozen", "LR-QAT")
+ALONE = {"scales": ARMS[4], "full": ARMS[5], "frozen": ARMS[6], "lr-qat": ARMS[7]}     # --arm
 
 def parse_args(argv=None):
     p = Parser(prog="lrqat.py", description="Low-rank quantization-aware training (LR-QAT).")
     add = p.add_argument
     add("--bits", type=number(int, 2, 8), default=2, help="of weights; 2: asymmetric (default: 2)")
     add("--group-size", type=number(int, -1), default=-1, help="inputs a scale; -1: all (default)")
+    add("--arm", choices=tuple(ALONE), help="train this arm only, and pack it (default: train all, "
+        "pack lr-qat)")
     add("--phi", choices=tuple(PHI), default="fixed", help="format of the frozen weights; fixed: "
         "int8 with --bits integer bits; packed: integers, two a byte (default: fixed)")
     add("--rank", type=number(int, 1), default=32, help="of A and B (default: 32)")
@@ -191,10 +196,14 @@ class LRQATLinear(nn.Module):
         return LRQATFunction.apply(x, self.codes, self.A, self.B, self.scale.clamp(min=EPS),
                                    self.zero_point, *self.how)
 
+    def rounded(self, scale):
+        return integers(self.codes, self.A, self.B, *self.how[:2])
+
     @torch.no_grad()
     def merge(self):
         """(q, scale, zero_point) as `rtn` returns them: q int8, or uint8 with a zero_point."""
-        q, scale = integers(self.codes, self.A, self.B, *self.how[:2]), self.scale.clamp(min=EPS)
+        scale = self.scale.clamp(min=EPS)
+        q = self.rounded(scale)
         if self.zero_point is None:
             return q.to(torch.int8), scale, None
         low = limits(self.how[0])[0]                   # codes from 0 on
@@ -215,6 +224,10 @@ class FullQATLinear(LRQATLinear):
     def __init__(self, w, *grid):
         super().__init__(w, *grid, rank=0, phi="fp32")
         self.weight, self.codes = nn.Parameter(w.clone()), None
+
+    def rounded(self, scale):
+        v = to_grid(self.weight, scale, self.zero_point)
+        return v.round().clamp(*limits(self.how[0]))
 
     def forward(self, x):
         (bits, _, group_size), scale = self.how, self.scale.clamp(min=EPS)
@@ -285,12 +298,13 @@ def compare(args):
         raise UsageError(f"--model {args.model} is packed; LR-QAT starts from a dense checkpoint")
     check_shapes(base, args)
     name = f"lrqat-w{args.bits}" + (f"a{args.a_bits}" if args.a_bits < 16 else "")
+    name += f"-{args.arm}" if args.arm else ""
     header(f"{name} | phi {args.phi}, rank {args.rank}", args, base, data)
     ranges = {n: start_range(m.weight, args.bits, args.group_size) for n, m in base.linears()}
     if args.memory_report:
         measure(convert(copy.deepcopy(base), "LR-QAT", args, ranges), args, data, report=True)
     rows, path = {}, os.path.join(args.out, name)
-    for arm in ARMS:
+    for arm in ("dense", "RTN", ALONE[args.arm]) if args.arm else ARMS:
         torch.manual_seed(args.seed)
         start, result = time.time(), {"seconds": 0.0}
         model = convert(copy.deepcopy(base), arm, args, ranges)
@@ -308,7 +322,7 @@ def compare(args):
         rows[arm] = arm_row(scores, bpw, seconds + result["seconds"], learn=learn)
         say(f"{arm} | {show(scores)}")
     say(f"\n{len(data.val) - 1:>7} val tokens     |   learn | val loss | recovered | seconds")
-    worst, best = rows["RTN"]["val_loss"], rows["dense, longer"]["val_loss"]
+    worst, best = (rows[a]["val_loss"] for a in ("RTN", "dense" if args.arm else "dense, longer"))
     for arm, row in rows.items():                      # recovered: of what RTN lost
         share = (worst - row["val_loss"]) / (worst - best or math.nan)
         say(f"{arm:22} | {row['learn']:7d} | {row['val_loss']:8.4f} | {100 * share:8.1f}% | "
@@ -316,7 +330,8 @@ def compare(args):
     pack_result(args, model, data, path + ".pt", rows, result)
 
 def pack_result(args, model, data, path, rows, result):
-    """Merge, pack, save, load; compare integers and loss with those of the training forward."""
+    """Merge the last arm, pack, save, load; compare integers and loss with its training forward."""
+    live = list(rows.values())[-1]["val_loss"]
     trained = {n: m.merge()[0] for n, m in model.linears()}
     model.replace_linears(lambda _, m: QuantLinear.affine(*m.merge(), args.bits, args.group_size))
     save_checkpoint(path, model, method="lrqat", settings=settings(args), tokenizer=data.spec,
@@ -327,11 +342,11 @@ def pack_result(args, model, data, path, rows, result):
     scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
     bpw, weights = bits_per_weight(model)
     say(f"\nmerged | {show(scores)} | {differ} of {weights} integers differ, loss by "
-        f"{abs(scores['loss'] - rows['LR-QAT']['val_loss']):.1e} | {bpw:.3f} bits per weight | "
-        f"{path}")
+        f"{abs(scores['loss'] - live):.1e} | {bpw:.3f} bits per weight | {path}")
     finish(args, "lrqat", model, scores, result, w_bits=args.bits, a_bits=args.a_bits,
-           kv_bits=args.kv_bits, group_size=args.group_size, phi=args.phi, rank=args.rank,
-           init=args.init, lr=args.lr, base_val_loss=rows["dense"]["val_loss"],
+           kv_bits=args.kv_bits, group_size=args.group_size, arm=args.arm or "lr-qat",
+           phi=args.phi, rank=args.rank, init=args.init, lr=args.lr,
+           base_val_loss=rows["dense"]["val_loss"],
            arms={arm: row | {"bpw": row["bpw"] or bpw} for arm, row in rows.items()})
 
 # ---- Memory -----------------------------------------------------------------------------------

@@ -797,10 +797,12 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
 
     tokens: ids (n,) -> {"loss": nats per token, "ppl": its exponential} and, with a tokenizer,
     "bits_per_byte" of the text, the only one of the three to compare across tokenizers.
-    batch_size: windows at a time, by default 2^13 tokens: packed weights unpack once for all.
+    batch_size: windows at a time, by default 2^13 tokens, for which packed weights unpack once; on
+    a GPU, which would wait for the CPU, what takes some 1 GB.
     """
     device, n = next(model.parameters()).device, len(tokens) - 1
-    batch_size = batch_size or max(1, 2**13 // seq_len)
+    together = 2**26 // model.config.n_hidden if device.type == "cuda" else 2**13  # tokens
+    batch_size = batch_size or max(1, together // seq_len)
     lean, model.lean = getattr(model, "lean", False), True                 # few logits at a time
     ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     full, total = n // seq_len, 0.0

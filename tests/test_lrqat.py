@@ -657,6 +657,31 @@ def test_script_compares_all_arms_packs_and_resumes(tmp_path, monkeypatch, capsy
     loss = trunk.evaluate(m, data.val, 32)["loss"]
     assert abs(loss - rows[0]["val_loss"]) < 1e-6 and content["config"]["kv_bits"] == 4
 
+@pytest.mark.parametrize("arm", ["full", "scales"])
+def test_one_arm_alone_ends_as_beside_the_others_and_is_packed(arm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = "".join(f"def f{i}(x):\n    return x + {i * i}\n\n" for i in range(3000))
+    (tmp_path / "text.txt").write_text(text)
+    data = trunk.load_data(str(tmp_path / "text.txt"), "300", 32)
+    base = LLaMA(LlamaConfig(data.tokenizer.n_vocab, 1, 32, 4, 4, 48, 32))
+    trunk.save_checkpoint(str(tmp_path / "base.pt"), base, tokenizer=data.spec, data=data.digest,
+                          method="dense", settings={"data": data.name, "vocab": "300"})
+    flags = (f"--bits 3 --rank 4 --steps 4 --batch-size 4 --seq-len 32 --device cpu --model "
+             f"{tmp_path}/base.pt --out {tmp_path}")
+    rows = []
+    for more in ([], ["--arm", arm]):
+        monkeypatch.setattr(sys, "argv", ["lrqat.py", *flags.split(), *more])
+        trunk.run(lrqat.main)
+        out = capsys.readouterr().out
+        assert " 0 of 8704 integers differ" in out
+        rows.append(json.loads(out.strip().splitlines()[-1]))
+    name = lrqat.ALONE[arm]
+    assert list(rows[1]["arms"]) == ["dense", "RTN", name] and rows[1]["arm"] == arm
+    assert rows[1]["arms"][name]["val_loss"] == rows[0]["arms"][name]["val_loss"]
+    assert rows[1]["val_loss"] == pytest.approx(rows[1]["arms"][name]["val_loss"], abs=1e-5)
+    m, _ = trunk.load_checkpoint(str(tmp_path / f"lrqat-w3-{arm}.pt"))
+    assert trunk.evaluate(m, data.val, 32)["loss"] == pytest.approx(rows[1]["val_loss"], abs=1e-6)
+
 def test_random_run_needs_no_base_and_reports_three_arms(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(trunk.PRESETS, "tiny", trunk.PRESETS["tiny"]._replace(n_layer=1))
     flags = ("--init-base random --bits 4 --phi packed --rank 4 --steps 2 --batch-size 2 "
