@@ -348,8 +348,9 @@ def main():
     try:
         sys.path.insert(0, str(HERE.parent))
         from kernels import plot                       # as `kernels.py --plot` draws it
-        draw_methods(methods(big), HERE / "methods.png")
-        draw_curves([r for r in big if "arms" not in r], HERE / "curves.png")
+        if big:
+            draw_methods(methods(big), HERE / "methods.png")
+            draw_curves([r for r in big if "arms" not in r], HERE / "curves.png")
         draw_quest(table, HERE / "quest.png")
         plot(kernels, HERE / "kernels.png")
         draw_memory(lr, HERE / "memory.png")
