@@ -844,7 +844,7 @@ def vq_matmul(x, codes, codebooks, scales):
     (M, 256, 8) in x's dtype, float16 or bfloat16, which the tables have as well; scales float32
     (N,). The kernel takes up to 4 tokens, 32 | G and 16 | N; PyTorch and cuBLAS the rest.
     """
-    (B, K), (M, G, N) = x.shape, codes.shape
+    B, (M, G, N) = len(x), codes.shape
     if B > 4 or G % 32 or N % 16 or codebooks.shape != (M, 256, 8) or x.dtype == torch.float32:
         return vq_matmul_reference(x, codes, codebooks, scales)
     BN, programs, R, warps = VQ_TILE

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import lrqat
 import model
 from model import LLaMA, LlamaConfig, UsageError
 from quantizers import QuantLinear, rtn

@@ -95,7 +95,7 @@ def child():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The folder of both runs: a/ with two processes, b/ with one."""
-    home, before = tmp_path_factory.mktemp("ranks"), (os.getcwd(), sys.argv)
+    home = tmp_path_factory.mktemp("ranks")
     text = "".join(f"{i} times {i} is {i * i}, and {i} plus {i} is {i + i}.\n" for i in range(1500))
     for name in "ab":
         (home / name).mkdir()

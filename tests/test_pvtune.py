@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import model as trunk
 import pvtune
-from model import LlamaConfig, LLaMA, UsageError
+from model import LlamaConfig, LLaMA
 from pvtune import (Codebooks, Distilled, Grid, PVLinear, PVOptimizer, exact_p, exact_v, kl_loss,
                     lamb_step, linear_v, move_codes, ste, v_step)
 from quantizers import (QuantLinear, bits_per_weight, dequantize, kmeans, pack, rtn, unpack,
