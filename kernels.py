@@ -246,16 +246,14 @@ def _fetch(words, high, grid, t, k0, O, C: tl.constexpr, GROUP: tl.constexpr, BI
             gs += (g.to(tl.uint32, bitcast=True),)
     return ws, hs, gs
 
+# A dot of three dimensions gives every warp its own slice of the first: the weights, shifted in
+# place, and x, read as float pairs, are operands without a detour or a barrier.
 @triton.jit(do_not_specialize=["M", "MASK"])
 def _decode(x, words, high, grid, y, M, O, N, MASK, C: tl.constexpr, GROUP: tl.constexpr,
             BITS: tl.constexpr, S: tl.constexpr, T: tl.constexpr, BLOCK_M: tl.constexpr,
             SPAN: tl.constexpr, SUB: tl.constexpr, WAIT: tl.constexpr, ASM: tl.constexpr,
             PDL: tl.constexpr):
-    """16 T outputs of all tokens. Its S warps take turns along k, SPAN k's each, and add up last.
-
-    A dot of three dimensions gives every warp its own slice of the first: the weights, shifted in
-    place, and x, read as float pairs, are operands without a detour or a barrier.
-    """
+    """16 T outputs of all tokens. S warps take turns along k, SPAN k's each, and add up last."""
     dt: tl.constexpr = x.dtype.element_ty
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     BLK: tl.constexpr = 256 // LOW
@@ -1105,8 +1103,8 @@ def graph_us(calls, replays=20):
         times.append(a.elapsed_time(b) * 1e3 / n)
     return sorted(times)[replays // 2]
 
-def main():
-    from model import Parser, UsageError, progress, say                # they import this file
+def parse_args():
+    from model import Parser                           # it imports this file
     p = Parser(prog="kernels.py", description="Time the kernels and their peers on this GPU.")
     p.add_argument("--shapes", nargs="+", default=["4096x4096", "14336x4096", "4096x14336",
                                                    "28672x8192"], help="outputs x inputs")
@@ -1116,7 +1114,11 @@ def main():
     p.add_argument("--only", nargs="+", help="these candidates (default: every one installed)")
     p.add_argument("--out", help="append the rows to this file, one JSON object each")
     p.add_argument("--plot", help="draw times against their floors into this file")
-    args = p.parse_args()
+    return p.parse_args()
+
+def main():
+    from model import UsageError, progress, say
+    args = parse_args()
     if not torch.cuda.is_available():
         raise UsageError("kernels.py times Triton kernels, and there is no GPU here; run it on one")
     query = "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.limit"
