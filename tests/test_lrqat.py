@@ -623,14 +623,19 @@ def test_activation_bits_reach_every_site_and_kv_bits_only_keys_and_values(monke
 
 # ---- The script ---------------------------------------------------------------------------------
 
-def test_script_compares_all_arms_packs_and_resumes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def random_base(folder, monkeypatch, n_layer):
+    """Data of a text in the folder, and a checkpoint base.pt of random weights for it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     text = "".join(f"def f{i}(x):\n    return x + {i * i}\n\n" for i in range(3000))
-    (tmp_path / "text.txt").write_text(text)
-    data = trunk.load_data(str(tmp_path / "text.txt"), "300", 32)
-    base = LLaMA(LlamaConfig(data.tokenizer.n_vocab, 2, 32, 4, 4, 48, 32))
-    trunk.save_checkpoint(str(tmp_path / "base.pt"), base, tokenizer=data.spec, data=data.digest,
+    (folder / "text.txt").write_text(text)
+    data = trunk.load_data(str(folder / "text.txt"), "300", 32)
+    base = LLaMA(LlamaConfig(data.tokenizer.n_vocab, n_layer, 32, 4, 4, 48, 32))
+    trunk.save_checkpoint(str(folder / "base.pt"), base, tokenizer=data.spec, data=data.digest,
                           method="dense", settings={"data": data.name, "vocab": "300"})
+    return data
+
+def test_script_compares_all_arms_packs_and_resumes(tmp_path, monkeypatch, capsys):
+    data = random_base(tmp_path, monkeypatch, 2)
     hessians = []
     def gptq(w, hessian, bits, group_size, symmetric, mse):
         hessians.append((tuple(hessian.shape), hessian.trace().item() > 0))
@@ -659,13 +664,7 @@ def test_script_compares_all_arms_packs_and_resumes(tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("arm", ["full", "scales"])
 def test_one_arm_alone_ends_as_beside_the_others_and_is_packed(arm, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    text = "".join(f"def f{i}(x):\n    return x + {i * i}\n\n" for i in range(3000))
-    (tmp_path / "text.txt").write_text(text)
-    data = trunk.load_data(str(tmp_path / "text.txt"), "300", 32)
-    base = LLaMA(LlamaConfig(data.tokenizer.n_vocab, 1, 32, 4, 4, 48, 32))
-    trunk.save_checkpoint(str(tmp_path / "base.pt"), base, tokenizer=data.spec, data=data.digest,
-                          method="dense", settings={"data": data.name, "vocab": "300"})
+    data = random_base(tmp_path, monkeypatch, 1)
     flags = (f"--bits 3 --rank 4 --steps 4 --batch-size 4 --seq-len 32 --device cpu --model "
              f"{tmp_path}/base.pt --out {tmp_path}")
     rows = []
