@@ -14,7 +14,7 @@ its code for the affine grid; AQLM (2401.06118) for the codebooks. Not here: any
 Shapes: O output channels, C input channels, g = group_size, G = C / g groups, ... any others.
 """
 import contextlib
-import importlib.util
+import importlib.metadata
 import math
 
 import torch
@@ -22,7 +22,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 EPS = 1e-8  # the smallest clip: a row of zeros gets codes of about zero and a live gradient
-TRITON = importlib.util.find_spec("triton") is not None        # else kernels.py cannot be imported
+
+def can_import_kernels():
+    """kernels.py needs Triton 3.5, which came with PyTorch 2.9; else PyTorch does the work."""
+    for name in ("triton", "pytorch-triton", "triton-windows"):    # released, nightly, Windows
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            major, minor, *_ = importlib.metadata.version(name).split(".")
+            return (int(major), int(minor)) >= (3, 5)
+    return False
+
+TRITON = can_import_kernels()
 
 # ---- The Hadamard rotation (QuEST section 3.1) ----------------------------------------------
 # It spreads an outlier over its block. Rows become nearly Gaussian, and one clip fits them all.

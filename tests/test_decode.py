@@ -168,7 +168,7 @@ assert torch.allclose(torch.stack(logits[6:]), torch.stack(logits[:6]), atol=2e-
 """
 
 def test_decoding_kernels_equal_the_operations_they_replace(tmp_path):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "3.5")
     code = KERNELS.format(root=str(ROOT), tests=str(ROOT / "tests"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env=os.environ | {"TRITON_INTERPRET": "1"})
@@ -189,7 +189,7 @@ DECODE = dict(GROUP=128, T=1, BLOCK_M=8, SPAN=256, SUB=128, ASM=True)
 def test_decoding_kernels_compile_for_an_h100_without_spilling(name, warps, sizes, overlap,
                                                                tmp_path):
     """And, where kernels overlap, each starts the next, then reads ahead, waits, reads the rest."""
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", "3.5")
     import kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

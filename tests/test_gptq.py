@@ -281,7 +281,7 @@ for bits, n in ((2, 128), (4, 100), (8, 1)):
     assert all(torch.equal(p, q) for p, q in zip(a, b)), (bits, n)
 print("equal")
 """
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "3.5")
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, text=True,
                             capture_output=True,
                             env={"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin"})

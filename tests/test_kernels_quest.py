@@ -190,7 +190,7 @@ CHECKS = [name for name in list(globals()) if name.startswith("check_")]
 def outcomes():
     """name -> "ok" or a traceback, of all checks in one process: Triton's interpreter must be
     chosen before Triton is imported."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "3.5")
     env = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
     env |= {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, __file__], cwd=ROOT, text=True, capture_output=True,
@@ -207,7 +207,7 @@ def compiled(kernel, warps, stages=3, **arguments):
 
     arguments: the constants, or types of the others ("*i8", "i32"), pointers aligned as torch's.
     """
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", "3.5")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     names = kernel.arg_names

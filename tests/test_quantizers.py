@@ -5,11 +5,13 @@ and clips, and published constants: those of QuEST's authors (arXiv 2502.05003) 
 "Quantizing for minimum distortion" (1960). P1..P32 label the properties of QuEST; those that are
 not here are in test_quest.py.
 """
+import importlib.metadata
 import math
 
 import pytest
 import torch
 
+import quantizers
 from quantizers import (FP4_CLIP, FP4_CODES, GAUSSIAN_CLIP, QuantLinear, bits_per_weight,
                         clip_limit, code_linear, code_offset, dequantize, hadamard,
                         keep_two_of_four, pack, quest_codes, quest_fake_quant, quest_quantize,
@@ -345,3 +347,14 @@ def test_bits_per_weight_is_all_stored_bytes_over_the_weights():
     model = torch.nn.ModuleList([torch.nn.Linear(64, 16), *(layer for layer, _ in cases)])
     assert bits_per_weight(model)[0] == pytest.approx(sum(row for _, row in cases) / 8 / len(cases))
     assert bits_per_weight(model[0]) == (0.0, 0)
+
+@pytest.mark.parametrize("installed, can", [
+    ({}, False), ({"triton": "3.4.0"}, False), ({"triton": "3.5.0"}, True),
+    ({"triton": "3.10.1"}, True), ({"pytorch-triton": "3.6.0+git9844da95"}, True)])
+def test_kernels_are_left_alone_where_triton_is_missing_or_too_old(installed, can, monkeypatch):
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert quantizers.can_import_kernels() == can
