@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", "3.5")
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 GPU = torch.cuda.is_available()
@@ -183,10 +183,12 @@ def test_code_for_sm_90_uses_tensor_cores_and_no_loop_spills(bits, M, O, tmp_pat
                                 capture_output=True).stdout
                  for t in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
     assert re.search(r"LOCAL:0 ", use), use
-    loops = [body for _, body in re.findall(r"(\.L_x_\d+):(.*?)BRA `\(\1\)", sass, re.DOTALL)]
-    assert loops and not any(re.search(r"\bSTL\b", body) for body in loops)
-    # 16 tokens, Triton 3.6: an address or two reread a step; what needs none was no faster
-    assert max(len(re.findall(r"\bLDL\b", body)) for body in loops) <= (2 if M == 16 else 0)
+    loops = re.findall(r"(\.L_x_\d+):(.*?)BRA `\(\1\)", sass, re.DOTALL)
+    known = (bits, M, O) in ((1, 16, 14336), (3, 16, 14336)) and triton.__version__[:3] == "3.6"
+    if known:     # rereads an address or two a step; what needs none was no faster on an H100
+        assert max(len(re.findall(r"\bLDL\b", body)) for _, body in loops) <= 2
+    spills = r"\bSTL\b" if known else r"\b(STL|LDL)\b"
+    assert loops and not any(re.search(spills, body) for _, body in loops)
     assert re.search(r"\bHMMA\." if M <= 16 else r"\bHGMMA\.", sass)
     assert not overwritten_operands(sass)
 
