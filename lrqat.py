@@ -7,7 +7,9 @@
     python model.py eval out/lrqat-w2.pt        # the merged, packed result
     torchrun --standalone --nproc_per_node=2 lrqat.py --bits 2      # the same arms on 2 GPUs
 
-The third is 7B on one GPU: random weights prove bytes and speed, never quality. The idea:
+The fourth is 7B on one GPU: random weights prove bytes and speed, never quality.
+
+The idea:
   1. Quantization-aware training pays for a gradient and two moments of every weight. Freeze the
      weight instead, in units of its grid's step and in 0.5 to 4 bytes: phi(W0 / s0).
   2. Train a rank-r product A B inside of the rounding, and the scale s outside of it:
