@@ -11,7 +11,6 @@ import pathlib
 import re
 import shlex
 import shutil
-import signal
 import sys
 
 import numpy as np
@@ -23,13 +22,11 @@ import model
 import normtweak
 import pvtune
 import quest
-from conftest import call
+from conftest import TEXT, call, check_refused
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = {"model.py": model, "quest.py": quest}
 TRAIN = "--data text.txt --vocab 300 --out out"
-TEXT = "".join(f"def f{i}(x): return {'self index value'.split()[i % 3]} + {i * i}\n"
-               for i in range(800))
 KEYS = """method w_bits a_bits bpw group_size val_loss val_ppl bits_per_byte base_val_loss
           bytes_dense bytes_packed params tokens seconds device seed command""".split()
 
@@ -43,9 +40,7 @@ def small_and_offline(tmp_path_factory):
         m.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path_factory.mktemp("tiktoken")))
         m.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
         m.setenv("no_proxy", "127.0.0.1")
-        handler = signal.getsignal(signal.SIGINT)
         yield
-        signal.signal(signal.SIGINT, handler)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -86,12 +81,6 @@ def work(made, tmp_path, monkeypatch):
 
 def snapshot(path):
     return {p: p.read_bytes() if p.is_file() else None for p in sorted(path.rglob("*"))}
-
-def check_refused(result, name):
-    status, _, err = result
-    assert status == 2
-    assert re.fullmatch(r"error: [^\n]+\n", err), err
-    assert name in err
 
 # ---------------------------------------------------------------------------------------------
 # Mistakes: (flags after TRAIN, or a whole command; what the message must name)

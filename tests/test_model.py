@@ -2,20 +2,16 @@
 
 Network: float64 closed forms written here (rotary positions as complex numbers, attention as
 loops) and published parameter counts. Recipe: the schedule's and AdamW's formulas, one big batch.
-Evaluation: one token at a time. Resuming after Ctrl-C and after kill -9: a run that nobody
-stopped, compared bit for bit. Generation: argmax by hand, the softmax's shares.
+Evaluation: one token at a time. Resuming after Ctrl-C: a run that nobody stopped, compared bit for
+bit. Generation: argmax by hand, the softmax's shares.
 """
 import errno
 import math
 import os
-import pathlib
 import pickle
 import re
 import resource
 import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,15 +22,10 @@ import model
 import quest
 from model import LLaMA, LlamaConfig, UsageError
 
-ROOT = pathlib.Path(__file__).parent.parent
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """No test sees the user's cache, and Ctrl-C works again after a test of it."""
+    """No test sees the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 def small(seed=0, loud=True, **changes):
     """A LLaMA whose weights are large enough that attention is far from uniform."""
@@ -346,31 +337,6 @@ def test_training_resumed_after_ctrl_c_is_bit_identical(tmp_path, monkeypatch, c
     assert all(same(a[k], b[k]) for k in ("model", "optimizer", "losses"))
     assert len(whole["losses"]) == 6 and whole["tokens"] == 6 * 4 * 8
 
-CHILD = """
-import sys, pathlib
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch, model, test_model
-torch.set_num_threads(1)
-model.train(*test_model.training("quest", steps=3000, eval_every=2), pathlib.Path("state"))
-"""
-
-def test_training_resumed_after_kill_9_is_bit_identical(tmp_path):
-    code = CHILD.format(root=str(ROOT), tests=str(ROOT / "tests"))
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "state").exists() and child.poll() is None:
-        time.sleep(0.01)
-    time.sleep(0.05)                                   # likely in the middle of a later save
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
-    content = model.read_checkpoint(tmp_path / "state")
-    done = len(content["losses"])
-    m, data, args = training("quest", steps=3000, eval_every=0)
-    optimizer = model.make_optimizer(m, args.lr)
-    for i in range(done):
-        model.train_step(m, optimizer, data, args, i)
-    assert done and same(content["model"], m.state_dict())
-    assert same(content["optimizer"], optimizer.state_dict())
-
 # ---------------------------------------------------------------------------------------------
 # Generation
 
@@ -382,13 +348,6 @@ def test_greedy_text_is_the_most_likely_token_each_time():
     assert torch.equal(m.generate(x, 12, temperature=0), want)
     assert torch.equal(m.generate(x, 12, top_k=1), want)
     assert torch.equal(m.generate(x, 12, temperature=1e-4), want)
-
-def test_sampling_repeats_with_its_seed_alone():
-    m, x = small(loud=False), ids(1, 3)
-    def draw(seed):
-        return m.generate(x, 20, generator=torch.Generator().manual_seed(seed))
-    torch.manual_seed(5)
-    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 @pytest.mark.parametrize("top_k, temperature", [(None, 1.0), (3, 0.5), (99, 2.0)])
 def test_sampled_shares_are_the_softmax_of_the_top(top_k, temperature):
