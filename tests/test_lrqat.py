@@ -7,7 +7,6 @@ import copy
 import hashlib
 import json
 import math
-import sys
 import types
 import weakref
 
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 import lrqat
 import model as trunk
 import quantizers
+from conftest import call, check_refused
 from lrqat import (ALPHA, PHI, FullQATLinear, LRQATFunction, LRQATLinear, convert, downcast,
                    integers, latent, ledger, limits, linear_schedule, make_optimizer, measure,
                    start_range, svd_start, tensor_bytes, to_grid)
@@ -643,13 +643,9 @@ def test_script_compares_all_arms_packs_and_resumes(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(lrqat, "gptq", gptq)
     flags = ("--bits 2 --group-size 16 --rank 4 --init svd --a-bits 8 --kv-bits 4 --memory-report "
              "--steps 3 --batch-size 4 --seq-len 32 --device cpu")
-    argv = ["lrqat.py", *flags.split(), "--model", str(tmp_path / "base.pt")]
-    argv += ["--out", str(tmp_path)]
-    rows = []
-    for more in ([], ["--resume"]):
-        monkeypatch.setattr(sys, "argv", argv + more)
-        trunk.run(lrqat.main)
-        out = capsys.readouterr().out
+    command, rows = f"lrqat.py {flags} --model {tmp_path}/base.pt --out {tmp_path}", []
+    for more in ("", " --resume"):
+        _, out, _ = call(capsys, command + more)
         assert "merged" in out and " 0 of 17408 integers differ, loss by 0.0e+00" in out
         rows.append(json.loads(out.strip().splitlines()[-1]))
     first, again = ({arm: row["val_loss"] for arm, row in r["arms"].items()} for r in rows)
@@ -665,13 +661,11 @@ def test_script_compares_all_arms_packs_and_resumes(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("arm", ["full", "scales"])
 def test_one_arm_alone_ends_as_beside_the_others_and_is_packed(arm, tmp_path, monkeypatch, capsys):
     data = random_base(tmp_path, monkeypatch, 1)
-    flags = (f"--bits 3 --rank 4 --steps 4 --batch-size 4 --seq-len 32 --device cpu --model "
-             f"{tmp_path}/base.pt --out {tmp_path}")
+    command = (f"lrqat.py --bits 3 --rank 4 --steps 4 --batch-size 4 --seq-len 32 --device cpu "
+               f"--model {tmp_path}/base.pt --out {tmp_path}")
     rows = []
-    for more in ([], ["--arm", arm]):
-        monkeypatch.setattr(sys, "argv", ["lrqat.py", *flags.split(), *more])
-        trunk.run(lrqat.main)
-        out = capsys.readouterr().out
+    for more in ("", f" --arm {arm}"):
+        _, out, _ = call(capsys, command + more)
         assert " 0 of 8704 integers differ" in out
         rows.append(json.loads(out.strip().splitlines()[-1]))
     name = lrqat.ALONE[arm]
@@ -684,10 +678,9 @@ def test_one_arm_alone_ends_as_beside_the_others_and_is_packed(arm, tmp_path, mo
 def test_random_run_needs_no_base_and_reports_three_arms(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(trunk.PRESETS, "tiny", trunk.PRESETS["tiny"]._replace(n_layer=1))
     flags = ("--init-base random --bits 4 --phi packed --rank 4 --steps 2 --batch-size 2 "
-             "--accumulate 2 --seq-len 8 --device cpu --out")
-    monkeypatch.setattr(sys, "argv", ["lrqat.py", *flags.split(), str(tmp_path)])
-    trunk.run(lrqat.main)
-    row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+             "--accumulate 2 --seq-len 8 --device cpu")
+    _, out, _ = call(capsys, f"lrqat.py {flags} --out {tmp_path}")
+    row = json.loads(out.strip().splitlines()[-1])
     ours, full = row["results"]["LR-QAT"], row["results"]["full QAT (LSQ)"]
     assert row["val_loss"] is None and "dense, longer" in row["results"]
     assert ours["frozen weights"] + 3 * ours["adapters"] < full["adapters"] + full["frozen weights"]
@@ -696,23 +689,14 @@ def test_random_run_needs_no_base_and_reports_three_arms(tmp_path, monkeypatch, 
 # ---- Bad input ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags,words", [
-    (["--rank", "0"], ["0", ">= 1"]),
-    (["--bits", "8"], ["fixed", "7", "bf16"]),
-    (["--bits", "6", "--phi", "packed"], ["packed", "4"]),
-    (["--bits", "1"], ["1", "2 to 8"]),
-    (["--init", "random", "--rank", "300"], ["300", "256"]),
-    (["--init", "random", "--group-size", "100"], ["100", "256", "128"]),
-    (["--init", "random", "--model", "x.pt"], ["--model x.pt"]),
-    (["--size", "7B", "--init-base", "random", "--bits", "4"], ["7B", "GPU", "GiB"]),
-])
-def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
-    argv = ["lrqat.py", *flags, "--device", "cpu", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit) as stop:
-        trunk.run(lrqat.main)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
-    assert all(word in lines[0] for word in words), lines[0]
+    ("--rank 0", ["0", ">= 1"]), ("--bits 8", ["fixed", "7", "bf16"]),
+    ("--bits 6 --phi packed", ["packed", "4"]), ("--bits 1", ["1", "2 to 8"]),
+    ("--init random --rank 300", ["300", "256"]),
+    ("--init random --group-size 100", ["100", "256", "128"]),
+    ("--init random --model x.pt", ["--model x.pt"]),
+    ("--size 7B --init-base random --bits 4", ["7B", "GPU", "GiB"])])
+def test_bad_input_is_one_line(flags, words, tmp_path, capsys):
+    check_refused(call(capsys, f"lrqat.py {flags} --device cpu --out {tmp_path}"), *words)
 
 def test_odd_columns_cannot_be_packed_and_groups_must_divide():
     m = LLaMA(LlamaConfig(64, 1, 32, 4, 4, 33, 32))

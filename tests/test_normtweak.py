@@ -3,7 +3,6 @@ recomputation by hand, on a LLaMA of three blocks with grouped-query attention."
 import copy
 import json
 import re
-import sys
 import types
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 
 import model as trunk
 import normtweak as nt
+from conftest import call, check_refused
 from model import LLaMA, LlamaConfig, UsageError, save_checkpoint
 from quantizers import QuantLinear, fake_quant_tokens
 
@@ -432,34 +432,25 @@ def base(teacher, data, tmp_path):
                     settings={"data": data.name, "vocab": "300", "smoke": False})
     return path
 
-def call(monkeypatch, capsys, main, *argv):
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
-    main()
-    return capsys.readouterr().out
-
-@pytest.mark.parametrize("extra", [("--bits", 2), ("--bits", 4, "--a-bits", 8, "--group-size", 16),
-                                   ("--bits", 3, "--symmetric", "--solver", "closed")])
-def test_saved_checkpoints_evaluate_to_the_reported_loss(
-        base, tmp_path, monkeypatch, capsys, extra):
-    out = call(monkeypatch, capsys, nt.main, "--model", base, "--out", tmp_path, "--steps", 4,
-               "--seq-len", 24, *extra)
+@pytest.mark.parametrize("bits, extra", [(2, ""), (4, "--a-bits 8 --group-size 16"),
+                                         (3, "--symmetric --solver closed")])
+def test_saved_checkpoints_evaluate_to_the_reported_loss(base, tmp_path, capsys, bits, extra):
+    _, out, _ = call(capsys, f"normtweak.py --model {base} --out {tmp_path} --steps 4 --seq-len 24 "
+                             f"--bits {bits} {extra}")
     row = json.loads(out.splitlines()[-1])
     assert row == json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
     assert list(row["arms"]) == ["dense", "rtn", "rtn-tweak", "gptq", "gptq-tweak"]
     assert row["base_val_loss"] == row["arms"]["dense"]["val_loss"]
     for name, arm in list(row["arms"].items())[1:]:
-        path = tmp_path / f"{name}-w{extra[1]}.pt"
-        line = call(monkeypatch, capsys,
-                    lambda: trunk.eval_checkpoint([str(path), "--seq-len", "24"]))
+        _, line, _ = call(capsys, f"model.py eval {tmp_path}/{name}-w{bits}.pt --seq-len 24")
         assert float(line.split("loss ")[-1]) == pytest.approx(arm["val_loss"], abs=1e-4)
     table = [line for line in out.splitlines() if re.match(r"[\w-]+ +\| +\d\.\d{4} \|", line)]
     assert len(table) == 5 and table[-1].count("->") == 3
 
-def test_a_packed_model_keeps_its_codes(base, tmp_path, monkeypatch, capsys):
-    common = ("--out", tmp_path, "--steps", 4, "--seq-len", 24)
-    call(monkeypatch, capsys, nt.main, "--model", base, "--bits", 2, "--group-size", 16, *common)
-    out = call(monkeypatch, capsys, nt.main, "--model", tmp_path / "rtn-w2.pt", "--teacher", base,
-               *common)
+def test_a_packed_model_keeps_its_codes(base, tmp_path, capsys):
+    command = f"normtweak.py --out {tmp_path} --steps 4 --seq-len 24 --model"
+    call(capsys, f"{command} {base} --bits 2 --group-size 16")
+    _, out, _ = call(capsys, f"{command} {tmp_path}/rtn-w2.pt --teacher {base}")
     row = json.loads(out.splitlines()[-1])
     assert list(row["arms"]) == ["dense", "packed", "packed-tweak"]
     assert (row["w_bits"], row["group_size"]) == (2, 16)
@@ -468,43 +459,31 @@ def test_a_packed_model_keeps_its_codes(base, tmp_path, monkeypatch, capsys):
     # tweaking the saved RTN model gives what rounding and tweaking in one run gave
     assert not different(load("packed-tweak-w2.pt"), load("rtn-tweak-w2.pt"))
 
-def test_few_calibration_tokens_are_said(base, tmp_path, monkeypatch, capsys):
-    out = call(monkeypatch, capsys, nt.main, "--model", base, "--out", tmp_path, "--steps", 1,
-               "--seq-len", 24)
+def test_few_calibration_tokens_are_said(base, tmp_path, capsys):
+    _, out, _ = call(capsys, f"normtweak.py --model {base} --out {tmp_path} --steps 1 --seq-len 24")
     assert "warning: 24 calibration tokens cannot tell 48 inputs" in out
 
-@pytest.mark.parametrize("argv, message", [
-    (["--bits", "9"], "9 is not int from 1 to 8"),
-    (["--bits", "0"], "0 is not int from 1 to 8"),
-    (["--group-size", "20", "--model", "BASE"],
-     "--group-size 20 does not divide the 32 input channels"),
-    (["--group-size", "0", "--model", "BASE"], "--group-size 0 does not divide"),
-    (["--a-bits", "3"], "invalid choice: 3"),
-    (["--smooth", "0.5"], "add --a-bits 8"),
-    (["--smooth", "1.5", "--a-bits", "8"], "1.5 is not float from 0 to 1"),
-    (["--teacher", "BASE"], "needs the packed checkpoint as --model"),
-    (["--teacher", "BASE", "--model", "BASE"], "has no packed affine linears"),
-    (["--model", "PACKED"], "is packed already"),
-    (["--model", "PACKED", "--teacher", "PACKED"], "is packed already"),
-    (["--model", "nowhere.pt"], "no such checkpoint"),
-    (["--resume"], "nothing to go on from"),
-])
-def test_bad_input_is_one_line(
-        base, teacher, data, ids, options, tmp_path, monkeypatch, capsys, argv, message):
+@pytest.mark.parametrize("flags, message", [
+    ("--bits 9", "9 is not int from 1 to 8"), ("--bits 0", "0 is not int from 1 to 8"),
+    ("--group-size 20 --model BASE", "--group-size 20 does not divide the 32 input channels"),
+    ("--group-size 0 --model BASE", "--group-size 0 does not divide"),
+    ("--a-bits 3", "invalid choice: 3"), ("--smooth 0.5", "add --a-bits 8"),
+    ("--smooth 1.5 --a-bits 8", "1.5 is not float from 0 to 1"),
+    ("--teacher BASE", "needs the packed checkpoint as --model"),
+    ("--teacher BASE --model BASE", "has no packed affine linears"),
+    ("--model PACKED", "is packed already"),
+    ("--model PACKED --teacher PACKED", "is packed already"),
+    ("--model nowhere.pt", "no such checkpoint"), ("--resume", "nothing to go on from")])
+def test_bad_input_is_one_line(base, teacher, data, ids, options, tmp_path, capsys, flags, message):
     packed = str(tmp_path / "packed.pt")
-    if "PACKED" in argv:
+    if "PACKED" in flags:
         model, _ = compress(teacher, ids[:2], options(), tweak=False)
         save_checkpoint(packed, model, method="rtn", tokenizer=data.spec, data=data.digest,
                         settings={"data": data.name})
-    argv = [{"BASE": base, "PACKED": packed}.get(a, a) for a in argv]
-    monkeypatch.setattr(sys, "argv", ["normtweak.py", "--out", str(tmp_path), *argv])
-    with pytest.raises(SystemExit) as exit:
-        trunk.run(nt.main)
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.count("\n") == 1 and message in error
+    flags = flags.replace("BASE", base).replace("PACKED", packed)
+    check_refused(call(capsys, f"normtweak.py --out {tmp_path} {flags}"), message)
 
-def test_a_teacher_of_another_shape_is_refused(
-        base, teacher, data, ids, options, tmp_path, monkeypatch):
+def test_a_teacher_of_another_shape_is_refused(base, teacher, data, ids, options, tmp_path):
     model, _ = compress(teacher, ids[:2], options(), tweak=False)
     model.config.n_layer = 2
     model.blocks = model.blocks[:2]

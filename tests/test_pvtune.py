@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 import model as trunk
 import pvtune
+from conftest import call, check_refused
 from model import LlamaConfig, LLaMA
 from pvtune import (Codebooks, Distilled, Grid, PVLinear, PVOptimizer, exact_p, exact_v, lamb_step,
                     linear_v, move_codes, ste, v_step)
@@ -757,20 +758,18 @@ def work(tmp_path_factory):
                               method="dense", settings={"data": data.name, "vocab": "300"})
         yield path
 
-def script(work, capsys, monkeypatch, flags):
-    """Run pvtune.py in this process -> (stdout, its last line)."""
-    monkeypatch.setattr(sys, "argv", ["pvtune.py", "--model", str(work / "base.pt"), "--out",
-                                      str(work), "--device", "cpu", *flags.split()])
-    trunk.run(pvtune.main)
-    out = capsys.readouterr().out
-    return out, json.loads(out.strip().splitlines()[-1])
+def script(work, capsys, flags):
+    """Run pvtune.py in this process -> (status, stdout, its row of results)."""
+    flags += f" --model {work}/base.pt --out {work} --device cpu"
+    status, out, _ = call(capsys, f"pvtune.py {flags}")
+    return status, out, None if status else json.loads(out.strip().splitlines()[-1])
 
 @pytest.mark.parametrize("flags,name,arms", [
     ("--bits 2 --scheme 2x3g4", "pvtune-2x3g4", ["P only", "STE", "PV"]),
     ("--scheme affine --bits 2 --group-size 16 --variant pv", "pvtune-affine-w2", ["PV"])])
-def test_main_job_compares_packs_and_resumes(work, capsys, monkeypatch, flags, name, arms):
+def test_main_job_compares_packs_and_resumes(work, capsys, flags, name, arms):
     flags += " --steps 4 --batch-size 4 --seq-len 32 --code-lr 0.3"
-    out, row = script(work, capsys, monkeypatch, flags)
+    _, out, row = script(work, capsys, flags)
     assert list(row["arms"]) == ["dense", "RTN", "as fitted", *arms]
     assert float(out.split("differs from live by ")[1].split()[0]) < 1e-3
     m, _ = trunk.load_checkpoint(str(work / f"{name}.pt"))
@@ -778,15 +777,15 @@ def test_main_job_compares_packs_and_resumes(work, capsys, monkeypatch, flags, n
     assert abs(trunk.evaluate(m, data.val, 32)["loss"] - row["val_loss"]) < 1e-6
     assert bits_per_weight(m)[0] == pytest.approx(row["bpw"], abs=1e-6)
     assert "codes " in out and "trust " in out and "eta " in out
-    whole, (out, again) = trunk.read_checkpoint(str(work / f"{name}.pt"))["model"], script(
-        work, capsys, monkeypatch, flags + " --resume")
+    whole = trunk.read_checkpoint(str(work / f"{name}.pt"))["model"]
+    _, out, again = script(work, capsys, flags + " --resume")
     assert "resumed" in out and again["arms"]["PV"]["val_loss"] == row["arms"]["PV"]["val_loss"]
     other = trunk.read_checkpoint(str(work / f"{name}.pt"))["model"]
     assert all(torch.equal(whole[k], other[k]) for k in whole)
 
 def test_an_interrupted_run_goes_on_bit_for_bit(work, capsys, monkeypatch):
     flags = "--scheme 1x4g4 --variant pv --steps 6 --batch-size 4 --seq-len 32 --code-lr 0.5"
-    _, whole = script(work, capsys, monkeypatch, flags)
+    _, _, whole = script(work, capsys, flags)
     packed = trunk.read_checkpoint(str(work / "pvtune-1x4g4.pt"))["model"]
     step = trunk.train_step
     def interrupt(model, optimizer, data, args, i):
@@ -794,11 +793,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(work, capsys, monkeypatch):
             trunk.STOP.append(True)                    # as Ctrl-C does
         return step(model, optimizer, data, args, i)
     monkeypatch.setattr(trunk, "train_step", interrupt)
-    with pytest.raises(SystemExit) as stop:
-        script(work, capsys, monkeypatch, flags)
-    assert stop.value.code == 130 and "--resume" in capsys.readouterr().out
+    status, out, _ = script(work, capsys, flags)
+    assert status == 130 and "--resume" in out
     monkeypatch.setattr(trunk, "train_step", step)
-    out, again = script(work, capsys, monkeypatch, flags + " --resume")
+    _, out, again = script(work, capsys, flags + " --resume")
     assert "at step 4/6" in out and again["val_loss"] == whole["val_loss"]
     assert again["arms"]["PV"]["changed"] == whole["arms"]["PV"]["changed"] > 0
     other = trunk.read_checkpoint(str(work / "pvtune-1x4g4.pt"))["model"]
@@ -833,25 +831,16 @@ def test_demo_prints_the_theory_in_a_process_of_its_own():
 def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
     base = LLaMA(LlamaConfig(64, 1, 256, 4, 4, 768, 32))
     monkeypatch.setattr(pvtune, "load_base", lambda args: (base, {"linears": {}}, None))
-    monkeypatch.setattr(sys, "argv", ["pvtune.py", *flags.split(), "--device", "cpu", "--out",
-                                      str(tmp_path)])
-    with pytest.raises(SystemExit) as stop:
-        trunk.run(pvtune.main)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
-    assert all(word in lines[0] for word in words), lines[0]
+    check_refused(call(capsys, f"pvtune.py {flags} --device cpu --out {tmp_path}"), *words)
 
-def test_a_packed_model_is_refused(work, tmp_path, monkeypatch, capsys):
+def test_a_packed_model_is_refused(work, tmp_path, capsys):
     m = LLaMA(LlamaConfig(300, 1, 32, 4, 4, 64, 32))
     m.replace_linears(lambda _, w: QuantLinear.affine(*rtn(w.weight.detach(), 2), 2))
     content = trunk.read_checkpoint(str(work / "base.pt"))
     trunk.save_checkpoint(str(tmp_path / "p.pt"), m, **{
         k: content[k] for k in ("tokenizer", "data", "method", "settings")})
-    monkeypatch.setattr(sys, "argv", ["pvtune.py", "--model", str(tmp_path / "p.pt"), "--out",
-                                      str(tmp_path), "--device", "cpu"])
-    with pytest.raises(SystemExit):
-        trunk.run(pvtune.main)
-    assert "is packed" in capsys.readouterr().err
+    command = f"pvtune.py --model {tmp_path}/p.pt --out {tmp_path} --device cpu"
+    check_refused(call(capsys, command), "is packed")
 
 def test_schemes_follow_from_the_bits():
     for bits in (1, 2, 3):
