@@ -41,10 +41,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (PRESETS, LLaMA, LlamaConfig, Parser, RMSNorm, UsageError, add_flags, arm_row,
+from model import (PRESETS, LLaMA, Parser, RMSNorm, UsageError, add_flags, arm_row,
                    batch, block_hessians, check_groups, evaluate, finish, header, load_base,
-                   load_checkpoint, number, resolve, run, save_checkpoint, say, settings, show,
-                   tensor_bytes, train, train_step, world_size)
+                   load_checkpoint, number, resolve, run, save_result, say, show, tensor_bytes,
+                   train_arm, train_step, world_size)
 from quantizers import EPS, QuantLinear, bits_per_weight, dequantize, gptq, rtn, unpack
 
 ALPHA = 32.0                         # the paper: 1, for 10,000 steps
@@ -278,8 +278,7 @@ def convert(model, arm, args, ranges=None):
 @torch.no_grad()
 def gptq_model(model, data, args):
     """GPTQ block by block, each on what the blocks before it, already quantized, feed it."""
-    x, _ = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)  # the calibration
-    for block in block_hessians(model, x):
+    for block in block_hessians(model, data, args):
         for name, m, h in block:
             codes = gptq(m.weight, h, args.bits, args.group_size, symmetric=args.bits > 2, mse=True)
             model.set_submodule(name, QuantLinear.affine(*codes, args.bits, args.group_size))
@@ -295,9 +294,7 @@ def flipped(model):
 
 def compare(args):
     """Train and evaluate every arm on the same tokens; print the table; pack LR-QAT's result."""
-    base, content, data = load_base(args)
-    if content["linears"]:
-        raise UsageError(f"--model {args.model} is packed; LR-QAT starts from a dense checkpoint")
+    base, _, data = load_base(args)
     check_shapes(base, args)
     name = f"lrqat-w{args.bits}" + (f"a{args.a_bits}" if args.a_bits < 16 else "")
     name += f"-{args.arm}" if args.arm else ""
@@ -315,10 +312,8 @@ def compare(args):
         learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if learn:
             say(f"--- {arm}: {learn} parameters learn")
-            own, state = copy.copy(args), f"{path}-arm{ARMS.index(arm)}.state"
-            own.resume = args.resume and os.path.exists(state)             # else: not begun yet
-            result = train(model, data, own, state, lambda: flipped(model),
-                           make_optimizer(model, args.lr))
+            result = train_arm(model, data, args, f"{path}-arm{ARMS.index(arm)}.state",
+                               lambda: flipped(model), make_optimizer(model, args.lr))
         scores = evaluate(model.eval(), data.val, args.seq_len, data.tokenizer)
         bpw = 16.0 if arm.startswith("dense") else None                    # of all others: below
         rows[arm] = arm_row(scores, bpw, seconds + result["seconds"], learn=learn)
@@ -336,8 +331,7 @@ def pack_result(args, model, data, path, rows, result):
     live = list(rows.values())[-1]["val_loss"]
     trained = {n: m.merge()[0] for n, m in model.linears()}
     model.replace_linears(lambda _, m: QuantLinear.affine(*m.merge(), args.bits, args.group_size))
-    save_checkpoint(path, model, method="lrqat", settings=settings(args), tokenizer=data.spec,
-                    data=data.digest)
+    save_result(path, model, args, data, "lrqat")
     model, _ = load_checkpoint(path, args.device, model.dtype)
     differ = sum((unpack(m.packed, args.bits, m.spec["in_features"], m.spec["signed"])
                   != trained[n]).sum().item() for n, m in model.linears())
@@ -431,8 +425,7 @@ def random_run(args):
     gradients and moments in --dtype, as small as can be."""
     p, cuda, results, start = PRESETS[args.size], args.device.startswith("cuda"), {}, time.time()
     args.seq_len = args.seq_len or p.seq_len
-    c = LlamaConfig(32000, p.n_layer, p.n_embd, p.n_head, p.n_head, p.n_hidden, args.seq_len,
-                    tied=args.tied)
+    c = p.config(32000, args.seq_len, args.tied)
     if args.size == "7B" and not cuda:
         raise UsageError("--size 7B needs a GPU; on a CPU it would take about "
                          f"{sum(ledger(c, args).values()) / 2**30:.1f} GiB and hours; try tiny")

@@ -22,6 +22,7 @@ Shapes: B sequences, T tokens each, C = n_embd, nh = n_head, nkv = n_kv_head, hs
 import argparse
 import collections
 import contextlib
+import copy
 import dataclasses
 import datetime
 import hashlib
@@ -198,8 +199,12 @@ class LlamaConfig:
                              f"{self.n_kv_head} must divide one another")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
 
-Preset = collections.namedtuple(
-    "Preset", "n_layer n_embd n_head n_hidden  lr  steps  batch_size accumulate seq_len")
+class Preset(collections.namedtuple("Preset", "n_layer n_embd n_head n_hidden  lr steps "
+                                    "batch_size accumulate seq_len")):
+    def config(self, vocab_size, seq_len=None, tied=False):
+        return LlamaConfig(vocab_size, self.n_layer, self.n_embd, self.n_head, self.n_head,
+                           self.n_hidden, seq_len or self.seq_len, tied=tied)
+
 PRESETS = {  # 30M to 800M: QuEST's shapes, peak learning rates and steps of 512 x 512 tokens
     "tiny": Preset(3, 256, 4, 768, 2e-3, 400, 16, 1, 128),
     "0.5M": Preset(4, 96, 3, 288, 4e-3, 1033, 64, 1, 256),       # to 3.4M: for the scaling law,
@@ -448,13 +453,13 @@ class LLaMA(nn.Module):
         return idx
 
 @torch.no_grad()
-def block_hessians(model, idx):
+def block_hessians(model, data, args):
     """Yield, block by block, [(name, linear, sum of x x^T over its inputs x (C, C))].
 
-    idx (B, T): calibration windows. What was put into a linear's place before the next block is
-    asked for feeds that block: each is quantized on what the quantized ones before it give.
+    The inputs come from 64 windows of the training text. What was put into a linear's place before
+    the next block is asked for feeds that block: each is quantized on what those before it give.
     """
-    hessians = {}
+    idx, hessians = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)[0], {}
     def collect(m, inputs):
         x = inputs[0].flatten(0, -2).float()                               # (n, C)
         hessians[m] = hessians.get(m, 0) + x.t() @ x
@@ -1160,6 +1165,12 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
     return {"seconds": before + time.time() - start, "losses": losses,
             "tokens": args.steps * args.batch_size * args.seq_len}
 
+def train_arm(model, data, args, path, status, optimizer):
+    """train, for one of the runs that a command compares: --resume begins those not yet begun."""
+    own = copy.copy(args)
+    own.resume = args.resume and os.path.exists(path)
+    return train(model, data, own, path, status, optimizer)
+
 def train_step(model, optimizer, data, args, step):
     """One optimizer step over args.batch_size windows -> its loss and its gradient's norm."""
     schedule = getattr(optimizer, "schedule", learning_rate)
@@ -1320,9 +1331,18 @@ def load_training_data(args, content=None):
         say(f"note: {data.name} is not the text that this checkpoint was trained on")
     return data
 
-def open_model(args, path, as_stored=False):
-    """load_checkpoint on the command's device; --seq-len defaults to the window of its training."""
+def save_result(path, model, args, data, method):
+    """A checkpoint with all that `model.py eval` and `sample` need."""
+    save_checkpoint(path, model, method=method, settings=settings(args), tokenizer=data.spec,
+                    data=data.digest)
+
+def open_model(args, path, as_stored=False, dense=True):
+    """load_checkpoint on the command's device; --seq-len defaults to the window of its training.
+    Raises UsageError where the linears are packed and dense ones are needed."""
     model, content = load_checkpoint(path, args.device, getattr(torch, args.dtype), as_stored)
+    if dense and content["linears"]:
+        raise UsageError(f"{path} is packed already; give the dense checkpoint as --model, or to "
+                         "normtweak.py as --teacher of a packed --model")
     longest = model.config.seq_len
     if os.path.isdir(path) and (args.seq_len or 0) > longest:
         raise UsageError(f"--seq-len {args.seq_len} is above the {longest} tokens of {path}")
@@ -1330,8 +1350,8 @@ def open_model(args, path, as_stored=False):
     return model, content
 
 def load_base(args, as_stored=False):
-    """(model, content, data) of --model, else of OUT/base.pt, which is trained first if missing.
-    as_stored: see LLaMA.from_pretrained."""
+    """(model, content, data) of a dense --model, else of OUT/base.pt, which is trained first if
+    missing. as_stored: see LLaMA.from_pretrained."""
     path = args.model or os.path.join(args.out, "base.pt")
     if not args.model and not os.path.exists(path):
         say(f"there is no {path} yet: training it first, as `python model.py` does")
@@ -1346,9 +1366,7 @@ def load_base(args, as_stored=False):
 
 def new_model(args, data):
     """The LLaMA of --size with random weights, or --model, on the device and in training mode."""
-    p = PRESETS[args.size]
-    config = LlamaConfig(data.tokenizer.n_vocab, p.n_layer, p.n_embd, p.n_head, p.n_head,
-                         p.n_hidden, args.seq_len, tied=args.tied)
+    config = PRESETS[args.size].config(data.tokenizer.n_vocab, args.seq_len, args.tied)
     if not args.model:
         model = LLaMA(config, getattr(torch, args.dtype))
         return model if args.fsdp else model.to(args.device)               # else see distribute
@@ -1356,8 +1374,6 @@ def new_model(args, data):
     if os.path.isdir(args.model):                      # its own shape and tokenizer
         args.size = os.path.basename(os.path.abspath(args.model))
         return model.train()
-    if content["linears"]:
-        raise UsageError(f"--model {args.model} is packed; training needs a dense checkpoint")
     if content["tokenizer"] != data.spec:
         raise UsageError(f"--model {args.model} has another tokenizer than this --data and --vocab")
     if dataclasses.replace(model.config, seq_len=args.seq_len) != config:
@@ -1514,8 +1530,7 @@ def pretrain(argv):
     header("dense", args, model, data)
     path = os.path.join(args.out, "base.pt")
     result = train(model, data, args, path + ".state")
-    save_checkpoint(path, model, method="dense", settings=settings(args), tokenizer=data.spec,
-                    data=data.digest)
+    save_result(path, model, args, data, "dense")
     scores = evaluate(model.eval(), data.val, args.seq_len, data.tokenizer)
     say(f"{show(scores)} | {len(data.val) - 1} tokens | saved {path}")
     finish(args, "dense", model, scores, result)
@@ -1525,7 +1540,7 @@ def eval_checkpoint(argv):
     p.add_argument("checkpoint", help="a .pt file, dense or packed, or a Hugging Face folder")
     add_flags(p, trains=False)
     args = resolve(p.parse_args(argv))
-    model, content = open_model(args, args.checkpoint)
+    model, content = open_model(args, args.checkpoint, dense=False)
     data = load_training_data(args, content)
     scores = evaluate(model, data.val, args.seq_len, data.tokenizer, args.batch_size)
     bpw, weights = bits_per_weight(model)
@@ -1544,8 +1559,7 @@ def random_model(args):
     """A model of random weights in the form that generation reads, made on the device."""
     p, dtype, bits = PRESETS[args.size], getattr(torch, args.dtype), args.bits
     with torch.device("meta"):                         # shapes alone: no memory
-        model = LLaMA(LlamaConfig(32000, p.n_layer, p.n_embd, p.n_head, p.n_head, p.n_hidden,
-                                  max(p.seq_len, args.tokens + 64)), dtype)
+        model = LLaMA(p.config(32000, max(p.seq_len, args.tokens + 64)), dtype)
     def random(*shape):
         return torch.randn(shape, device=args.device, dtype=dtype).mul_(0.02)
     def packed(O, C):

@@ -37,9 +37,9 @@ import torch.nn.functional as F
 
 from model import (Chooser, Parser, UsageError, add_flags, arm_row, batch, check_groups, decode,
                    evaluate, finish, header, kl_loss, load_base, load_checkpoint, number, progress,
-                   resolve, run, save_checkpoint, say, settings)
+                   resolve, run, save_result, say)
 from quantizers import (QuantLinear, bits_per_weight, dequantize, fake_quant_tokens, full_float32,
-                        gptq, rtn)
+                        gptq, output_error, rtn)
 
 ORDER = (("attn.wk", "attn.wv", "attn.wq"), ("attn.wo",),        # GPTQ's "true sequential" order:
          ("mlp.w_up", "mlp.w_gate"), ("mlp.w_down",))            # each sees what is quantized
@@ -237,10 +237,6 @@ def quantize_block(block, windows, tables, args, host, label):
     if report:
         say(f"{label}% of output lost, rtn -> gptq | " + " | ".join(report))
 
-def output_error(w, w_hat, h):
-    """E|(w_hat - w) x|^2 / E|w x|^2, given h = E[x x^T]."""
-    return (((w_hat - w) @ h * (w_hat - w)).sum() / (w @ h * w).sum()).item()
-
 # ---- The tweak --------------------------------------------------------------------------------
 
 @torch.enable_grad()
@@ -326,9 +322,6 @@ def load_models(args):
         args.model = args.teacher
     teacher, content, data = load_base(args, as_stored=True)
     dense, args.model = args.model or os.path.join(args.out, "base.pt"), path
-    if content["linears"]:
-        raise UsageError(f"{dense} is packed already; give the dense checkpoint as --model, or as "
-                         "--teacher to tweak only the norms of a packed --model")
     if student and student.config != teacher.config:
         raise UsageError(f"--teacher {dense} is not what {path} was made from: {teacher.config} "
                          f"there, {student.config} here")
@@ -358,8 +351,7 @@ def main():
             losses = compress(model, teacher, ids, args, None if student else host, tweak)
             seconds, (bpw, _) = time.time() - begin, bits_per_weight(model)
             path = os.path.join(args.out, f"{name}-w{args.bits}.pt")
-            save_checkpoint(path, model, method=name, settings=settings(args),
-                            tokenizer=data.spec, data=data.digest)
+            save_result(path, model, args, data, name)
             scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
             say(f"{name} | val loss {scores['loss']:.4f} | {seconds:.1f} s | saved {path}")
             arms[name] = arm_row(scores, bpw, seconds)

@@ -37,11 +37,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (Parser, UsageError, add_flags, arm_row, batch, block_hessians, check_groups,
-                   evaluate, finish, from_rank_0, header, kl_loss, load_base, load_checkpoint,
-                   number, resolve, run, save_checkpoint, say, settings, show, train, world_size)
+from model import (Parser, UsageError, add_flags, arm_row, block_hessians, check_groups, evaluate,
+                   finish, from_rank_0, header, kl_loss, load_base, load_checkpoint, number,
+                   resolve, run, save_result, say, show, train_arm, world_size)
 from quantizers import (QuantLinear, affine_codes, bits_per_weight, dequantize, full_float32, gptq,
-                        rtn, vq_dequantize, vq_fit, vq_search, vq_sum)
+                        output_error, rtn, vq_dequantize, vq_fit, vq_search, vq_sum)
 
 # The V half: delta, the share of R's memory that is lost in a step; the share of the groups that
 # may change (None: --tau); the temperature of stochastic rounding. p has none.
@@ -451,8 +451,7 @@ class Distilled(nn.Module):
 def fit(model, data, args):
     """Compress the linears in place, block by block, each on what the blocks before feed it."""
     generator = torch.Generator().manual_seed(args.seed)
-    x, _ = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)          # calibration
-    for i, block in enumerate(block_hessians(model, x), 1):
+    for i, block in enumerate(block_hessians(model, data, args), 1):
         lost = []
         for name, m, h in block:
             if args.scheme == "affine":
@@ -463,8 +462,7 @@ def fit(model, data, args):
                     parts = vq_fit(m.weight, h, *parse_scheme(args.scheme),
                                    steps=5 if args.smoke else 25, generator=generator)
                 form = Codebooks(*(x[None] for x in parts))
-            error = form.dequantize()[0] - m.weight
-            lost.append(((error @ h * error).sum() / (m.weight @ h * m.weight).sum()).item())
+            lost.append(output_error(m.weight, form.dequantize()[0], h))
             model.set_submodule(name, PVLinear(form))
         say(f"block {i}/{model.config.n_layer} | {args.scheme} | % of output lost "
             + " | ".join(f"{n.rsplit('.', 1)[1]} {100 * e:.1f}" for (n, *_), e in zip(block, lost)))
@@ -486,17 +484,12 @@ def nearest_rtn(model, bpw):
 def tune(fitted, teacher, data, args, variant, path):
     """One arm: PV-tune a copy of the fitted student -> (Distilled, optimizer, train's result)."""
     model = Distilled(copy.deepcopy(fitted), teacher)
-    optimizer, own = PVOptimizer(model, args, variant), copy.copy(args)
-    own.resume = args.resume and os.path.exists(path)                      # else: not begun yet
-    result = train(model, data, own, path, optimizer.status, optimizer)
-    return model, optimizer, result
+    optimizer = PVOptimizer(model, args, variant)
+    return model, optimizer, train_arm(model, data, args, path, optimizer.status, optimizer)
 
 def compare(args):
     """Fit, tune and evaluate the arms on the same tokens; print the table; pack the last arm."""
-    base, content, data = load_base(args)
-    if content["linears"]:
-        raise UsageError(f"--model {args.model} is packed; PV-Tuning starts from a dense "
-                         "checkpoint")
+    base, _, data = load_base(args)
     check_shapes(base, args)
     header(f"pvtune | {args.scheme}", args, base, data)
     name = f"pvtune-{args.scheme}" + (f"-w{args.bits}" if args.scheme == "affine" else "")
@@ -527,8 +520,7 @@ def compare(args):
         M, B, g = parse_scheme(args.scheme)
         bits = M * B / g
     packed, path = model.pack(), os.path.join(args.out, name + ".pt")
-    save_checkpoint(path, packed, method="pvtune", settings=settings(args), tokenizer=data.spec,
-                    data=data.digest)
+    save_result(path, packed, args, data, "pvtune")
     packed, _ = load_checkpoint(path, args.device, base.dtype)
     live, scores = scores, evaluate(packed, data.val, args.seq_len, data.tokenizer)
     say(f"packed | {show(scores)} | differs from live by {abs(scores['loss'] - live['loss']):.1e} "

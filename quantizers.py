@@ -318,6 +318,11 @@ def _gptq_columns(w, u, scale, zero_point, bits):
         w[:, i:] -= error[:, i:i + 1] * u[i, i:]
     return q, error
 
+def output_error(w, w_hat, hessian):
+    """E|(w_hat - w) x|^2 / E|w x|^2, given E[x x^T] in any unit."""
+    error = w_hat - w
+    return ((error @ hessian * error).sum() / (w @ hessian * w).sum()).item()
+
 # ---- Vector quantization: additive codebooks (AQLM) -----------------------------------------
 # g neighbouring inputs of a row share M codes, one into each of M codebooks of K = 2^B vectors:
 # W[i, jg:jg+g] = scales_i * sum_m codebooks[m, codes[i, j, m]]. J = C / g groups a row.
@@ -447,7 +452,7 @@ def vq_search_xtx(w, hessian, codes, codebooks, scales, beam=1, generator=None):
     return q[:, 0], loss[:, 0]
 
 @full_float32()
-def vq_fit(w, hessian, num_codebooks, bits, group_size, rounds=3, steps=25, beam=1, generator=None):
+def vq_fit(w, hessian, num_codebooks, bits, group_size, rounds=3, steps=25, generator=None):
     """w (O, C), hessian (C, C) = E[x x^T] -> codes (O, J, M), codebooks (M, K, g), scales (O,).
 
     Residual k-means on the rows over their norms; then `rounds` times Adam on codebooks and scales
@@ -477,7 +482,7 @@ def vq_fit(w, hessian, num_codebooks, bits, group_size, rounds=3, steps=25, beam
             break
         best = loss
         with torch.no_grad():
-            codes = vq_search_xtx(w, h, codes, *learn, beam, generator)[0]
+            codes = vq_search_xtx(w, h, codes, *learn, generator=generator)[0]
     return codes, codebooks.detach(), scales.detach()
 
 # ---- Packing: bits only, lossless -----------------------------------------------------------

@@ -33,8 +33,8 @@ import torch
 import torch.nn as nn
 
 from model import (Parser, UsageError, add_flags, batch, evaluate, finish, header, load_checkpoint,
-                   load_training_data, new_model, progress, resolve, run, sample_text,
-                   save_checkpoint, say, settings, show, tensor_bytes, train, whole)
+                   load_training_data, new_model, progress, resolve, run, sample_text, save_result,
+                   say, show, tensor_bytes, train, whole)
 from quantizers import (TRITON, QuantLinear, bits_per_weight, clip_limit, code_linear,
                         code_offset, hadamard_signs, keep_two_of_four, num_levels, quest_codes,
                         rotate, trust_limit)
@@ -397,8 +397,7 @@ def report(args, model, data, path, scores, result, base, params):
     linear = sum(m.weight.numel() for _, m in model.linears())
     if args.bits < 16:
         model.replace_linears(lambda name, linear: linear.packed())
-    save_checkpoint(path, model, method=args.quantizer if args.bits < 16 else "dense",
-                    settings=settings(args), tokenizer=data.spec, data=data.digest)
+    save_result(path, model, args, data, args.quantizer if args.bits < 16 else "dense")
     model, _ = load_checkpoint(path, args.device, model.dtype)
     reloaded = evaluate(model, data.val, args.seq_len, data.tokenizer)
     say(f"packed  | {show(reloaded)} | differs by {abs(reloaded['loss'] - scores['loss']):.1e}")

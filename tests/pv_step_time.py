@@ -38,9 +38,7 @@ def main():
     cuda, p = device == "cuda", m.PRESETS[size]
     torch.set_float32_matmul_precision("high" if cuda else "highest")
     ids = torch.randint(int(vocab), (32 if cuda else p.batch_size, p.seq_len), device=device)
-    teacher = m.LLaMA(m.LlamaConfig(
-        int(vocab), p.n_layer, p.n_embd, p.n_head, p.n_head, p.n_hidden, p.seq_len),
-        torch.bfloat16 if cuda else torch.float32).to(device)
+    teacher = m.LLaMA(p.config(int(vocab)), torch.bfloat16 if cuda else torch.float32).to(device)
     args = types.SimpleNamespace(lr=6e-3, code_lr=0.07, tau=0.01, rank="residual", trust=0.2,
                                  seed=0)
     runs, seconds = {}, {}

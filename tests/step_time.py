@@ -23,11 +23,10 @@ def main():
     p = small if size == "5M" else m.PRESETS[size]
     torch.set_float32_matmul_precision("high" if cuda else "highest")
     ids = torch.randint(int(vocab), (32 if cuda else p.batch_size, p.seq_len), device=device)
-    config = m.LlamaConfig(int(vocab), p.n_layer, p.n_embd, p.n_head, p.n_head, p.n_hidden,
-                           p.seq_len)
     models, seconds = {}, {}
     for name in ("dense", "quest"):
-        models[name] = m.LLaMA(config, torch.bfloat16 if cuda else torch.float32).to(device)
+        models[name] = m.LLaMA(p.config(int(vocab)), torch.bfloat16 if cuda else torch.float32)
+        models[name].to(device)
         if name == "quest":
             models[name].replace_linears(lambda _, linear: QuestLinear(linear.weight, 4, 4))
         if cuda:

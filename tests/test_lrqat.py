@@ -296,8 +296,7 @@ def test_nothing_dense_is_saved_where_plain_autograd_saves_6_to_10_bytes_a_weigh
     assert sum(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in kept) == 1
 
 def test_phi_bytes_of_llama_7b():
-    p = trunk.PRESETS["7B"]
-    c = LlamaConfig(32000, p.n_layer, p.n_embd, p.n_head, p.n_head, p.n_hidden, 1024)
+    c = trunk.PRESETS["7B"].config(32000)
     with torch.device("meta"):
         linears = [m.weight.shape for _, m in LLaMA(c).linears()]
     assert sum(O * C for O, C in linears) == 6_476_005_376

@@ -163,9 +163,8 @@ def test_tied_head_is_the_embedding_itself(tmp_path):
     ("30M", 30482560), ("50M", 49556736), ("100M", 102777856), ("200M", 203188480),
     ("430M", 443068288), ("800M", 822151168), ("7B", 6738415616 - 2 * 32000 * 4096)])
 def test_presets_have_the_published_parameter_counts(size, count):
-    p = model.PRESETS[size]
     with torch.device("meta"):
-        m = LLaMA(LlamaConfig(32000, p.n_layer, p.n_embd, p.n_head, p.n_head, p.n_hidden))
+        m = LLaMA(model.PRESETS[size].config(32000))
     total = sum(p.numel() for p in m.parameters())
     assert total - m.embed.weight.numel() - m.head.weight.numel() == count
 
