@@ -1244,7 +1244,8 @@ def number(kind, low, high=math.inf):
 
 def add_flags(p, data=True, trains=True, fsdp=False):
     """The flags that mean the same in every script. Where the default is None, resolve sets it."""
-    add = p.add_argument
+    add, own = p.add_argument, "(default: the script's own, or from --size)"
+    together = own if trains else "(default: what suits the device)"
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="of weights, data order and sampling (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
@@ -1253,20 +1254,22 @@ def add_flags(p, data=True, trains=True, fsdp=False):
     if data:
         add("--data", help="text file, folder of .txt .md .py, or http(s) address "
                            "(default: the sources of Python's library)")
-        add("--seq-len", type=number(int, 2), help="tokens a window (default: as in training)")
-        add("--batch-size", type=number(int, 1), help="windows a step (default: from --size)")
+        add("--seq-len", type=number(int, 2),
+            help="tokens a window (default: from --size, or what the model was trained with)")
+        add("--batch-size", type=number(int, 1), help=f"windows a step {together}")
     if not trains:
         return p.set_defaults(vocab="1024", smoke=False)
-    add("--model", help="dense checkpoint or Hugging Face folder (default: random weights)")
+    add("--model", help="dense checkpoint or Hugging Face folder (default: OUT/base.pt; for "
+                        "model.py and quest.py random weights)")
     add("--size", choices=tuple(PRESETS), default="tiny", help="preset (default: tiny)")
     add("--tied", action="store_true", help="one matrix for embedding and head")
     add("--vocab", default="1024", help="size of a BPE, or a tiktoken name (default: 1024)")
-    add("--steps", type=number(int, 1), help="optimizer steps (default: from --size)")
-    add("--lr", type=number(float, 1e-9, 10), help="peak learning rate (default: from --size)")
+    add("--steps", type=number(int, 1), help=f"optimizer steps {own}")
+    add("--lr", type=number(float, 1e-9, 10), help=f"peak learning rate {own}")
     add("--accumulate", type=number(int, 1), help="micro-batches a step (default: from --size)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
     add("--eval-every", type=number(int, 0), default=100,
-        help="steps between looks at the dev split; 0: never (default: 100)")
+        help="steps between looks at the dev split; 0: never (default: %(default)s)")
     add("--out", default="out", help="folder of checkpoints and results.jsonl (default: out)")
     add("--resume", action="store_true", help="go on from the state saved in --out")
     add("--smoke", action="store_true",

@@ -92,8 +92,7 @@ def parse_args(argv=None):
                          "of the two out")
     return resolve(args)
 
-# ---------------------------------------------------------------------------------------------
-# The method
+# ---- The method -------------------------------------------------------------------------------
 
 TRUST = None  # a list while `trust_status` collects masks
 
@@ -365,7 +364,7 @@ def report_fit(args):
         say(f"the runs do not determine {', '.join(loose)}: a degenerate fit, not to extrapolate; "
             "eff(P) compares precisions within the range of the runs")
 
-# ---------------------------------------------------------------------------------------------
+# ---- The run ----------------------------------------------------------------------------------
 
 def main():
     args = parse_args()

@@ -82,8 +82,7 @@ def work(made, tmp_path, monkeypatch):
 def snapshot(path):
     return {p: p.read_bytes() if p.is_file() else None for p in sorted(path.rglob("*"))}
 
-# ---------------------------------------------------------------------------------------------
-# Mistakes: (flags after TRAIN, or a whole command; what the message must name)
+# ---- Mistakes: flags after TRAIN, or a whole command; what the message must name ---------------
 
 TRAINING = [
     ("--steps 0", "--steps"), ("--steps 1.5", "--steps"), ("--lr 0", "--lr"), ("--lr nan", "--lr"),
@@ -170,8 +169,7 @@ def test_help_is_there_for_every_command(capsys, command):
     status, out, err = call(capsys, f"{command} --help")
     assert status == 0 and f"usage: {command}" in out and "--seed" in out and err == ""
 
-# ---------------------------------------------------------------------------------------------
-# Trouble on the way
+# ---- Trouble on the way -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, what", [("model.py", "weight"), ("quest.py", "gradient")])
 def test_nan_stops_the_run_names_the_step_and_keeps_the_last_state(
@@ -207,8 +205,7 @@ def test_a_full_disk_is_one_line_and_keeps_old_files(work, capsys, monkeypatch, 
         "base.pt.state": {"base.pt.state", "base.pt"}, "base.pt": {"base.pt"}}.get(full, set())
     assert not list(out.glob("*.tmp"))
 
-# ---------------------------------------------------------------------------------------------
-# Main jobs
+# ---- Main jobs --------------------------------------------------------------------------------
 
 # 40,960 weights in 576 rows a block: 576 * 32 / 40960 = 0.45 bits of scale for every weight
 JOBS = [("--bits 4", 4.45), ("--bits 1", 1.45), ("--bits 1.58", 1.625 + 0.45),
@@ -271,8 +268,7 @@ def test_a_resumed_run_ends_in_the_same_file_and_row(work, capsys):
     first, second = map(json.loads, pathlib.Path("out/results.jsonl").read_text().splitlines()[-2:])
     assert first["val_loss"] == second["val_loss"] and first["tokens"] == second["tokens"]
 
-# ---------------------------------------------------------------------------------------------
-# README
+# ---- README -----------------------------------------------------------------------------------
 
 @pytest.fixture
 def readme():

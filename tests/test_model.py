@@ -42,8 +42,7 @@ def ids(*shape, seed=0, vocab=61):
 def close(got, want, tolerance=1e-5):
     torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
-# ---------------------------------------------------------------------------------------------
-# The network, in float64
+# ---- The network, in float64 ------------------------------------------------------------------
 
 def norm64(x, m):
     return x / (x.square().mean(-1, keepdim=True) + m.eps).sqrt() * m.weight.double()
@@ -168,8 +167,7 @@ def test_presets_have_the_published_parameter_counts(size, count):
     total = sum(p.numel() for p in m.parameters())
     assert total - m.embed.weight.numel() - m.head.weight.numel() == count
 
-# ---------------------------------------------------------------------------------------------
-# The recipe
+# ---- The recipe -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("steps", [20, 100, 700, 11444])
 def test_learning_rate_rises_for_a_tenth_and_falls_to_a_tenth(steps):
@@ -241,8 +239,7 @@ def test_evaluation_scores_every_target_once(n):
         assert scores["loss"] == pytest.approx(nll / (n - 1), abs=1e-5)
         assert scores["ppl"] == pytest.approx(math.exp(scores["loss"]))
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints ------------------------------------------------------------------------------
 
 def same(a, b):
     if isinstance(a, dict):
@@ -336,8 +333,7 @@ def test_training_resumed_after_ctrl_c_is_bit_identical(tmp_path, monkeypatch, c
     assert all(same(a[k], b[k]) for k in ("model", "optimizer", "losses"))
     assert len(whole["losses"]) == 6 and whole["tokens"] == 6 * 4 * 8
 
-# ---------------------------------------------------------------------------------------------
-# Generation
+# ---- Generation -------------------------------------------------------------------------------
 
 def test_greedy_text_is_the_most_likely_token_each_time():
     m, x = small(), ids(2, 3)

@@ -265,8 +265,7 @@ def test_lsq_starts_at_the_published_step_and_one_bit_does_not_divide_by_zero(bi
         assert step.item() == pytest.approx(2 * v.abs().mean().item() / qmax**0.5, rel=1e-5)
     assert all(map(math.isfinite, fit(model, idx, 20)))
 
-# ---------------------------------------------------------------------------------------------
-# The scaling law, against rows made by a known law
+# ---- The scaling law, against rows made by a known law ----------------------------------------
 
 def law_rows(noise=0.0, bits=(16, 4, 2)):
     generator, rows = torch.Generator().manual_seed(0), []
