@@ -72,13 +72,14 @@ def parse_args(argv=None):
     if not 0 < args.tau <= 1:
         raise UsageError(f"--tau {args.tau} is outside (0, 1]; try 0.01")
     args.scheme = args.scheme or f"{args.bits}x4g4"
-    if args.scheme != "affine":
-        M, B, g = parse_scheme(args.scheme)
+    if args.scheme == "affine":
+        args.group_size = -1 if args.group_size is None else args.group_size
+    else:
+        *_, g = parse_scheme(args.scheme)
         if args.group_size is not None:
             raise UsageError(f"--group-size {args.group_size} is for --scheme affine; --scheme "
                              f"{args.scheme} has groups of {g} already")
-    if args.group_size is None:
-        args.group_size = -1 if args.scheme == "affine" else g
+        args.group_size = g
     args.steps = args.steps or (6 if args.smoke else 70)
     return resolve(args)
 

@@ -4,6 +4,8 @@ import re
 import shlex
 import sys
 
+import torch
+
 import model
 
 TEXT = "".join(f"def f{i}(x): return {'self index value'.split()[i % 3]} + {i * i}\n"
@@ -19,6 +21,16 @@ def call(capsys, command):
     except SystemExit as e:
         status = e.code
     return status, *capsys.readouterr()
+
+def random_base(folder, n_layer):
+    """Data of a text in the folder, and a checkpoint base.pt of random weights for it."""
+    (folder / "text.txt").write_text(TEXT)
+    data = model.load_data(str(folder / "text.txt"), "300", 32)
+    torch.manual_seed(0)
+    base = model.LLaMA(model.LlamaConfig(data.tokenizer.n_vocab, n_layer, 32, 4, 4, 48, 32))
+    model.save_checkpoint(str(folder / "base.pt"), base, tokenizer=data.spec, data=data.digest,
+                          method="dense", settings={"data": data.name, "vocab": "300"})
+    return data
 
 def check_refused(result, *names):
     """Did `call` end in status 2 and one line on stderr, with all these in it?"""

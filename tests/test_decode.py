@@ -167,7 +167,7 @@ assert torch.equal(torch.cat(got, 1), torch.cat(want, 1))
 assert torch.allclose(torch.stack(logits[6:]), torch.stack(logits[:6]), atol=2e-5)
 """
 
-def test_decoding_kernels_equal_the_operations_they_replace(tmp_path):
+def test_decoding_kernels_equal_the_operations_they_replace():
     pytest.importorskip("triton", "3.5")
     code = KERNELS.format(root=str(ROOT), tests=str(ROOT / "tests"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,

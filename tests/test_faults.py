@@ -261,7 +261,7 @@ def test_too_little_memory_in_eval_names_its_flag(state, capsys, monkeypatch):
     monkeypatch.setattr(model, "evaluate", lambda *_: torch.empty(2**50))
     check_refused(call(capsys, "model.py eval out/base.pt"), "out of memory", "lower --batch-size")
 
-def test_any_other_error_keeps_its_traceback(monkeypatch):
+def test_any_other_error_keeps_its_traceback():
     def fail():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="mat1"):

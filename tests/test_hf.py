@@ -428,7 +428,7 @@ def test_an_export_is_all_or_nothing(folder, capsys, monkeypatch):
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     refused("new")
 
-def test_checkpoints_from_before_the_new_fields_load_and_unknown_fields_do_not(tmp_path):
+def test_checkpoints_from_before_the_new_fields_load_and_unknown_fields_do_not():
     m = LLaMA(model.LlamaConfig(257, 1, 64, 2, 2, 128, 16))
     model.save_checkpoint("m.pt", m, tokenizer=["a"])
     content = torch.load("m.pt", weights_only=True)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 import lrqat
 import model as trunk
 import quantizers
-from conftest import call, check_refused
+from conftest import call, check_refused, random_base
 from lrqat import (ALPHA, PHI, FullQATLinear, LRQATFunction, LRQATLinear, convert, downcast,
                    integers, latent, ledger, limits, linear_schedule, make_optimizer, measure,
                    start_range, svd_start, tensor_bytes, to_grid)
@@ -622,19 +622,12 @@ def test_activation_bits_reach_every_site_and_kv_bits_only_keys_and_values(monke
 
 # ---- The script ---------------------------------------------------------------------------------
 
-def random_base(folder, monkeypatch, n_layer):
-    """Data of a text in the folder, and a checkpoint base.pt of random weights for it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    text = "".join(f"def f{i}(x):\n    return x + {i * i}\n\n" for i in range(3000))
-    (folder / "text.txt").write_text(text)
-    data = trunk.load_data(str(folder / "text.txt"), "300", 32)
-    base = LLaMA(LlamaConfig(data.tokenizer.n_vocab, n_layer, 32, 4, 4, 48, 32))
-    trunk.save_checkpoint(str(folder / "base.pt"), base, tokenizer=data.spec, data=data.digest,
-                          method="dense", settings={"data": data.name, "vocab": "300"})
-    return data
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-def test_script_compares_all_arms_packs_and_resumes(tmp_path, monkeypatch, capsys):
-    data = random_base(tmp_path, monkeypatch, 2)
+def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, monkeypatch, capsys):
+    data = random_base(tmp_path, 2)
     hessians = []
     def gptq(w, hessian, bits, group_size, symmetric, mse):
         hessians.append((tuple(hessian.shape), hessian.trace().item() > 0))
@@ -658,8 +651,8 @@ def test_script_compares_all_arms_packs_and_resumes(tmp_path, monkeypatch, capsy
     assert abs(loss - rows[0]["val_loss"]) < 1e-6 and content["config"]["kv_bits"] == 4
 
 @pytest.mark.parametrize("arm", ["full", "scales"])
-def test_one_arm_alone_ends_as_beside_the_others_and_is_packed(arm, tmp_path, monkeypatch, capsys):
-    data = random_base(tmp_path, monkeypatch, 1)
+def test_one_arm_alone_ends_as_beside_the_others_and_is_packed(arm, own_cache, tmp_path, capsys):
+    data = random_base(tmp_path, 1)
     command = (f"lrqat.py --bits 3 --rank 4 --steps 4 --batch-size 4 --seq-len 32 --device cpu "
                f"--model {tmp_path}/base.pt --out {tmp_path}")
     rows = []

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import model as trunk
 import pvtune
-from conftest import call, check_refused
+from conftest import call, check_refused, random_base
 from model import LlamaConfig, LLaMA
 from pvtune import (Codebooks, Distilled, Grid, PVLinear, PVOptimizer, exact_p, exact_v, lamb_step,
                     linear_v, move_codes, ste, v_step)
@@ -749,13 +749,7 @@ def work(tmp_path_factory):
     path = tmp_path_factory.mktemp("pv")
     with pytest.MonkeyPatch.context() as m:
         m.setenv("XDG_CACHE_HOME", str(path))
-        text = "".join(f"def f{i}(x):\n    return x + {i * i}\n\n" for i in range(1500))
-        (path / "text.txt").write_text(text)
-        data = trunk.load_data(str(path / "text.txt"), "300", 32)
-        torch.manual_seed(0)
-        base = LLaMA(LlamaConfig(data.tokenizer.n_vocab, 2, 32, 4, 4, 64, 32))
-        trunk.save_checkpoint(str(path / "base.pt"), base, tokenizer=data.spec, data=data.digest,
-                              method="dense", settings={"data": data.name, "vocab": "300"})
+        random_base(path, 2)
         yield path
 
 def script(work, capsys, flags):
