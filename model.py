@@ -1245,7 +1245,6 @@ def number(kind, low, high=math.inf):
 def add_flags(p, data=True, trains=True, fsdp=False):
     """The flags that mean the same in every script. Where the default is None, resolve sets it."""
     add, own = p.add_argument, "(default: the script's own, or from --size)"
-    together = own if trains else "(default: what suits the device)"
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="of weights, data order and sampling (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
@@ -1256,7 +1255,7 @@ def add_flags(p, data=True, trains=True, fsdp=False):
                            "(default: the sources of Python's library)")
         add("--seq-len", type=number(int, 2),
             help="tokens a window (default: from --size, or what the model was trained with)")
-        add("--batch-size", type=number(int, 1), help=f"windows a step {together}")
+        add("--batch-size", type=number(int, 1), help=f"windows a step {own}")
     if not trains:
         return p.set_defaults(vocab="1024", smoke=False)
     add("--model", help="dense checkpoint or Hugging Face folder (default: OUT/base.pt; for "

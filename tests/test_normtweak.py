@@ -44,10 +44,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def options(tmp_path):
-    def make(*argv):
-        args = nt.parse_args(["--out", str(tmp_path), "--steps", "8", "--seq-len", "24", *argv])
-        return args
-    return make
+    common = ["--out", str(tmp_path), "--steps", "8", "--seq-len", "24"]
+    return lambda *argv: nt.parse_args([*common, *argv])
 
 @pytest.fixture(scope="module")
 def ids():
