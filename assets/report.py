@@ -228,40 +228,40 @@ def save(fig, path):
     print(f"drawn: {path}")
 
 def draw_methods(found, path):
-    """Validation loss against bits a weight, a line a method."""
+    """Loss above dense against bits a weight, a line a method; logarithmic above 0.01."""
     styles = {"RTN": ("#999999", "s"), "GPTQ": ("#555555", "s"), "GPTQ + tweak": ("#000000", "x"),
+              "QuEST": ("#0b6e4f", "v"), "codebooks, as fitted": ("#f2a6b0", "D"),
               "LR-QAT": ("#3a86c8", "o"), "full QAT": ("#8d6cab", "o"),
-              "codebooks, as fitted": ("#f2a6b0", "D"), "codebooks, PV": ("#d1495b", "D"),
-              "PV, affine grid": ("#e69f00", "^"), "QuEST": ("#0b6e4f", "v")}
+              "PV, affine grid": ("#e69f00", "^"), "codebooks, PV": ("#d1495b", "D")}
     lines = collections.defaultdict(list)
     for (bits, name), runs in found.items():
         name = "QuEST" if name == f"QuEST W{bits}A{bits}, from scratch" else name
         if name in styles:
             bpw = statistics.mean(r["bpw"] for r in runs)
-            lines[name].append((bpw, *mean_std([r["val_loss"] for r in runs])))
-    dense = statistics.mean(r["val_loss"] for r in found[16, "dense"])
-    fig, (ax,) = axes_of(7.2, 4.6)
-    top = dense + 1.05 * max(y - dense for name, line in lines.items() if name != "RTN"
-                             for x, y, _ in line if name != "GPTQ" and name != "GPTQ + tweak")
+            lines[name].append((bpw, *mean_std([r["gap"] for r in runs])))
+    fig, (ax,) = axes_of(7.2, 5.0)
     for name, (color, marker) in styles.items():
         if lines[name]:
             x, y, std = zip(*sorted(lines[name]))
-            label = "QuEST, activations too, from scratch" if name == "QuEST" else name
-            ax.errorbar(x, y, std, label=label, color=color, marker=marker, ms=4.5, lw=1.2,
-                        capsize=2)
-    ax.axhline(dense, color="black", lw=0.8, ls=":")
-    ax.text(ax.get_xlim()[1], dense, "dense ", va="bottom", ha="right", fontsize=8)
-    ax.set_ylim(dense - 0.06 * (top - dense), top)
-    ax.set_xlabel("bits a weight, scales and codebooks included")
-    ax.set_ylabel("validation loss (nats/token)")
+            label = "QuEST: activations too, from scratch" if name == "QuEST" else name
+            ax.errorbar(x, y, std, label=label, color=color, marker=marker, ms=5, lw=1.3,
+                        capsize=2.5)
+    ax.axhline(0, color="black", lw=0.8, ls=":")
+    ax.set_yscale("symlog", linthresh=0.01, linscale=0.6)
+    ticks = [0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]
+    ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    ax.set_yticks([], minor=True)
+    ax.set_ylim(-0.002, 12)
+    ax.set_xlabel("bits a weight, with scales and codebooks")
+    ax.set_ylabel("validation loss above the dense model (nats/token)")
     ax.legend(frameon=False, fontsize=8)
     save(fig, path)
 
 def draw_curves(rows, path):
     """Training loss over tokens at 2 bits: dense, QuEST, LSQ, straight-through."""
     fig, (ax,) = axes_of(7.2, 3.8)
-    names = {"dense": "dense, 16 bits", "quest": "QuEST", "lsq": "LSQ, learned step",
-             "ste": "straight-through"}
+    names = {"dense": "dense, 16 bits", "quest": "QuEST, 2 bits", "lsq": "LSQ, 2 bits",
+             "ste": "straight-through, 2 bits"}
     for method, name in names.items():
         runs = [r["curve"] for r in rows if r["method"] == method and r.get("curve")
                 and r["w_bits"] == r["a_bits"] and r["w_bits"] in (2, 16)]
@@ -270,7 +270,7 @@ def draw_curves(rows, path):
             tokens = rows[0]["tokens"] / 1e6
             ax.plot([tokens * (i + 0.5) / len(mean) for i in range(len(mean))], mean, label=name,
                     color=COLORS.get(method, "black"), lw=1.6 if method == "quest" else 1.1)
-    ax.set_ylim(None, ax.get_ylim()[0] + 0.45 * (ax.get_ylim()[1] - ax.get_ylim()[0]))
+    ax.set_ylim(None, ax.get_ylim()[0] + 0.3 * (ax.get_ylim()[1] - ax.get_ylim()[0]))
     ax.set_xlabel("training tokens (millions)")
     ax.set_ylabel("training loss (nats/token)")
     ax.legend(frameon=False)
