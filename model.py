@@ -1518,7 +1518,7 @@ def out_of_memory():
     if batch:
         peak += (f" with --batch-size {batch}, {batch // parts} windows of {a['seq_len']} tokens "
                  "at a time")
-    fix = f"raise --accumulate {parts} (the same result) or " if batch and parts < batch else ""
+    fix = f"raise --accumulate {parts} (same result) or " if batch and parts < batch else ""
     return f"out of memory{peak}; {fix}lower --batch-size or --seq-len"
 
 def pretrain(argv):

@@ -9,7 +9,7 @@
 
 The idea:
   1. A weight is a code into a few values. First fit both to the dense model: additive codebooks by
-     k-means and a beam search that knows the inputs (AQLM), or a grid by GPTQ.
+     k-means and a search that knows the inputs (AQLM), or a grid by GPTQ.
   2. One batch gives the gradient G of the dense weight W. The P half turns G into gradients of
      codebooks and scales, and takes an Adam step on them and on norms, embedding and head.
   3. The V half takes an Adam step on a virtual dense weight R. A share tau of the groups may move

@@ -408,7 +408,7 @@ def report(args, model, data, path, scores, result, base, params):
             f"(embedding, head and norms stay float32) | {path}")
     prompt = "def "
     text = sample_text(model, data.tokenizer, prompt, 200, args.seed)
-    say(f"--- 200 tokens after {prompt!r}, from the packed weights ---\n{text}\n---")
+    say(f"--- 200 tokens after {prompt!r}, from the saved file ---\n{text}\n---")
     finish(args, args.quantizer if weights else "dense", model, reloaded, result,
            w_bits=args.bits, a_bits=args.a_bits, grid=args.grid, size=args.size, lr=args.lr,
            linear_params=linear, base_val_loss=base, curve=curve(result["losses"]))
