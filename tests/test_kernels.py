@@ -26,6 +26,7 @@ CASES = {  # O, C, group, symmetric, M, path
     "tile, k split in four": (64, 512, 128, False, 17, "tile"),
     "tile that covers less than its outputs": (40, 320, 64, True, 33, "tile"),
     "tile, three spans of 32 a group": (32, 288, 96, False, 17, "tile"),
+    "tile by TMA, not full": (72, 320, 64, False, 45, "tma"),
     "dequantized": (24, 352, 32, False, 17, "dequantize"),
 }
 if GPU:       # many steps, several programs at once: what the interpreter runs one after the other
@@ -52,10 +53,13 @@ def relative_error(bits, case, device, dtype):
     x = torch.randn(M, C).to(device, dtype)
     codes = (t if t is None else t.to(device) for t in (q, scale, zero_point))
     w = kernels.pack_weight(*codes, bits, group)
-    before, kernels.FUSED = kernels.FUSED, 16 if path == "dequantize" else kernels.FUSED
+    before = kernels.FUSED, kernels.TMA, kernels.TILE[64]
+    if path == "tma":
+        kernels.TMA, kernels.TILE[64] = True, (*before[2][:4], 1)      # as if outputs were many
+    kernels.FUSED = 16 if path == "dequantize" else before[0]
     y = kernels.lowbit_matmul(x, w)
     same = all(torch.equal(y, kernels.lowbit_matmul(x, w)) for _ in range(20 if GPU else 0))
-    kernels.FUSED = before
+    kernels.FUSED, kernels.TMA, kernels.TILE[64] = before
     zero_point = zero_point if zero_point is None else zero_point.double()
     exact = x.double().cpu() @ dequantize(q, scale.double(), zero_point, group).T
     return [((y.double().cpu() - exact).norm() / exact.norm()).item(), same]
@@ -158,7 +162,8 @@ def overwritten_operands(sass):
 
 @pytest.mark.parametrize("bits, M, O", [(b, m, 14336) for b in BITS for m in (8, 16, 256)]
                          + [(1, 16, 4096), (3, 16, 4096)]
-                         + [(4, 32, 14336), (2, 64, 14336), (3, 128, 14336)])
+                         + [(4, 32, 14336), (2, 64, 14336), (3, 128, 14336), (8, 64, 4096),
+                            (8, 512, 4096)])
 def test_code_for_sm_90_uses_tensor_cores_and_no_loop_spills(bits, M, O, tmp_path, monkeypatch):
     """Every entry of the tables, as lowbit_matmul would launch it for a layer of an 8B model."""
     import triton
@@ -168,8 +173,11 @@ def test_code_for_sm_90_uses_tensor_cores_and_no_loop_spills(bits, M, O, tmp_pat
     C = 4096
     w = kernels.LowBit(range(O // 16), None, None, bits, 128, (O, C))
     monkeypatch.setattr(kernels, "HOPPER", True)
+    monkeypatch.setattr(kernels, "TMA", True)
     kernel, _, constants, options = kernels.plan(M, w)
-    kinds = dict(x="*bf16", y="*bf16", parts="*fp32", M="i32", O="i32", N="i32", MASK="i32")
+    x = ("tensordesc<bf16[{BLOCK_M}, {BLOCK_K}]>".format(**constants) if constants.get("TMA") else
+         "*bf16")
+    kinds = dict(x=x, y="*bf16", parts="*fp32", M="i32", O="i32", N="i32", MASK="i32")
     signature = {n: "constexpr" if n in constants else kinds.get(n, "*i32")
                  for n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, (n, kind) in enumerate(signature.items())
@@ -190,6 +198,7 @@ def test_code_for_sm_90_uses_tensor_cores_and_no_loop_spills(bits, M, O, tmp_pat
     spills = r"\bSTL\b" if known else r"\b(STL|LDL)\b"
     assert loops and not any(re.search(spills, body) for _, body in loops)
     assert re.search(r"\bHMMA\." if M <= 16 else r"\bHGMMA\.", sass)
+    assert ("UTMALDG" in sass) == (M > 32 and O > 4096 or M > 256)     # else few steps, k split
     assert not overwritten_operands(sass)
 
 if __name__ == "__main__":

@@ -59,11 +59,15 @@ def check_codes_scales_values_and_masks_equal_plain_pytorch():
             with full_float32():
                 expected = hadamard_quantize_reference(x.double(), bits)
             close(scale, expected[1], 1e-6)
-            wrong = codes != expected[0]
+            alone, *rest = hadamard_quantize(x, bits)  # without values and mask, H comes in halves
+            assert ((alone.int() - codes).abs() <= 2).all()
+            wrong = (codes != expected[0]) | (alone != expected[0])
+            close(rest[0], expected[1], 1e-6)
             differ, total = differ + wrong.sum().item(), total + wrong.numel()
             assert ((codes.int() - expected[0])[wrong].abs() <= 2).all()
-            c = codes.int() * 2 + 1 if bits == 8 else codes.int()
-            assert torch.equal(sums, c.sum(1, dtype=torch.int32))
+            for these, total_of in ((alone, rest[1]), (codes, sums)):
+                c = these.int() * 2 + 1 if bits == 8 else these.int()
+                assert torch.equal(total_of, c.sum(1, dtype=torch.int32))
             close(values, c * scale[:, None] / 2, ULP[values.dtype])
             assert (bools(mask, x.shape) != expected[4]).sum() <= 1e-5 * x.numel()
     assert differ <= max(1e-5 * total, 0), f"{differ} of {total} codes"
@@ -251,19 +255,20 @@ def test_integer_matmul_of_tiles_compiles_for_an_h100_without_spills(eight):
         BM=BM, BN=BN, BK=BK, STAGES=stages)
     assert spills == 0 and shared <= 227 * 1024 and count["IGMMA"] and count["UTMALDG"]
 
-@pytest.mark.parametrize("x, C, train", [("*bf16", 14336, False), ("*bf16", 1024, True),
-                                         ("*bf16", 2816, True), ("*fp32", 1024, True)])
+@pytest.mark.parametrize("x, C, train", [("*bf16", 4096, False), ("*bf16", 14336, False),
+                                         ("*bf16", 1024, True), ("*bf16", 2816, True),
+                                         ("*fp32", 1024, True)])
 def test_hadamard_quantize_compiles_for_an_h100_to_tensor_cores_without_spills(x, C, train):
     import kernels
     n, NB = 128, 1 << (C // 128 - 1).bit_length()
-    wide, warps, stages, _ = (kernels.QUANTIZE_WIDE if NB > 64 else
-                              kernels.QUANTIZE_FLOAT32 if x == "*fp32" else kernels.QUANTIZE)
+    halves, (wide, warps, stages, _) = kernels.quantize_tile(x == "*fp32", train, n, NB)
     R = max(wide, NB)
     spills, shared, count = compiled(
         kernels._hadamard_quantize, warps, stages, x=x, codes="*i8",
         signs="*fp16" if x == "*fp32" else "*bf16", scale="*fp32", sums="*i32", values="*bf16",
         trusted="*u8", T="i32", C=C, CLIP=2.514, EPS=1e-8, TOP=15.0, SHIFT=0.0,
-        LIMIT=8.0, PLANES=1 if train else 2, TRAIN=train, n=n, NB=NB, ROWS=R // NB, STAGES=stages)
+        LIMIT=8.0, PLANES=1 if train else 2, TRAIN=train, n=n, HALVES=halves, NB=NB, ROWS=R // NB,
+        STAGES=stages)
     assert spills == 0 and shared <= 227 * 1024 and count["HGMMA"] + count["HMMA"]
 
 @pytest.mark.parametrize("count, out", [(1, "*fp32"), (3, "*bf16")])
