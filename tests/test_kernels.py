@@ -125,12 +125,14 @@ def test_layer_on_a_gpu_goes_through_the_kernel_and_says_once_if_it_cannot(monke
     """The layer's own part of it, without a GPU: what it packs, when, and what it says."""
     import kernels
     from quantizers import QuantLinear
-    x = torch.randn(3, 64)
+    x = torch.randn(3, 64, dtype=torch.float64)
     monkeypatch.setattr(kernels, "lowbit_matmul",
                         lambda x, w: x @ kernels.dequantize_weight(w, x.dtype).T)
     for bits, symmetric in ((4, False), (8, True), (3, True)):
         layer = QuantLinear.affine(*random_codes(24, 64, 32, bits, symmetric), bits, 32)
-        torch.testing.assert_close(layer.kernel(x), layer(x), rtol=1e-4, atol=1e-4)
+        w = layer.weight().double()
+        error = layer.kernel(x) - x @ w.T
+        assert (error.abs() <= 1.01 * 2**-16 * x.abs() @ w.abs().T).all()  # 8 bits of the scale
         packed = layer.fast
         assert layer.kernel(x) is not None and layer.fast is packed    # once for every use
         layer.packed = layer.packed.clone()
