@@ -458,7 +458,8 @@ def random_run(args):
 
 def main():
     args = parse_args()
-    random_run(args) if args.init == "random" else compare(args)
+    job = random_run if args.init == "random" else compare
+    job(args)
 
 if __name__ == "__main__":
     run(main)

@@ -543,7 +543,10 @@ def print_table(rows, tokens):
 
 def main():
     args = parse_args()
-    demo(args.seed) if args.demo else compare(args)
+    if args.demo:
+        demo(args.seed)
+    else:
+        compare(args)
 
 if __name__ == "__main__":
     run(main)

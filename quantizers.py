@@ -464,7 +464,8 @@ def vq_fit(w, hessian, num_codebooks, bits, group_size, rounds=3, steps=25, gene
     for _ in range(num_codebooks):
         c, q = kmeans(rest, 2**bits, 30, generator)
         rest = rest - c[q]
-        codebooks.append(c), codes.append(q)
+        codebooks.append(c)
+        codes.append(q)
     codes, codebooks = torch.stack(codes, 1).view(len(w), -1, num_codebooks), torch.stack(codebooks)
     h, best = hessian.to(w) / hessian.diagonal().mean(), math.inf
     learn = [codebooks.requires_grad_(), scales.requires_grad_()]
