@@ -20,10 +20,6 @@ CONFIG = LlamaConfig(vocab_size=300, n_layer=3, n_embd=32, n_head=4, n_kv_head=2
                      seq_len=24)
 NORM = re.compile(r"blocks\.\d+\.(attn|mlp)_norm\.weight")
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
 @pytest.fixture(scope="module")
 def teacher():
     torch.manual_seed(0)
