@@ -198,14 +198,14 @@ class LRQATLinear(nn.Module):
         return LRQATFunction.apply(x, self.codes, self.A, self.B, self.scale.clamp(min=EPS),
                                    self.zero_point, *self.how)
 
-    def rounded(self, scale):
+    def rounded(self):
+        """The integers (O, C) of the forward pass."""
         return integers(self.codes, self.A, self.B, *self.how[:2])
 
     @torch.no_grad()
     def merge(self):
         """(q, scale, zero_point) as `rtn` returns them: q int8, or uint8 with a zero_point."""
-        scale = self.scale.clamp(min=EPS)
-        q = self.rounded(scale)
+        q, scale = self.rounded(), self.scale.clamp(min=EPS)
         if self.zero_point is None:
             return q.to(torch.int8), scale, None
         low = limits(self.how[0])[0]                   # codes from 0 on
@@ -227,8 +227,8 @@ class FullQATLinear(LRQATLinear):
         super().__init__(w, *grid, rank=0, phi="fp32")
         self.weight, self.codes = nn.Parameter(w.clone()), None
 
-    def rounded(self, scale):
-        v = to_grid(self.weight, scale, self.zero_point)
+    def rounded(self):
+        v = to_grid(self.weight, self.scale.clamp(min=EPS), self.zero_point)
         return v.round().clamp(*limits(self.how[0]))
 
     def forward(self, x):
@@ -287,13 +287,13 @@ def gptq_model(model, data, args):
 @torch.no_grad()
 def flipped(model):
     """For the progress line: the share of integers that A B moved away from those of phi alone."""
-    moved = [integers(m.codes, m.A, m.B, *m.how[:2]) != integers(m.codes, None, None, *m.how[:2])
+    moved = [m.rounded() != integers(m.codes, None, None, *m.how[:2])
              for m in model.modules() if getattr(m, "A", None) is not None]
     total = sum(m.numel() for m in moved)
     return f" flipped {100 * sum(m.sum() for m in moved) / total:.2f}% |" if moved else ""
 
 def compare(args):
-    """Train and evaluate every arm on the same tokens; print the table; pack LR-QAT's result."""
+    """Train and evaluate every arm on the same tokens; print the table; pack the last arm."""
     base, _, data = load_base(args)
     check_shapes(base, args)
     name = f"lrqat-w{args.bits}" + (f"a{args.a_bits}" if args.a_bits < 16 else "")

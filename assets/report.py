@@ -348,9 +348,8 @@ def main():
     try:
         sys.path.insert(0, str(HERE.parent))
         from kernels import plot                       # as `kernels.py --plot` draws it
-        if any(r["method"] == "quest" for r in big):
-            draw_methods(methods(big), HERE / "methods.png")
-            draw_curves([r for r in big if "arms" not in r], HERE / "curves.png")
+        draw_methods(methods(big), HERE / "methods.png")
+        draw_curves([r for r in big if "arms" not in r], HERE / "curves.png")
         draw_quest(table, HERE / "quest.png")
         plot(kernels, HERE / "kernels.png")
         draw_memory(lr, HERE / "memory.png")
