@@ -12,7 +12,7 @@ of the plain loop to the bit: no multiply and add are fused, and divisions are r
 `lowbit_matmul` multiplies 16-bit activations with packed weights; QuantLinear calls it on a GPU:
   1. up to 16 tokens `_decode` reads the weights once, straight into the tensor cores' registers,
   2. up to 1024 `_tile` does the same for tiles of tokens, with the activations in shared memory,
-  3. above that `_dequantize` writes the weight out in 16 bits, and cuBLAS multiplies.
+  3. above that `_dequantize` writes parts of the weight in 16 bits, and cuBLAS multiplies.
 
 `hadamard_quantize` is QuEST's rotation, scale, codes and trust mask in one pass, `quest_matmul` the
 product of such codes in integers, `rotate_trusted` the backward pass: quest.py trains with them.
@@ -341,12 +341,15 @@ def _dequantize(words, high, grid, w, O, N, MASK, C: tl.constexpr, GROUP: tl.con
         tl.store(at + k, a, mask=(k < C) & (n < N))
 
 @triton.jit
-def _shuffle(x, out, n, BLOCK: tl.constexpr):
-    """x's pairs of 16-bit floats, as int32, in the order of `_tile`'s k's."""
+def _shuffle(x, out, tickets, n, tiles, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """x's pairs of 16-bit floats, as int32, in the order of `_tile`'s k's; and zeros in tickets."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(tickets + at, 0, mask=at < tiles)
     k = at % 16                                        # plane p i -> i p plane
     k = at - k + k % 4 * 4 + k // 4 % 2 * 2 + k // 8
     tl.store(out + at, tl.load(x + k, mask=at < n), mask=at < n)
+    if PDL:        # last: programs of `_tile` that start beside these would crowd some processors
+        tl.extra.cuda.gdc_launch_dependents()
 
 @triton.constexpr_function
 def _scale_asm(n, dt):
@@ -381,7 +384,7 @@ def _scaled(a, g, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.conste
 def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexpr,
           GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
           BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, PAIRS: tl.constexpr,
-          TMA: tl.constexpr):
+          TMA: tl.constexpr, PDL: tl.constexpr):
     """One tile of outputs x tokens over one of SPLIT parts of k; x comes from `_shuffle`, with TMA
     as a tensor descriptor.
 
@@ -401,9 +404,11 @@ def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexp
     t = tl.minimum(pid // rows * T + tl.arange(0, T), O // 16 - 1)[:, None, None]
     u, r = tl.arange(0, 128)[None, None, :], tl.arange(0, 16)[None, None, :]
     if not TMA:
-        xs = x + tl.minimum(m, M - 1)[None, :] * C + tl.arange(0, BLOCK_K)[:, None]
+        xs = x + m[None, :] * C + tl.arange(0, BLOCK_K)[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first = tl.program_id(1) * (C // BLOCK_K // SPLIT)
+    if PDL:
+        tl.extra.cuda.gdc_wait()                       # for x and the tickets
     for step in range(0, C // BLOCK_K // SPLIT):
         k = (first + step) * BLOCK_K
         block = t * (ROW // BLK) + k // BLK + tl.arange(0, B)[None, :, None]
@@ -426,7 +431,6 @@ def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexp
         ticket = tl.atomic_add(tickets + pid, 1, sem="acq_rel")
         if ticket < SPLIT - 1:
             return
-        tl.store(tickets + pid, 0)                     # for the next launch
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for i in range(0, SPLIT):
             acc += tl.load(parts + (pid * SPLIT + i) * size + at)
@@ -452,7 +456,7 @@ TILE = {      # BLOCK_M: BLOCK_N, BLOCK_K, warps, stages, and programs worth spl
     32: (64, 128, 4, 4, 264), 64: (64, 128, 4, 4, 264), 128: (64, 128, 4, 3, 264),
     256: (128, 64, 8, 3, 132)}
 FUSED = 1024  # tokens; above, the one-off cost of writing the weight out is less than _tile's loss
-_tickets = {}
+PIECE = 2 * 132 * 256 * 128                            # outputs x tokens: two tiles of cuBLAS an SM
 
 def plan(M, w):
     """How lowbit_matmul multiplies M <= FUSED tokens: kernel, grid, its constants, its options."""
@@ -472,7 +476,8 @@ def plan(M, w):
     BLOCK_N, BLOCK_K, warps, stages, enough = TILE[BLOCK_M]
     tiles = triton.cdiv(O, BLOCK_N) * triton.cdiv(M, BLOCK_M)
     # x by Hopper's TMA, 1 to 14 % faster; not where k is split, up to 10 % slower in so few steps
-    tma = TMA and M > 32 and tiles * 2 > enough and not torch.compiler.is_compiling()
+    eager = not torch.compiler.is_compiling()
+    tma = TMA and eager and M > 32 and tiles * 2 > enough
     if tma and M > 128:
         BLOCK_K, stages = 64, 4
     BLOCK_K = math.gcd(BLOCK_K, w.group, C)
@@ -480,25 +485,34 @@ def plan(M, w):
                 if s == 1 or tiles * s <= enough and C // BLOCK_K % s == 0)
     pairs = min(BLOCK_N * BLOCK_K // warps // 64, 16)                  # of a thread
     constants.update(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, SPLIT=SPLIT,
-                     PAIRS=pairs if HOPPER else 0, TMA=tma)
-    return _tile, (tiles, SPLIT), constants, dict(num_warps=warps, num_stages=stages)
+                     PAIRS=pairs if HOPPER else 0, TMA=tma, PDL=HOPPER and eager)
+    return _tile, (tiles, SPLIT), constants, dict(num_warps=warps, num_stages=stages,
+                                                  **launch(HOPPER and eager))
 
 def lowbit_matmul(x, w):
     """y = x w_hat^T: x (..., C) float16 or bfloat16 on w's GPU, w a LowBit -> (..., O)."""
     O, C = w.shape
     flat = x.reshape(-1, C).contiguous()                                           # (M, C)
     M = len(flat)
-    if M > FUSED:
-        return F.linear(x, dequantize(w, x.dtype))
-    kernel, grid, constants, options = plan(M, w)
     y, scratch = x.new_empty(M, O), ()
+    if M > FUSED:
+        n = max(1, PIECE // M // 128) * 128            # outputs
+        for i in range(0, O, n):
+            part = LowBit(w.words[i // 16:(i + n) // 16], w.high[i // 16:(i + n) // 16],
+                          w.grid[:, i:i + n], w.bits, w.group, (min(n, O - i), C))
+            torch.mm(flat, dequantize(part, x.dtype).T, out=y[:, i:i + n])
+        return y.view(*x.shape[:-1], O)
+    kernel, grid, constants, options = plan(M, w)
     if kernel is _tile:
         SPLIT, size = constants["SPLIT"], constants["BLOCK_M"] * constants["BLOCK_N"]
-        parts = x.new_empty(grid[0] * SPLIT * size if SPLIT > 1 else 1, dtype=torch.float32)
-        scratch = parts, _zero_tickets(grid[0], x.device) if SPLIT > 1 else parts
-        pairs, flat = flat.view(torch.int32), torch.empty_like(flat)
-        _shuffle[triton.cdiv(pairs.numel(), 1024),](pairs, flat.view(torch.int32), pairs.numel(),
-                                                    BLOCK=1024)
+        parts = x.new_empty(grid[0] * SPLIT * size if SPLIT > 1 else 0, dtype=torch.float32)
+        scratch = parts, w.words.new_empty(grid[0])
+        # For whole tiles: programs that all read the last token again took up to twice as long.
+        rows = triton.cdiv(M, constants["BLOCK_M"]) * constants["BLOCK_M"]
+        pairs, flat = flat.view(torch.int32), x.new_empty(rows, C)
+        _shuffle[triton.cdiv(pairs.numel(), 1024),](
+            pairs, flat.view(torch.int32), scratch[1], pairs.numel(), grid[0], BLOCK=1024,
+            PDL=constants["PDL"])
         if constants["TMA"]:
             block = [constants["BLOCK_M"], constants["BLOCK_K"]]
             flat = TensorDescriptor.from_tensor(flat, block)
@@ -511,22 +525,13 @@ def _mask(bits, dtype):
     field = 7 if bits == 8 and dtype == torch.bfloat16 else 2 if bits == 3 else bits
     return (2**field - 1) * 0x10001
 
-def _zero_tickets(n, device):
-    """n zeros, which a kernel leaves as zeros: one store a stream, none from within a graph."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(n, dtype=torch.int32, device=device)
-    key = torch.cuda.current_stream(device)
-    if key not in _tickets or len(_tickets[key]) < n:
-        _tickets[key] = torch.zeros(max(n, 1024), dtype=torch.int32, device=device)
-    return _tickets[key]
-
 def dequantize(w, dtype):
     """The weight (O, C) of a LowBit in 16 bits, by `_dequantize`."""
     (O, C), bits = w.shape, w.bits
     out = torch.empty(O, C, dtype=dtype, device=w.words.device)
     S, SPAN = 4, 256 if bits in (1, 3) else 128
     _dequantize[triton.cdiv(C, S * SPAN), len(w.words)](
-        *w[:3], out, w.grid.size(1), O, _mask(bits, dtype), C, w.group, bits, S, SPAN,
+        *w[:3], out, w.grid.stride(0), O, _mask(bits, dtype), C, w.group, bits, S, SPAN,
         math.gcd(SPAN, w.group), ASM, num_warps=S)
     return out
 
@@ -818,7 +823,8 @@ def quest_fits(x, bits, a_bits):
 # table; then every code of these inputs is a look-up and an addition in place of 8 multiplications.
 # `_vq_tables` makes the tables, `_vq_lookups` adds up: its warps walk along the outputs, so that 32
 # look-ups go to one table of 512 bytes in L1. (Lanes along the groups would touch 32 lines each
-# time, and take three times as long: hence outputs come first in its tensors.)
+# time, and take three times as long: hence outputs come first in its tensors.) Triton must not know
+# what divides N, or a thread loads four words of codes, which then go through shared memory.
 
 @triton.jit
 def _vq_tables(x, books, tables, tickets, G, R: tl.constexpr, CODES: tl.constexpr,
@@ -834,10 +840,10 @@ def _vq_tables(x, books, tables, tickets, G, R: tl.constexpr, CODES: tl.constexp
     row = (token * (tl.num_programs(1) * CODES // 256) + c // 256)[None, :] * G + (r % G)[:, None]
     tl.store(tables + row * 256 + (c % 256)[None, :], tl.dot(v, book).to(tables.dtype.element_ty))
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _vq_lookups(tables, codes, scales, parts, tickets, y, tokens, N, ROWS: tl.constexpr,
                 R: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-                PDL: tl.constexpr):
+                PDL: tl.constexpr, UNROLL: tl.constexpr):
     tile, part = tl.program_id(0), tl.program_id(1)
     i, j = tile * (BN // 4) + tl.arange(0, BN // 4), tl.arange(0, 4)       # output 4 i + j
     q, token = tl.arange(0, R * TOKENS) % R, tl.arange(0, R * TOKENS) // R
@@ -848,7 +854,7 @@ def _vq_lookups(tables, codes, scales, parts, tickets, y, tokens, N, ROWS: tl.co
     word = tl.load(codes + row[None, :] * (N // 4) + i[:, None], mask=inside, other=0)
     if PDL:
         tl.extra.cuda.gdc_wait()                       # the tables are there
-    for k in range(0, ROWS // SPLIT, R):
+    for k in tl.range(0, ROWS // SPLIT, R, loop_unroll_factor=UNROLL):
         at, now = (tl.minimum(token, tokens - 1) * ROWS + row) * 256, word
         row += R                                       # the next codes, ahead of their use
         word = tl.load(codes + row[None, :] * (N // 4) + i[:, None],
@@ -869,8 +875,9 @@ def _vq_lookups(tables, codes, scales, parts, tickets, y, tokens, N, ROWS: tl.co
         sums *= tl.load(scales + n, mask=n < N, other=0.0)
         tl.store(y + at, sums.to(y.dtype.element_ty), mask=live)
 
-# (outputs a program, the least programs in all, tables a step, warps), the fastest measured
-VQ_TILE = (512, 256, 16, 4)
+# (most outputs, outputs a program, the least programs in all, tables a step, warps, steps unrolled),
+# the fastest measured on an H100.
+VQ_TILES = ((8192, 256, 256, 32, 4, 2), (2**31, 512, 256, 16, 4, 1))
 
 def vq_matmul(x, codes, codebooks, scales):
     """x (B, 8 G) times a weight of additive codebooks -> (B, N), in x's dtype.
@@ -882,7 +889,7 @@ def vq_matmul(x, codes, codebooks, scales):
     B, (M, G, N) = len(x), codes.shape
     if B > 4 or G % 32 or N % 16 or codebooks.shape != (M, 256, 8) or x.dtype == torch.float32:
         return vq_matmul_reference(x, codes, codebooks, scales)
-    BN, programs, R, warps = VQ_TILE
+    BN, programs, R, warps, unroll = next(tile[1:] for tile in VQ_TILES if N <= tile[0])
     TOKENS, tiles = triton.next_power_of_2(B), triton.cdiv(N, BN)
     R //= TOKENS
     SPLIT = math.gcd(M * G // R, triton.next_power_of_2(triton.cdiv(programs, tiles)))
@@ -892,7 +899,7 @@ def vq_matmul(x, codes, codebooks, scales):
     _vq_tables[B * G // 16, 2 * M](x.contiguous(), codebooks, tables, tickets, G, 16, 128, TILES,
                                    early, num_warps=2)
     _vq_lookups[tiles, SPLIT](tables, codes, scales, parts, tickets, y, B, N, M * G, R, TOKENS, BN,
-                              SPLIT, early, num_warps=warps, **launch(early))
+                              SPLIT, early, unroll, num_warps=warps, **launch(early))
     return y
 
 def vq_matmul_reference(x, codes, codebooks, scales):

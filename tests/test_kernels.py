@@ -27,7 +27,7 @@ CASES = {  # O, C, group, symmetric, M, path
     "tile that covers less than its outputs": (40, 320, 64, True, 33, "tile"),
     "tile, three spans of 32 a group": (32, 288, 96, False, 17, "tile"),
     "tile by TMA, not full": (72, 320, 64, False, 45, "tma"),
-    "dequantized": (24, 352, 32, False, 17, "dequantize"),
+    "dequantized, in two pieces": (152, 352, 32, False, 17, "dequantize"),
 }
 if GPU:       # many steps, several programs at once: what the interpreter runs one after the other
     CASES["64 tokens"] = 1024, 2048, 128, False, 64, "tile"
@@ -53,13 +53,14 @@ def relative_error(bits, case, device, dtype):
     x = torch.randn(M, C).to(device, dtype)
     codes = (t if t is None else t.to(device) for t in (q, scale, zero_point))
     w = kernels.pack_weight(*codes, bits, group)
-    before = kernels.FUSED, kernels.TMA, kernels.TILE[64]
+    before = kernels.FUSED, kernels.PIECE, kernels.TMA, kernels.TILE[64]
     if path == "tma":
-        kernels.TMA, kernels.TILE[64] = True, (*before[2][:4], 1)      # as if outputs were many
-    kernels.FUSED = 16 if path == "dequantize" else before[0]
+        kernels.TMA, kernels.TILE[64] = True, (*before[3][:4], 1)      # as if outputs were many
+    if path == "dequantize":
+        kernels.FUSED, kernels.PIECE = 16, 128 * M
     y = kernels.lowbit_matmul(x, w)
     same = all(torch.equal(y, kernels.lowbit_matmul(x, w)) for _ in range(20 if GPU else 0))
-    kernels.FUSED, kernels.TMA, kernels.TILE[64] = before
+    kernels.FUSED, kernels.PIECE, kernels.TMA, kernels.TILE[64] = before
     zero_point = zero_point if zero_point is None else zero_point.double()
     exact = x.double().cpu() @ dequantize(q, scale.double(), zero_point, group).T
     return [((y.double().cpu() - exact).norm() / exact.norm()).item(), same]

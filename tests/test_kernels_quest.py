@@ -5,6 +5,7 @@ in Triton's interpreter, in float16 (it has no bfloat16), and are compiled for a
 on a GPU they run compiled, in float16 and bfloat16. Both in one process of their own.
 """
 import collections
+import itertools
 import json
 import os
 import pathlib
@@ -170,8 +171,8 @@ def check_lookups_equal_the_dense_weight():
             codes = torch.randint(256, (N, K // 8, M), generator=torch.Generator().manual_seed(2))
             codes, scales = codes.to(DEVICE, torch.uint8), randn(N, seed=3).abs()
             w = sum(books.double()[m][codes[..., m].long()] for m in range(M)).flatten(1)
-            for programs in (1, 264):                  # sums in one part, or in many
-                kernels.VQ_TILE = kernels.VQ_TILE[0], programs, *kernels.VQ_TILE[2:]
+            for tile, programs in itertools.product(VQ_TILES, (1, 264)):   # one part, or many
+                kernels.VQ_TILES = ((2**31, tile[1], programs, *tile[3:]),)
                 poison()
                 y = vq_matmul(x, vq_order(codes), books, scales)
                 close(y, x.double() @ w.T * scales.double(), 2 * ULP[dtype])
@@ -280,15 +281,16 @@ def test_rotation_of_gradients_compiles_for_an_h100_without_spills(count, out):
         signs="*bf16", out=out, blocks="i32", COUNT=count, n=128, R=R, STAGES=stages)
     assert spills == 0 and shared <= 227 * 1024 and count["HGMMA"]
 
-def test_lookups_compile_for_an_h100_without_spills():
+@pytest.mark.parametrize("entry", [0, 1])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_lookups_compile_for_an_h100_without_spills(entry, tokens):
     import kernels
-    BN, _, R, warps = kernels.VQ_TILE
-    for tokens in (1, 4):
-        spills, shared, count = compiled(
-            kernels._vq_lookups, warps, tables="*bf16", codes="*u8", scales="*fp32",
-            parts="*fp32", tickets="*i32", y="*bf16", tokens="i32", N="i32", ROWS=1024,
-            R=R // tokens, TOKENS=tokens, BN=BN, SPLIT=32, PDL=True)
-        assert spills == 0 and shared <= 227 * 1024 and count["ACQBULK"]   # waits for the tables
+    _, BN, _, R, warps, unroll = kernels.VQ_TILES[entry]
+    spills, shared, count = compiled(
+        kernels._vq_lookups, warps, tables="*bf16", codes="*u8", scales="*fp32", parts="*fp32",
+        tickets="*i32", y="*bf16", tokens="i32", N="i32", ROWS=1024, R=R // tokens, TOKENS=tokens,
+        BN=BN, SPLIT=16, PDL=True, UNROLL=unroll)
+    assert spills == 0 and shared <= 227 * 1024 and count["ACQBULK"]   # waits for the tables
 
 def main():
     results = {}
@@ -303,7 +305,7 @@ def main():
 if __name__ == "__main__":
     import kernels
     import quest
-    from kernels import (hadamard_quantize, hadamard_quantize_reference, quest_linear,
+    from kernels import (VQ_TILES, hadamard_quantize, hadamard_quantize_reference, quest_linear,
                          quest_linear_reference, quest_matmul, quest_operand, rotate_trusted,
                          vq_matmul)
     from quantizers import GAUSSIAN_CLIP, QuantLinear, full_float32, rotate, unpack
