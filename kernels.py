@@ -855,7 +855,7 @@ def _vq_lookups(tables, codes, scales, parts, tickets, y, tokens, N, ROWS: tl.co
     if PDL:
         tl.extra.cuda.gdc_wait()                       # the tables are there
     for k in tl.range(0, ROWS // SPLIT, R, loop_unroll_factor=UNROLL):
-        at, now = (tl.minimum(token, tokens - 1) * ROWS + row) * 256, word
+        at, now = (token * ROWS + row) * 256, word
         row += R                                       # the next codes, ahead of their use
         word = tl.load(codes + row[None, :] * (N // 4) + i[:, None],
                        mask=inside & (k + R < ROWS // SPLIT), other=0)
@@ -869,14 +869,14 @@ def _vq_lookups(tables, codes, scales, parts, tickets, y, tokens, N, ROWS: tl.co
     tl.debug_barrier()
     if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SPLIT - 1:   # all parts are there: the
         sums = tl.zeros((BN // 4, TOKENS, 4), tl.float32)              # same order every time
-        for p in tl.static_range(SPLIT):
+        for p in tl.range(SPLIT, loop_unroll_factor=16 // TOKENS):
             sums += tl.load(parts + p * tokens * N + at, mask=live, other=0.0, cache_modifier=".cg")
         n = (4 * i)[:, None, None] + j[None, None, :]
         sums *= tl.load(scales + n, mask=n < N, other=0.0)
         tl.store(y + at, sums.to(y.dtype.element_ty), mask=live)
 
-# (most outputs, outputs a program, the least programs in all, tables a step, warps, steps unrolled),
-# the fastest measured on an H100.
+# (most outputs, outputs a program, the least programs, tables a step, warps, steps unrolled), the
+# fastest measured on an H100.
 VQ_TILES = ((8192, 256, 256, 32, 4, 2), (2**31, 512, 256, 16, 4, 1))
 
 def vq_matmul(x, codes, codebooks, scales):
@@ -894,7 +894,7 @@ def vq_matmul(x, codes, codebooks, scales):
     R //= TOKENS
     SPLIT = math.gcd(M * G // R, triton.next_power_of_2(triton.cdiv(programs, tiles)))
     TILES, early = triton.next_power_of_2(tiles), HOPPER and not torch.compiler.is_compiling()
-    tables, parts = x.new_empty(B * M * G * 256), scales.new_empty(SPLIT * B * N)
+    tables, parts = x.new_empty(TOKENS * M * G * 256), scales.new_empty(SPLIT * B * N)
     tickets, y = codes.new_empty(TILES, dtype=torch.int32), x.new_empty(B, N)
     _vq_tables[B * G // 16, 2 * M](x.contiguous(), codebooks, tables, tickets, G, 16, 128, TILES,
                                    early, num_warps=2)
