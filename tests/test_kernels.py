@@ -165,8 +165,8 @@ def overwritten_operands(sass):
 
 @pytest.mark.parametrize("bits, M, O", [(b, m, 14336) for b in BITS for m in (8, 16, 256)]
                          + [(1, 16, 4096), (3, 16, 4096)]
-                         + [(4, 32, 14336), (2, 64, 14336), (3, 128, 14336), (8, 64, 4096),
-                            (8, 512, 4096)])
+                         + [(4, 32, 14336), (2, 64, 14336), (3, 128, 14336), (8, 128, 14336),
+                            (8, 64, 4096), (4, 512, 4096)])
 def test_code_for_sm_90_uses_tensor_cores_and_no_loop_spills(bits, M, O, tmp_path, monkeypatch):
     """Every entry of the tables, as lowbit_matmul would launch it for a layer of an 8B model."""
     import triton
