@@ -455,8 +455,8 @@ TILE = {      # BLOCK_M: BLOCK_N, BLOCK_K, warps, stages, and programs worth spl
     # the weights of 64 k's twice, unpacked and in use, what those leave.
     32: (64, 128, 4, 4, 264), 64: (64, 128, 4, 4, 264), 128: (64, 128, 4, 3, 264),
     256: (128, 64, 8, 3, 132)}
-# With x by Hopper's TMA another stage fits, and at 8 bits wider tiles, which unpack for more tokens
-# at once, are worth it: 38 us for 46 at 96 tokens, 14336 x 4096.
+# With x by Hopper's TMA: another stage, and at 8 bits twice the outputs, which read x half as often
+# (38 us for 45 at 96 tokens, 14336 x 4096; at fewer bits no faster).
 TILE_TMA = {256: (128, 64, 8, 4), 128: (128, 128, 8, 3)}
 FUSED = 1024  # tokens; above, the one-off cost of writing the weight out is less than _tile's loss
 PIECE = 2 * 132 * 256 * 128                            # outputs x tokens: two tiles of cuBLAS an SM
@@ -486,7 +486,7 @@ def plan(M, w):
         tiles = triton.cdiv(O, BLOCK_N) * triton.cdiv(M, BLOCK_M)
     BLOCK_K = math.gcd(BLOCK_K, w.group, C)
     SPLIT = max(s for s in (1, 2, 4, 8)
-                if s == 1 or tiles * s <= enough and C // BLOCK_K % s == 0)
+                if s == 1 or not tma and tiles * s <= enough and C // BLOCK_K % s == 0)
     pairs = min(BLOCK_N * BLOCK_K // warps // 64, 16)                  # of a thread
     constants.update(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, SPLIT=SPLIT,
                      PAIRS=pairs if HOPPER else 0, TMA=tma, PDL=HOPPER and eager)

@@ -166,7 +166,7 @@ def overwritten_operands(sass):
 @pytest.mark.parametrize("bits, M, O", [(b, m, 14336) for b in BITS for m in (8, 16, 256)]
                          + [(1, 16, 4096), (3, 16, 4096)]
                          + [(4, 32, 14336), (2, 64, 14336), (3, 128, 14336), (8, 128, 14336),
-                            (8, 64, 4096), (4, 512, 4096)])
+                            (8, 64, 4096), (4, 512, 4096), (8, 512, 4096)])
 def test_code_for_sm_90_uses_tensor_cores_and_no_loop_spills(bits, M, O, tmp_path, monkeypatch):
     """Every entry of the tables, as lowbit_matmul would launch it for a layer of an 8B model."""
     import triton
@@ -178,6 +178,7 @@ def test_code_for_sm_90_uses_tensor_cores_and_no_loop_spills(bits, M, O, tmp_pat
     monkeypatch.setattr(kernels, "HOPPER", True)
     monkeypatch.setattr(kernels, "TMA", True)
     kernel, _, constants, options = kernels.plan(M, w)
+    assert not constants.get("TMA") or constants["SPLIT"] == 1
     x = ("tensordesc<bf16[{BLOCK_M}, {BLOCK_K}]>".format(**constants) if constants.get("TMA") else
          "*bf16")
     kinds = dict(x=x, y="*bf16", parts="*fp32", M="i32", O="i32", N="i32", MASK="i32")
