@@ -455,10 +455,11 @@ TILE = {      # BLOCK_M: BLOCK_N, BLOCK_K, warps, stages, and programs worth spl
     # the weights of 64 k's twice, unpacked and in use, what those leave.
     32: (64, 128, 4, 4, 264), 64: (64, 128, 4, 4, 264), 128: (64, 128, 4, 3, 264),
     256: (128, 64, 8, 3, 132)}
-# With x by Hopper's TMA: another stage, and at 8 bits twice the outputs, which read x half as often
-# (38 us for 45 at 96 tokens, 14336 x 4096; at fewer bits no faster).
+# With x by Hopper's TMA. 256 tokens: another stage. 128, at 8 bits only: twice the outputs, which
+# read x half as often (38 us for 45 at 96 tokens, 14336 x 4096), if there are enough of them.
 TILE_TMA = {256: (128, 64, 8, 4), 128: (128, 128, 8, 3)}
-FUSED = 1024  # tokens; above, the one-off cost of writing the weight out is less than _tile's loss
+FUSED = 1024  # tokens; above, the weight is written out. _tile and that for 14336 x 4096: 2,048 tokens
+              # at 4 bits 384 and 424 us, at 8 bits 436 and 425; 4,096 tokens 790 and 738, 868 and 750
 PIECE = 2 * 132 * 256 * 128                            # outputs x tokens: two tiles of cuBLAS an SM
 
 def plan(M, w):
@@ -481,7 +482,7 @@ def plan(M, w):
     # x by Hopper's TMA, 1 to 14 % faster; not where k is split, up to 10 % slower in so few steps
     eager = not torch.compiler.is_compiling()
     tma = TMA and eager and M > 32 and tiles * 2 > enough
-    if tma and (BLOCK_M == 256 or BLOCK_M == 128 and bits == 8):
+    if tma and (BLOCK_M == 256 or BLOCK_M == 128 and bits == 8 and tiles > 200):
         BLOCK_N, BLOCK_K, warps, stages = TILE_TMA[BLOCK_M]
         tiles = triton.cdiv(O, BLOCK_N) * triton.cdiv(M, BLOCK_M)
     BLOCK_K = math.gcd(BLOCK_K, w.group, C)

@@ -525,8 +525,8 @@ def decode(model, idx, n, choose):
     cache, graph = [Cache(model, B, S) for _ in model.blocks], None
     tables = rope_tables(S, c.head_dim, c.rope_theta, device, c.rope_scaling)      # (S, hs) each
     slots, at = torch.arange(S, device=device), torch.arange(T, device=device)
-    def forward(idx):
-        x, fast = model.embed(idx).to(model.dtype), idx.size(1) == 1 and has_kernels(model)
+    def forward(idx, fast):
+        x = model.embed(idx).to(model.dtype)
         cos, sin = tables if fast else (table[at] for table in tables)
         mask = None if fast else slots <= at.unsqueeze(1)
         for layer in cache:
@@ -537,10 +537,10 @@ def decode(model, idx, n, choose):
             x = block(x, cos, sin, layer)                                          # (B, T, C)
         return model.predict(x[:, -1:])[0][:, -1]                                  # (B, vocab)
     def step():
-        token.copy_(choose(forward(token)))
+        token.copy_(choose(forward(token, has_kernels(model))))
         at.add_(1)
     choose.draw()
-    token = choose(forward(idx))
+    token = choose(forward(idx, False))                # which packs the weights for the kernels
     at = at[-1:] + 1                                   # where the next step's token goes
     for _ in range(n - 1):
         yield token
@@ -1290,6 +1290,8 @@ def resolve(args):
         if torch.device(args.device).type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("neither cpu, cuda nor mps")
         torch.zeros(1, device=args.device)
+        if args.device.startswith("cuda:"):
+            torch.cuda.set_device(args.device)         # on which Triton starts its kernels
     except (RuntimeError, AssertionError) as e:
         raise UsageError(f"--device {args.device} is not available here "
                          f"({str(e).splitlines()[0][:80]}); try --device cpu") from None

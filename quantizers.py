@@ -635,7 +635,7 @@ class QuantLinear(nn.Module):
         if s["kind"] != "quest" and s["a_bits"] < 16:
             x = fake_quant_tokens(x, s["a_bits"])
         half = x.dtype in (torch.float16, torch.bfloat16)
-        if x.is_cuda and half and not x.requires_grad and TRITON:
+        if x.is_cuda and half and x.numel() and not x.requires_grad and TRITON:
             y = self.kernel(x)
             if y is not None:
                 return y
