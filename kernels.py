@@ -458,8 +458,9 @@ TILE = {      # BLOCK_M: BLOCK_N, BLOCK_K, warps, stages, and programs worth spl
 # With x by Hopper's TMA. 256 tokens: another stage. 128, at 8 bits only: twice the outputs, which
 # read x half as often (38 us for 45 at 96 tokens, 14336 x 4096), if there are enough of them.
 TILE_TMA = {256: (128, 64, 8, 4), 128: (128, 128, 8, 3)}
-FUSED = 1024  # tokens; above, the weight is written out. 14336 x 4096, by _tile and written out: 2,048
-              # tokens at 4 bits 384 and 424 us, at 8 436 and 425; 4,096 tokens 790, 738 and 868, 750
+# Above so many tokens the weight is written out. 14336 x 4096, us by _tile and written out: 2,048
+# tokens at 4 bits 384 and 424, at 8 bits 436 and 425; 4,096 tokens 790 and 738, 868 and 750.
+FUSED = 1024
 PIECE = 2 * 132 * 256 * 128                            # outputs x tokens: two tiles of cuBLAS an SM
 
 def plan(M, w):
