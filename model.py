@@ -56,7 +56,7 @@ try:
 except ImportError:                                    # Windows: no lock on --out, no peak memory
     fcntl = resource = None
 
-from quantizers import TRITON, QuantLinear, bits_per_weight, fake_quant_tokens
+from quantizers import TRITON, QuantLinear, bits_per_weight, fake_quant_tokens, full_float32
 
 class UsageError(ValueError):
     """A mistake of the user's. The message is one line: the value, the limit and the fix."""
@@ -268,12 +268,18 @@ def n_out(linear):
     return len(linear.packed if isinstance(linear, QuantLinear) else linear.weight)
 
 def joined(*linears):
-    """(Joined, None ...), or the linears themselves where they are not alike."""
+    """(Joined, None ...), or the linears themselves where one cannot hold them all."""
     kinds = {type(m) for m in linears}
-    specs = [m.spec for m in linears if isinstance(m, QuantLinear)]
-    alike = all(spec == specs[0] for spec in specs) and all(
-        getattr(m, "a_scale", None) is None for m in linears)
-    if len(kinds) > 1 or not kinds <= {Linear, QuantLinear} or not alike:
+    if kinds == {Linear}:
+        return Joined(linears), *[None] * (len(linears) - 1)
+    if kinds != {QuantLinear}:
+        return linears
+
+    # Packed linears are joined row under row. That needs one way to read all rows, and tensors
+    # that have a row for each output: a codebook, or one scale for a whole tensor, has none.
+    alike = all(m.spec == linears[0].spec for m in linears)
+    row_by_row = all(len(t) == n_out(m) for m in linears for t in m.buffers())
+    if not alike or not row_by_row:
         return linears
     return Joined(linears), *[None] * (len(linears) - 1)
 
@@ -462,7 +468,8 @@ def block_hessians(model, data, args):
     idx, hessians = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)[0], {}
     def collect(m, inputs):
         x = inputs[0].flatten(0, -2).float()                               # (n, C)
-        hessians[m] = hessians.get(m, 0) + x.t() @ x
+        with full_float32():                           # TF32 would round x to 11 bits
+            hessians[m] = hessians.get(m, 0) + x.t() @ x
     for i in range(model.config.n_layer):
         linears = [(n, m) for n, m in model.linears() if n.startswith(f"blocks.{i}.")]
         hooks = [m.register_forward_pre_hook(collect) for _, m in linears]
@@ -1354,8 +1361,8 @@ def open_model(args, path, as_stored=False, dense=True):
     return model, content
 
 def load_base(args, as_stored=False):
-    """(model, content, data) of a dense --model, else of OUT/base.pt, which is trained first if
-    missing. as_stored: see LLaMA.from_pretrained."""
+    """(model, data) of a dense --model, else of OUT/base.pt, which is trained first if missing.
+    as_stored: see LLaMA.from_pretrained."""
     path = args.model or os.path.join(args.out, "base.pt")
     if not args.model and not os.path.exists(path):
         say(f"there is no {path} yet: training it first, as `python model.py` does")
@@ -1366,7 +1373,11 @@ def load_base(args, as_stored=False):
                  + ["--resume"] * begun)
         RUNNING[:] = [args]
     model, content = open_model(args, path, as_stored)
-    return model, content, load_training_data(args, content)
+    data = load_training_data(args, content)
+    # The result keeps where its text came from, so that `model.py eval` reads the same.
+    for name in ("data", "smoke"):
+        setattr(args, name, getattr(args, name) or content["settings"].get(name))
+    return model, data
 
 def new_model(args, data):
     """The LLaMA of --size with random weights, or --model, on the device and in training mode."""

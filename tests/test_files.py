@@ -1,0 +1,142 @@
+"""Every kind of file that a script writes: evaluated, sampled, exported and loaded from Python.
+
+Each is made by its script's own command from one random model of a block, and asked three things:
+its text is that of a plain loop over the loaded model's logits, its loss on the validation split
+is the mean of those logits' losses, and what it exports has the weights that its codes stand for.
+"""
+import json
+import math
+import pathlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model
+from conftest import call, random_base
+from quantizers import QuantLinear
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+STEPS = " --steps 2 --batch-size 2 --accumulate 1 --eval-every 0 "
+QUEST = "quest.py --model base.pt --data text.txt --vocab 300 --seq-len 32" + STEPS
+WRITES = {  # file -> the command that writes it; n is normtweak's, l lrqat's, p pvtune's
+    "base.pt": None,
+    "quest-w4a4.pt": QUEST + "--bits 4",
+    "quest-w3a16.pt": QUEST + "--bits 3 --a-bits 16",
+    "quest-w1.58a1.58.pt": QUEST + "--bits 1.58",
+    "quest-w4a4-fp4.pt": QUEST + "--bits 4 --grid fp4",
+    "quest-w4a4-sparse.pt": QUEST + "--bits 4 --grid sparse",
+    "clip-w4a8.pt": QUEST + "--bits 4 --a-bits 8 --quantizer clip",
+    "lsq-w2a2.pt": QUEST + "--bits 2 --quantizer lsq",
+    "lsq-w2a16.pt": QUEST + "--bits 2 --a-bits 16 --quantizer lsq",
+    "rtn-w3.pt": "n --host rtn --bits 3 --symmetric",
+    "gptq-tweak-w2.pt": "n --host gptq --bits 2 --group-size 16",
+    "rtn-tweak-w4.pt": "n --host rtn --bits 4 --a-bits 8",
+    "lrqat-w2-lr-qat.pt": "l --bits 2 --arm lr-qat",
+    "lrqat-w4-full.pt": "l --bits 4 --arm full --group-size 16",
+    "lrqat-w4a8-scales.pt": "l --bits 4 --arm scales --a-bits 8 --kv-bits 6",
+    "pvtune-1x4g4.pt": "p --scheme 1x4g4",
+    "pvtune-2x4g4.pt": "p --scheme 2x4g4",
+    "pvtune-affine-w2.pt": "p --scheme affine --bits 2 --group-size 16",
+}
+SHORT = {"n": "normtweak.py --calib data", "l": "lrqat.py --rank 4", "p": "pvtune.py --variant pv"}
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("files")
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("XDG_CACHE_HOME", str(path / "cache"))
+        m.chdir(path)
+        random_base(path, 1)
+        yield path
+
+def make(name, folder, capsys, monkeypatch):
+    """The file `name` in the folder, written by its command unless it is there."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setitem(model.PRESETS, "tiny", model.Preset(1, 32, 4, 48, 4e-3, 2, 2, 1, 32))
+    command = WRITES[name]
+    if command and not (folder / "out" / name).exists():
+        script, _, flags = command.partition(" ")
+        if script in SHORT:
+            command = f"{SHORT[script]} --model base.pt {flags}" + STEPS
+        status, _, err = call(capsys, command + " --out out --device cpu")
+        assert status == 0, err
+    return name if name == "base.pt" else f"out/{name}"
+
+@torch.no_grad()
+def greedy(m, ids, n):
+    """n more ids, each the likeliest after the whole window: no cache, nothing joined."""
+    for _ in range(n):
+        ids = torch.cat((ids, m(ids[:, -m.config.seq_len:])[0][:, -1:].argmax(-1)), dim=1)
+    return ids
+
+@torch.no_grad()
+def mean_loss(m, tokens, T):
+    """Nats a token over windows of T that do not overlap, the last one short."""
+    total = 0.0
+    for i in range(0, len(tokens) - 1, T):
+        x = torch.from_numpy(tokens[i:i + T + 1].astype("int64"))
+        x, y = x[:-1][None], x[1:]
+        total += F.cross_entropy(m(x)[0][0, :len(y)].double(), y, reduction="sum").item()
+    return total / (len(tokens) - 1)
+
+@pytest.mark.parametrize("name", WRITES)
+def test_every_file_is_evaluated_sampled_and_loaded(name, folder, capsys, monkeypatch):
+    path = make(name, folder, capsys, monkeypatch)
+    m, content = model.load_checkpoint(path)
+    tokenizer = model.make_tokenizer(content["tokenizer"])
+    packed = [q for q in m.modules() if isinstance(q, QuantLinear)]
+    assert len(packed) == (0 if name == "base.pt" else 7)
+
+    status, out, err = call(capsys, f"model.py eval {path} --seq-len 32 --device cpu")
+    assert status == 0, err
+    data = model.load_data("text.txt", "300", 32)
+    assert abs(float(out.split("loss ")[-1]) - mean_loss(m, data.val, 32)) < 1e-4
+
+    status, out, err = call(capsys, f"model.py sample {path} --prompt 'def f' --tokens 20 "
+                                    "--temperature 0 --device cpu")
+    assert status == 0, err
+    start = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary("def f")]])
+    text = tokenizer.decode(greedy(m, start, 20)[0, 1:].tolist())
+    # A rounded activation may fall on the other side of a border where sums come in another order.
+    if min([16, *(q.spec["a_bits"] for q in packed), m.config.kv_bits]) == 16:
+        assert out == text + "\n"
+    assert out.startswith("def f")
+
+@pytest.mark.parametrize("name", WRITES)
+def test_every_file_is_exported_with_the_weights_that_its_codes_stand_for(
+        name, folder, capsys, monkeypatch, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = make(name, folder, capsys, monkeypatch)
+    status, out, err = call(capsys, f"model.py export {path} {tmp_path / 'hf'}")
+    assert status == 0, err
+    tensors = safetensors.load_file(tmp_path / "hf/model.safetensors")
+    m, _ = model.load_checkpoint(path)
+    eye = torch.eye(32)
+    for q, hf in (("attn.wq", "self_attn.q_proj"), ("mlp.w_up", "mlp.up_proj")):
+        layer = m.get_submodule(f"blocks.0.{q}")
+        if isinstance(layer, QuantLinear):             # what it multiplies with, by its own product
+            layer = QuantLinear(layer.spec | {"a_bits": 16}, dict(layer.named_buffers()))
+            layer.a_scale = None
+        weight = layer(eye).t()                                                    # (O, C)
+        stored = tensors[f"model.layers.0.{hf}.weight"].float()
+        assert (stored - weight).abs().max() <= weight.abs().max() / 256
+    config = json.loads(pathlib.Path(tmp_path, "hf/config.json").read_text())
+    assert config["vocab_size"] == 300 and config["num_hidden_layers"] == 1
+
+@GPU
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", WRITES)
+def test_every_file_on_a_gpu(name, dtype, folder, capsys, monkeypatch):
+    """Its loss is that of the CPU, and it writes text through the CUDA graph."""
+    path = make(name, folder, capsys, monkeypatch)
+    losses = []
+    for device in ("cpu --dtype float32", f"cuda --dtype {dtype}"):
+        status, out, err = call(capsys, f"model.py eval {path} --seq-len 32 --device {device}")
+        assert status == 0, err
+        losses.append(float(out.split("loss ")[-1]))
+    assert math.isclose(*losses, rel_tol=2e-2 if dtype == "bfloat16" else 2e-3)
+    status, out, err = call(capsys, f"model.py sample {path} --prompt 'def f' --tokens 20 "
+                                    f"--device cuda --dtype {dtype}")
+    assert status == 0 and out.startswith("def f"), err
