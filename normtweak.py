@@ -240,11 +240,11 @@ def quantize_block(block, windows, tables, args, host, label):
 # ---- The tweak --------------------------------------------------------------------------------
 
 @torch.enable_grad()
-def tweak_by_adam(block, windows, targets, tables, loss, lr, passes=1):
-    """Train the two norm weights (C,): one step of a fresh Adam a window and pass."""
+def tweak_by_adam(block, windows, targets, tables, loss, lr):
+    """Train the two norm weights (C,): one step of a fresh Adam for each window."""
     weights = [getattr(block, norm).weight.requires_grad_() for norm, _ in NORMS]
     optimizer = torch.optim.Adam(weights, lr=lr)
-    for x, target in passes * list(zip(windows, targets)):
+    for x, target in zip(windows, targets):
         LOSSES[loss](target, block(x, *tables)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -262,17 +262,20 @@ def tweak_by_least_squares(block, float_block, windows, tables, ridge=0.01):
     for norm, names in NORMS:
         h = collect_hessians(block, names[:1], windows, tables)[names[0]][0].double()
         gamma = getattr(block, norm).weight
-        r = (getattr(float_block, norm).weight / gamma).double()           # (C,)
+        # A weight of exactly 0 hides its channel: x is 0 there, any r does, and s becomes 1.
+        r = getattr(float_block, norm).weight / torch.where(gamma == 0, 1, gamma)
+        r = r.double()                                                     # (C,)
         qs = [block.get_submodule(name).weight.double() for name in names]  # (O, C) each
         ws = [float_block.get_submodule(name).weight.double() * r for name in names]
         A = h * sum(q.t() @ q for q in qs)                                 # (C, C)
         b = (h * sum(q.t() @ w for q, w in zip(qs, ws))).sum(1)            # (C,)
-        damp = ridge * A.diagonal().mean()
+        size = A.diagonal().mean()
+        damp = ridge * torch.where(size > 0, size, 1.0)                    # all inputs zero: s = 1
         gamma.mul_(torch.linalg.solve(A + damp * torch.eye(len(b)).to(A), b + damp))
 
 @full_float32()
 @torch.no_grad()
-def compress(student, teacher, ids, args, host=None, tweak=True, passes=1):
+def compress(student, teacher, ids, args, host=None, tweak=True):
     """Quantize `student` block by block in place and tweak its norms; `teacher` is the dense model.
 
     host: "rtn", "gptq", or None where the student's linears are packed already. Returns one pair
@@ -295,7 +298,7 @@ def compress(student, teacher, ids, args, host=None, tweak=True, passes=1):
         before = mean_loss(targets, outputs)
         if tweak and args.solver == "adam":
             lr = args.lr * (1 + LR_SCALE * i / L)      # grows, as the stream's error does
-            tweak_by_adam(block, windows, targets, tables, args.loss, lr, passes)
+            tweak_by_adam(block, windows, targets, tables, args.loss, lr)
         elif tweak:
             tweak_by_least_squares(block, float_block, windows, tables)
         windows = [block(x, *tables) for x in windows] if tweak else outputs  # the final norms'
@@ -320,14 +323,12 @@ def load_models(args):
         args.bits, args.a_bits, args.group_size, args.symmetric = (
             specs[0][k] for k in ("bits", "a_bits", "group_size", "signed"))
         args.model = args.teacher
-    teacher, content, data = load_base(args, as_stored=True)
+    teacher, data = load_base(args, as_stored=True)
     dense, args.model = args.model or os.path.join(args.out, "base.pt"), path
     if student and student.config != teacher.config:
         raise UsageError(f"--teacher {dense} is not what {path} was made from: {teacher.config} "
                          f"there, {student.config} here")
     check_groups(teacher, args.group_size)
-    for name in ("data", "vocab", "smoke"):            # `model.py eval` reads the same text by it
-        setattr(args, name, getattr(args, name) or content["settings"].get(name))
     return student, teacher, data
 
 def main():

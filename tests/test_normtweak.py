@@ -224,12 +224,6 @@ def test_same_seed_same_norms_and_the_order_of_windows_matters(teacher, ids, opt
     a, b, c = (compress(teacher, x, args)[0] for x in (ids, ids, ids.flip(0)))
     assert not different(a, b) and len(different(a, c)) == 6
 
-def test_more_passes_take_more_steps(teacher, ids, options):
-    args = options("--bits", "2")
-    a, _ = compress(teacher, ids, args, passes=2)
-    b, _ = compress(teacher, torch.cat((ids, ids)), args)
-    assert torch.equal(a.blocks[0].attn_norm.weight, b.blocks[0].attn_norm.weight)
-
 def test_closed_form_is_the_least_squares_solution(teacher, ids, options, in_float64):
     """Against torch.linalg.lstsq on the explicit design matrix; without a ridge it never gets
     worse."""
@@ -255,6 +249,18 @@ def test_closed_form_is_the_least_squares_solution(teacher, ids, options, in_flo
     assert cost(block.attn_norm.weight / gamma) < cost(torch.ones_like(s))
     hidden = block.mlp_norm.weight / float_block.mlp_norm.weight
     assert (hidden != 1).all() and hidden.isfinite().all()
+
+@pytest.mark.parametrize("zeros", [slice(5, 6), slice(None)])
+def test_closed_form_takes_norm_weights_of_exactly_zero(teacher, ids, options, zeros):
+    """Its channel is silent in both models: the weight stays 0, the others are as without it."""
+    teacher = copy.deepcopy(teacher)
+    with torch.no_grad():
+        teacher.blocks[0].attn_norm.weight[zeros] = 0
+        teacher.blocks[1].mlp_norm.weight[zeros] = 0
+    model, losses = compress(teacher, ids, options("--bits", "4", "--solver", "closed"))
+    for norm in (model.blocks[0].attn_norm, model.blocks[1].mlp_norm):
+        assert (norm.weight[zeros] == 0).all() and norm.weight.isfinite().all()
+    assert torch.tensor(losses).isfinite().all()
 
 # ---- hosts ------------------------------------------------------------------------------------
 
