@@ -8,8 +8,8 @@
   3. `QuantLinear` holds packed integers and scales, and multiplies with them.
 
 Papers: QuEST (arXiv 2502.05003) for the Gaussian grids and the rotation; GPTQ (2210.17323) and
-its code for the affine grid; AQLM (2401.06118) for the codebooks. Not here: anything that trains
-(see the method files).
+its code for the affine grid; AQLM (2401.06118) for the codebooks. Not here: training a model (see
+the method files); `vq_fit` takes Adam steps on the codebooks of one linear.
 
 Shapes: O output channels, C input channels, g = group_size, G = C / g groups, ... any others.
 """
@@ -61,12 +61,27 @@ def rotate(x, block=128, dtype=torch.float32):
     inverse: rotate(x) @ rotate(w).T == x @ w.T. Differentiable, but not from bfloat16 on a GPU.
     """
     n = math.gcd(x.size(-1), block)
-    if WIDE_MM and x.is_cuda and x.dtype == torch.bfloat16 and dtype == torch.float32:
-        signs = hadamard_signs(n, x.device, x.dtype)   # exact products, float32 sums and result
-        return (torch.mm(x.reshape(-1, n), signs, out_dtype=dtype) * n**-0.5).view(x.shape)
+    if WIDE_MM and x.is_cuda and dtype == torch.float32 and x.dtype != torch.float64 and not (
+            torch.is_grad_enabled() and x.requires_grad):
+        return rotate_by_bfloat16(x, n)
     x = x if x.dtype == torch.float64 else x.to(dtype)
     signs = hadamard_signs(n, x.device, x.dtype)       # the factor below is alpha: a free pass
     return torch.addmm(signs[0], x.reshape(-1, n), signs, beta=0, alpha=n**-0.5).view(x.shape)
+
+def rotate_by_bfloat16(x, n):
+    """rotate in blocks of n, on a GPU: x (..., C) bfloat16 or float32 -> float32 (..., C).
+
+    TF32 would round float32 weights to 11 bits before they are rotated, and then codes near a
+    border differ between machines and from the packed file. Three bfloat16 numbers hold a float32
+    exactly; their products with +-1 are exact, and the sums are float32.
+    """
+    signs = hadamard_signs(n, x.device, torch.bfloat16)
+    parts, rest = [], x.reshape(-1, n)
+    for _ in range(1 if x.dtype == torch.bfloat16 else 3):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1]
+    h = torch.mm(torch.cat(parts, 1), signs.repeat(len(parts), 1), out_dtype=torch.float32)
+    return (h * n**-0.5).view(x.shape)
 
 # ---- QuEST's grid (section 3.1) -------------------------------------------------------------
 # N even levels over +-clip times the row's root mean square; the clip suits a Gaussian row best.
@@ -279,16 +294,20 @@ def gptq(w, hessian, bits, group_size=-1, symmetric=False, mse=False, act_order=
     torch.linalg.LinAlgError where H is not positive definite even so.
     """
     w = w if w.dtype == torch.float64 else w.float()
-    groups, C = _grouped(w, group_size), w.size(1)                              # (O, G, g)
+    # An input that was always zero tells nothing of its column, and the column becomes zero. As in
+    # GPTQ's code the grid of a whole row is made before, the grids of groups after that: there the
+    # old weights do not widen the range.
+    dead = hessian.diagonal() == 0                                                 # (C,)
+    alive = w.masked_fill(dead, 0)
+    groups = _grouped(w if group_size == -1 else alive, group_size)                # (O, G, g)
+    w, C = alive, w.size(1)
     g, static = groups.size(-1), act_order or group_size == -1
     scale, zero_point = affine_grid(groups, bits, symmetric, mse)                  # (O, G)
     order = torch.arange(C, device=w.device)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
-    h = hessian.to(w)[order][:, order]
-    dead = h.diagonal() == 0                           # inputs that were always zero
-    h.diagonal().add_(dead)
-    u, w, q = inverse_factor(h, percdamp), w[:, order].masked_fill_(dead, 0), torch.empty_like(w)
+    h = (hessian + torch.diag(dead.to(hessian))).to(w)[order][:, order]
+    u, w, q = inverse_factor(h, percdamp), w[:, order], torch.empty_like(w)
     columns = _gptq_columns
     if w.is_cuda and w.dtype == torch.float32 and TRITON:      # the same arithmetic, in one kernel
         from kernels import gptq_columns as columns
@@ -319,9 +338,10 @@ def _gptq_columns(w, u, scale, zero_point, bits):
     return q, error
 
 def output_error(w, w_hat, hessian):
-    """E|(w_hat - w) x|^2 / E|w x|^2, given E[x x^T] in any unit."""
+    """E|(w_hat - w) x|^2 / E|w x|^2, given E[x x^T] in any unit; 0 where there was no output."""
     error = w_hat - w
-    return ((error @ hessian * error).sum() / (w @ hessian * w).sum()).item()
+    lost, whole = ((v @ hessian * v).sum().item() for v in (error, w))
+    return lost / whole if whole else 0.0
 
 # ---- Vector quantization: additive codebooks (AQLM) -----------------------------------------
 # g neighbouring inputs of a row share M codes, one into each of M codebooks of K = 2^B vectors:
@@ -452,38 +472,42 @@ def vq_search_xtx(w, hessian, codes, codebooks, scales, beam=1, generator=None):
     return q[:, 0], loss[:, 0]
 
 @full_float32()
-def vq_fit(w, hessian, num_codebooks, bits, group_size, rounds=3, steps=25, generator=None):
+def vq_fit(w, hessian, num_codebooks, bits, group_size, rounds=4, steps=19, generator=None):
     """w (O, C), hessian (C, C) = E[x x^T] -> codes (O, J, M), codebooks (M, K, g), scales (O,).
 
     Residual k-means on the rows over their norms; then `rounds` times Adam on codebooks and scales
-    (`steps` of a percent) and, between, a pass of vq_search_xtx, until they win less than 1 %.
+    (`steps` of a percent) and a pass of vq_search_xtx, until both win less than 1 % a round.
     """
     w = w.detach().float()
     scales = torch.linalg.vector_norm(w, dim=1) + 1e-9                             # whole rows
     rest, codes, codebooks = (w / scales.unsqueeze(1)).reshape(-1, group_size), [], []
     for _ in range(num_codebooks):
-        c, q = kmeans(rest, 2**bits, 30, generator)
+        c, q = kmeans(rest, 2**bits, generator=generator)
         rest = rest - c[q]
         codebooks.append(c)
         codes.append(q)
     codes, codebooks = torch.stack(codes, 1).view(len(w), -1, num_codebooks), torch.stack(codebooks)
-    h, best = hessian.to(w) / hessian.diagonal().mean(), math.inf
+    # The unit of H changes no minimum. Inputs that were all zero ask for nothing: H stays zero.
+    size = hessian.diagonal().mean()
+    h, best = hessian.to(w) / torch.where(size > 0, size, 1.0), math.inf
     learn = [codebooks.requires_grad_(), scales.requires_grad_()]
     adam = torch.optim.Adam([{"params": [p], "lr": 0.01 * p.detach().square().mean().sqrt().item()}
                              for p in learn], betas=(0.0, 0.95), amsgrad=True)
-    for i in range(rounds):
+    for _ in range(rounds):
         for _ in range(steps):
             w_hat = vq_dequantize(codes, codebooks, scales)
             slope = (w_hat.detach() - w) @ h           # half of the loss's gradient
-            loss = ((w_hat.detach() - w) * slope).sum()
             adam.zero_grad()
             w_hat.backward(slope)
             adam.step()
-        if i == rounds - 1 or loss > 0.99 * best:
+        # A search comes last: codes that were best for the codebooks before Adam moved them are
+        # not the best for those that it leaves.
+        with torch.no_grad():
+            codes, losses = vq_search_xtx(w, h, codes, *learn, generator=generator)
+        loss = losses.sum()
+        if loss > 0.99 * best:
             break
         best = loss
-        with torch.no_grad():
-            codes = vq_search_xtx(w, h, codes, *learn, generator=generator)[0]
     return codes, codebooks.detach(), scales.detach()
 
 # ---- Packing: bits only, lossless -----------------------------------------------------------
@@ -559,7 +583,7 @@ class QuantLinear(nn.Module):
     @classmethod
     def quest(cls, w, bits, a_bits, grid="uniform", rotated=True, w_scale=None, a_scale=None):
         """QuEST codes of the weight w (O, C); the scales follow from the rows unless given."""
-        with full_float32():                           # as training on a GPU does
+        with full_float32():                           # as in training
             h = rotate(w) if rotated else w
         q, scale, _ = quest_codes(h, bits, grid, w_scale)
         tensors = dict(scale=scale.view(-1, 1), a_scale=a_scale)

@@ -18,8 +18,7 @@ The idea:
 Paper: QuEST, Panferov et al. 2025 (arXiv 2502.05003); code: github.com/IST-DASLab/QuEST.
 Ours differs: clips are exact (theirs stop early); the ternary grid has three levels (theirs four);
 FP4's trust zone comes from FP4's own levels; rows of zeros keep learning; weight-only runs rotate
-both operands, so that they also suit a trained model; H is exact, not bfloat16 (on a GPU TF32
-rounds the float32 weights to 11 bits before they are rotated where FusedQuest is not used).
+both operands, so that they also suit a trained model; H is exact, not bfloat16.
 Not here: a speed-up. On a GPU the forward products are integer products, but training is still
 slower than dense training; the gradients' products are of bfloat16.
 

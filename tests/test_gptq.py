@@ -101,6 +101,20 @@ def test_loss_is_the_sum_of_squared_column_errors(bits):
     d = w - (q - grid[1]) * grid[0]
     torch.testing.assert_close(error.square().sum(), (d @ damped(h) * d).sum(), rtol=1e-12, atol=0)
 
+@pytest.mark.parametrize("kwargs", [{"act_order": True}, {"mse": True}, {"symmetric": True},
+                                    {"symmetric": True, "act_order": True}])
+def test_weights_of_inputs_that_were_always_zero_count_for_nothing_in_groups(kwargs):
+    """A dead column's weights neither move the others nor widen the range of their group: any
+    values there give the codes, scales and zero points that zeros give."""
+    w, h = problem()
+    dead = torch.tensor([3, 30, 31, 95])
+    h[dead], h[:, dead] = 0, 0
+    clean = w.index_fill(1, dead, 0)
+    wild = w.index_copy(1, dead, 50 * torch.randn(len(w), 4).double())
+    a, b = (gptq(x, h, 3, group_size=24, **kwargs) for x in (clean, wild))
+    assert all(x is y or torch.equal(x, y) for x, y in zip(a, b))
+    assert (dequantize(*a, 24)[:, dead] == 0).all()
+
 def test_uncorrelated_inputs_leave_nothing_to_make_up_for():
     w, h = problem()
     for kwargs in ({}, {"group_size": 32}, {"symmetric": True}, {"mse": True}):

@@ -28,8 +28,8 @@ from conftest import call, check_refused, random_base
 from model import LlamaConfig, LLaMA
 from pvtune import (Codebooks, Distilled, Grid, PVLinear, PVOptimizer, exact_p, exact_v, lamb_step,
                     linear_v, move_codes, ste, v_step)
-from quantizers import (QuantLinear, bits_per_weight, dequantize, kmeans, rtn, vq_bits,
-                        vq_dequantize, vq_fit, vq_search, vq_search_xtx)
+from quantizers import (QuantLinear, bits_per_weight, dequantize, kmeans, output_error, rtn,
+                        vq_bits, vq_dequantize, vq_fit, vq_search, vq_search_xtx)
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -222,7 +222,8 @@ def test_published_ranking_starves_and_improvement_does_not():
     for _ in range(5):
         stuck = v_step(R, stuck, codebooks, ones, 0.5, rank="residual")
     assert torch.equal(stuck, codes)
-    assert v_step(R, codes, codebooks, ones, 0.5).flatten().tolist() == [0, 1]
+    moved = v_step(R, codes, codebooks, ones, 0.5, rank="improvement")
+    assert moved.flatten().tolist() == [0, 1]
 
 def test_trust_region_keeps_the_groups_up_to_the_one_that_crosses_it():
     codes, codebooks, scales, w = layer(O=32, M=1)
@@ -242,20 +243,6 @@ def test_trust_region_keeps_the_groups_up_to_the_one_that_crosses_it():
     free = one(codes, codebooks, scales)
     assert move_codes(free, w[None], 0.9)[1] > moved
 
-def test_temperature_draws_without_replacement_by_error():
-    codebooks, ones = torch.tensor([[[0.0], [9.0]]]), torch.ones(1)
-    form = one(torch.zeros(1, 3, 1).long(), codebooks, ones)
-    R, g, counts = torch.tensor([[[1.0, 2.0, 4.0]]]), seeded(), torch.zeros(3)
-    for _ in range(1500):                              # forced: what is chosen changes
-        form.codes.zero_()
-        move_codes(form, R, 1 / 3, rank="residual", temperature=1.0, generator=g, force=True)
-        counts += form.codes.flatten()
-    assert counts.sum() == 1500
-    assert (counts / 1500 - torch.tensor([1, 2, 4]) / 7).abs().max() < 0.04
-    form.codes.zero_()
-    move_codes(form, R, 0.6, rank="residual", temperature=1.0, generator=g, force=True)
-    assert form.codes.sum() == 2
-
 def test_stochastic_rounding_has_the_published_odds_and_keeps_exact_matches():
     codebooks = torch.tensor([[[-1.0], [2.0]]])        # 0 is at errors 1 and 2
     form = one(torch.zeros(1, 9000, 1).long(), codebooks, torch.ones(1))
@@ -264,19 +251,12 @@ def test_stochastic_rounding_has_the_published_odds_and_keeps_exact_matches():
     move_codes(form, torch.full((1, 1, 9000), 2.0), 1.0, rounding=1.0, generator=seeded())
     assert (form.codes == 1).all()
 
-def test_forced_groups_all_change_to_the_best_other_code():
-    codes, codebooks, scales, w = layer(M=1)
-    new = v_step(w, codes, codebooks, scales, 1.0, force=True)
-    x = (w / scales.unsqueeze(1)).view(-1, 4)
-    distance = (x.unsqueeze(1) - codebooks[0]).square().sum(-1)                    # (n, K)
-    distance.scatter_(1, codes.flatten(0, 1), math.inf)
-    assert torch.equal(new.flatten(), distance.argmin(1))
-
 def test_lazy_improvement_searches_a_group_again_only_as_its_error_grows():
     form = one(torch.zeros(1, 2, 1).long(), torch.tensor([[[0.0], [1.0]]]), torch.ones(1))
     R, left = torch.tensor([[[-5.0, 0.9]]]), torch.zeros(1, 2)
-    assert move_codes(form, R, 0.5, left=left)[1] == 0 and left.tolist() == [[25, 0]]
-    assert move_codes(form, R, 0.5, left=left)[1] == 1 and form.codes.flatten().tolist() == [0, 1]
+    move = lambda: move_codes(form, R, 0.5, rank="improvement", left=left)[1]
+    assert move() == 0 and left.tolist() == [[25, 0]]
+    assert move() == 1 and form.codes.flatten().tolist() == [0, 1]
 
 @pytest.mark.parametrize("beam", [1, 3])
 def test_the_search_on_inputs_reports_its_loss_and_never_raises_it(beam):
@@ -328,12 +308,45 @@ def test_fit_starts_at_row_norms_and_each_part_of_it_lowers_the_loss_on_the_inpu
     def loss(codes, codebooks, scales):
         e = vq_dequantize(codes, codebooks, scales) - w
         return ((e @ H) * e).sum().item()
-    start = vq_fit(w, H, 2, 4, 4, rounds=1, steps=0, generator=seeded(1))
-    assert torch.equal(start[2], torch.linalg.vector_norm(w, dim=1) + 1e-9)
-    adam = vq_fit(w, H, 2, 4, 4, rounds=1, generator=seeded(1))
-    both = vq_fit(w, H, 2, 4, 4, generator=seeded(1))
-    assert torch.equal(start[0], adam[0]) and not torch.equal(start[0], both[0])
-    assert loss(*both) < 0.9 * loss(*adam) < 0.9 * loss(*start)
+    start = vq_fit(w, H, 2, 4, 4, rounds=0, generator=seeded(1))
+    torch.testing.assert_close(start[2], w.double().square().sum(1).sqrt().float())
+    search = vq_fit(w, H, 2, 4, 4, rounds=1, steps=0, generator=seeded(1))
+    assert torch.equal(search[1], start[1]) and torch.equal(search[2], start[2])
+    both = vq_fit(w, H, 2, 4, 4, rounds=1, generator=seeded(1))
+    more = vq_fit(w, H, 2, 4, 4, generator=seeded(1))
+    assert loss(*more) < 0.9 * loss(*both) < 0.9 * loss(*search) < 0.9 * loss(*start)
+
+def test_the_fit_ends_with_codes_that_suit_its_last_codebooks():
+    """One more search over them wins little: 1 %, where a fit that ends with Adam leaves 5 %."""
+    g = seeded()
+    w = torch.randn(64, 128, generator=g) * torch.logspace(-1, 0, 64).unsqueeze(1)
+    x = torch.randn(2000, 128, generator=g) @ torch.randn(128, 128, generator=g)
+    H = x.t() @ x / 2000
+    fitted = vq_fit(w, H, 2, 4, 4, generator=seeded(1))
+    error = vq_dequantize(*fitted) - w
+    _, losses = vq_search_xtx(w, H, *fitted, generator=seeded(2))
+    assert losses.sum() > 0.985 * ((error @ H) * error).sum()
+
+def test_the_fit_takes_inputs_that_were_always_zero():
+    w = torch.randn(16, 32, generator=seeded())
+    x = torch.randn(200, 32, generator=seeded(1))
+    x[:, 4:8] = 0
+    for H in (torch.zeros(32, 32), x.t() @ x):
+        codes, codebooks, scales = vq_fit(w, H, 1, 3, 4, generator=seeded())
+        assert vq_dequantize(codes, codebooks, scales).isfinite().all()
+        assert output_error(w, vq_dequantize(codes, codebooks, scales), H) < 0.5
+
+def test_a_scale_that_became_zero_can_be_searched():
+    """The P half may take a scale there; its row stands for zeros, whatever its codes are."""
+    codes, codebooks, scales, w = layer(M=1)
+    scales[3] = 0
+    new = v_step(w, codes, codebooks, scales, 1.0)
+    others = [i for i in range(len(w)) if i != 3]
+    assert torch.equal(new[others], v_step(w[others], codes[others], codebooks, scales[others], 1.0))
+    form = Grid(*(x[None] for x in rtn(w, 2, 8)), 2)
+    form.scale.data[0, 3, 1] = 0
+    made, _, _ = move_codes(form, w[None], 1.0)
+    assert made.isfinite().all() and form.codes.min() >= 0 and form.codes.max() <= 3
 
 # ---- The grid -----------------------------------------------------------------------------------
 
@@ -665,6 +678,17 @@ def test_the_teacher_is_frozen_and_not_saved_and_evaluation_scores_the_text():
     ids = tokens().train[:200]
     assert trunk.evaluate(model, ids, 32) == trunk.evaluate(model.student, ids, 32)
 
+def test_the_student_is_evaluated_with_few_logits_at_a_time():
+    """No tensor of all tokens' logits is ever made: they come in parts of n tokens at most."""
+    model, seen = student(), []
+    model.student.head.register_forward_hook(lambda m, x, y: seen.append(y.numel() // y.size(-1)))
+    trunk.evaluate(model, np.arange(2049) % 64, 32)
+    assert sum(seen) == 2048
+    n = 2**26 // 64
+    assert max(seen) <= n and not model.lean
+    model.lean = True
+    assert model.student.lean
+
 def test_norms_embedding_and_head_learn_and_tied_ones_stay_tied():
     model, args = student(tied=True), settings()
     before = copy.deepcopy(model.state_dict())
@@ -824,7 +848,7 @@ def test_demo_prints_the_theory_in_a_process_of_its_own():
     ("--trust 0", ["--trust"])])
 def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
     base = LLaMA(LlamaConfig(64, 1, 256, 4, 4, 768, 32))
-    monkeypatch.setattr(pvtune, "load_base", lambda args: (base, {"linears": {}}, None))
+    monkeypatch.setattr(pvtune, "load_base", lambda args: (base, None))
     check_refused(call(capsys, f"pvtune.py {flags} --device cpu --out {tmp_path}"), *words)
 
 def test_a_packed_model_is_refused(work, tmp_path, capsys):
