@@ -133,11 +133,10 @@ def print_tweaks(rows):
         host = tuple(r[k] for k in same)
         before = plain.get((*host, r["seed"]), plain.get((*host, 0)))      # RTN has one seed
         if r["tweak"] and before is not None:
-            pairs[(*host, r["solver"], r["loss"], r["lr"], r["passes"])].append(
-                (before, r["val_loss"]))
-    print("\n| W bits | A bits | host | grid | calibration | solver | loss | lr | passes | seeds | "
+            pairs[(*host, r["solver"], r["loss"], r["lr"])].append((before, r["val_loss"]))
+    print("\n| W bits | A bits | host | grid | calibration | solver | loss | lr | seeds | "
           "without | with | difference |")
-    print("|---" * 13 + "|")
+    print("|---" * 12 + "|")
     for (w, a, host, symmetric, calib, _, *how), values in sorted(pairs.items(), key=str):
         without, tweaked = (statistics.mean(v) for v in zip(*values))
         mean, std = mean_std([b - a for a, b in values])
