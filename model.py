@@ -833,7 +833,7 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
 # ---- Checkpoints: tensors and plain values only -----------------------------------------------
 
 def check_weights(tensors, path):
-    """Raise UsageError for the first of the pairs (name, tensor) that holds a NaN or an infinity."""
+    """Raise UsageError for the first of the pairs (name, tensor) that has a NaN or an infinity."""
     for name, tensor in tensors:
         if not tensor.is_floating_point():
             continue
@@ -941,8 +941,9 @@ HF_SIZES = {"vocab_size": "vocab_size", "num_hidden_layers": "n_layer", "hidden_
             "intermediate_size": "n_hidden", "max_position_embeddings": "seq_len",
             "head_dim": "head_dim"}
 HF_ONLY = {  # what LLaMA above computes; a setting that is not there means the first value
-    "model_type": (None, "llama", "mistral"), "hidden_act": ("silu",), "attention_bias": (False,),
-    "mlp_bias": (False,), "num_local_experts": (1,), "quantization_config": (None,)}
+    "model_type": (None, "llama", "mistral"), "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,), "mlp_bias": (False,), "num_local_experts": (1,),
+    "quantization_config": (None,)}
 HF_ONLY_ROPE = {"rope_type": ("default", "llama3"), "partial_rotary_factor": (1,)}
 HF_DEFAULTS = {  # transformers' own, where config.json does not have the name at all
     "llama": {"max_position_embeddings": 2048},
@@ -988,6 +989,11 @@ def shown(x):
 def first_line(e):
     """The first line of an exception's message."""
     return (str(e).splitlines() or [type(e).__name__])[0]
+
+def leaves_folder(name):
+    """Is a file of this name, which somebody's file gives, outside of the folder it speaks of?"""
+    path = pathlib.PurePath(name)
+    return path.is_absolute() or ".." in path.parts
 
 def read_hf_json(folder, name):
     path = pathlib.Path(folder, name)
@@ -1091,8 +1097,7 @@ def open_hf_files(folder, config):
         names = sorted(set(shards.values()))
 
     for name in names:
-        path = pathlib.PurePath(name)
-        if path.is_absolute() or ".." in path.parts:
+        if leaves_folder(name):
             raise UsageError(f"{folder}/{index} names {shown(name)}, outside of the folder")
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
@@ -1122,7 +1127,7 @@ def hf_head_is_tied(folder, stored):
         stored[embed] = stored.pop(head)
         return True
     a, b = stored[embed](), stored[head]()
-    same = a.shape == b.shape and all(                 # in parts, for their copies in float32
+    same = a.shape == b.shape and a.dim() == 2 and all(    # in parts: few float32 copies at a time
         torch.equal(x.float(), y.float()) for x, y in zip(a.split(4096), b.split(4096)))
     if same:
         del stored[head]
@@ -1154,45 +1159,46 @@ def read_hf_tensors(folder, model, stored):
 def read_hf_tokenizer(folder):
     """The spec of a folder's tokenizer, plain values: tokenizer.json's text, the special ids (`end`
     stands after a document, `ends` are all that end one), and the texts that an export copies."""
-    config, path = read_hf_json(folder, "config.json"), pathlib.Path(folder, "tokenizer.json")
-    read_hf_json(folder, path.name)
-    found = {}
+    path = pathlib.Path(folder, "tokenizer.json")
+    texts = {}
     for pattern in HF_TEXTS:
         for file in sorted(pathlib.Path(folder).glob(pattern)):
-            found[file.relative_to(folder).as_posix()] = read_hf_text(file)
-    n_vocab = read_hf_config(folder).vocab_size
-    spec = {"tokenizer.json": read_hf_text(path), "end": 0, "start": 0, "n_vocab": n_vocab}
+            texts[file.relative_to(folder).as_posix()] = read_hf_text(file)
+    spec = {"tokenizer.json": read_hf_text(path), "end": 0, "start": 0,
+            "n_vocab": read_hf_config(folder).vocab_size}
     tokenizer = HFTokenizer(spec, path)
+    highest = max(tokenizer.ids_of_text(), default=0)
+    if highest >= spec["n_vocab"]:
+        raise UsageError(f"{folder}: the tokenizer has an id {highest}, but config.json's "
+                         f"vocab_size is {spec['n_vocab']}")
 
-    def special(kind):
-        """The ids of a kind, "eos" or "bos", by the first of the files that names one."""
-        for name in ("config.json", "generation_config.json"):
-            content = config if name == "config.json" else (
-                read_hf_json(folder, name) if name in found else {})
-            ids = content.get(f"{kind}_token_id")
-            if ids is None or ids == []:
-                continue
-            ids = ids if isinstance(ids, list) and kind == "eos" else [ids]
-            if not all(type(i) is int and 0 <= i < n_vocab for i in ids):
-                raise UsageError(f"{folder}/{name}: {kind}_token_id is {shown(ids)}, not below the "
-                                 f"vocab_size {n_vocab}")
-            return ids
-        name = "tokenizer_config.json"
-        token = read_hf_json(folder, name).get(f"{kind}_token") if name in found else None
-        token = token.get("content") if isinstance(token, dict) else token
-        id = tokenizer.ids.get(token) if isinstance(token, str) else None
-        return [] if id is None or id >= n_vocab else [id]
-
-    ends = special("eos")
+    ends = read_special_ids(folder, texts, tokenizer, "eos")
     if not ends:
         raise UsageError(f"{folder}/config.json has no eos_token_id, which stands after a document")
-    highest = max(tokenizer.ids_of_text(), default=0)
-    if highest >= n_vocab:
-        raise UsageError(f"{folder}: the tokenizer has an id {highest}, but config.json's "
-                         f"vocab_size is {n_vocab}")
-    start = (special("bos") or ends)[0]
-    spec |= {"end": ends[0], "start": start, "ends": ends}
-    return spec | {"texts": default_hf_texts(HFTokenizer(spec, path)) | found}
+    starts = read_special_ids(folder, texts, tokenizer, "bos") or ends
+    spec |= {"end": ends[0], "start": starts[0], "ends": ends}
+    return spec | {"texts": default_hf_texts(HFTokenizer(spec, path)) | texts}
+
+def read_special_ids(folder, texts, tokenizer, kind):
+    """The ids of a folder's "eos" or "bos" tokens, from the first of its files that names one."""
+    for name in ("config.json", "generation_config.json"):
+        if name != "config.json" and name not in texts:
+            continue
+        ids = read_hf_json(folder, name).get(f"{kind}_token_id")
+        if ids is None or ids == []:
+            continue
+        if not isinstance(ids, list) or kind == "bos":                     # Llama 3 has many ends
+            ids = [ids]
+        if not all(type(i) is int and 0 <= i < tokenizer.n_vocab for i in ids):
+            raise UsageError(f"{folder}/{name}: {kind}_token_id {shown(ids)} is no token below the "
+                             f"vocab_size {tokenizer.n_vocab}")
+        return ids
+    if "tokenizer_config.json" not in texts:
+        return []
+    token = read_hf_json(folder, "tokenizer_config.json").get(f"{kind}_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    found = tokenizer.ids.get(token, math.inf) if isinstance(token, str) else math.inf
+    return [found] if found < tokenizer.n_vocab else []
 
 def default_hf_texts(tokenizer):
     """What transformers has to know of a tokenizer, where its folder does not say it."""
@@ -1205,15 +1211,13 @@ def default_hf_texts(tokenizer):
             "eos_token": names.get(ends[0])})}
 
 def read_hf_text(path):
+    """A file's text, which is an object of settings where its name says JSON."""
+    if path.suffix == ".json":
+        read_hf_json(path.parent, path.name)
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            read_hf_json(path.parent, path.name)
-        return text
-    except OSError as e:
-        raise UsageError(f"{path} cannot be read: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise UsageError(f"{path} is damaged: {e}") from None
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
 
 class HFTokenizer:
     """A folder's tokenizer with those methods of tiktoken.Encoding that are used here."""
@@ -1272,46 +1276,56 @@ def write_hf(folder, model, spec):
         "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied, "rope_theta": c.rope_theta,
         "rope_scaling": rope if c.rope_scaling else None, "sliding_window": None,
         "bos_token_id": start, "eos_token_id": end, "torch_dtype": "bfloat16"}
-    texts = {"config.json": json.dumps(config, indent=2)}
-    if isinstance(spec, dict):
+    texts = {}
+    if isinstance(spec, dict):                         # older checkpoints have no texts
+        texts = default_hf_texts(tokenizer) | spec.get("texts", {})
         texts["tokenizer.json"] = spec["tokenizer.json"]
-        texts |= default_hf_texts(tokenizer) | spec.get("texts", {})
+    texts["config.json"] = json.dumps(config, indent=2)
     check_weights(tensors.items(), folder)             # bfloat16 ends a little below float32
-
-    # A new folder comes by one rename. An empty one stays the folder that it is (a link's target, a
-    # mount, somebody's current one) and is filled, config.json last: no loader takes it before.
-    target = pathlib.Path(os.path.realpath(folder))
-    there = target.is_dir()
-    if os.path.lexists(target) and not (there and not os.listdir(target)):
-        raise UsageError(f"cannot write {folder}: it is there and not an empty folder; give a new "
-                         "folder where there is space")
-    missing = [p for p in target.parents if not p.exists()]
-    temporary = target / f".{os.getpid()}.tmp" if there else pathlib.Path(
-        f"{target}.{os.getpid()}.tmp")
-    moved = []
-    try:
-        temporary.mkdir(parents=True)
+    with new_folder(folder) as temporary:
         for name, text in texts.items():
+            if leaves_folder(name):
+                raise UsageError(f"the tokenizer's file {shown(name)} is outside of {folder}")
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yield a temporary folder. What the block writes there becomes `folder`, a new or an empty
+    one; where it fails, nothing is left. Raises UsageError."""
+    target = pathlib.Path(os.path.realpath(folder))
+    there = target.is_dir()
+    if os.path.lexists(target) and not (there and not os.listdir(target)):
+        raise UsageError(f"cannot write {folder}: it is there and no empty folder; give a new one")
+    parents = [p for p in target.parents if not p.exists()]
+    temporary = pathlib.Path(target, f".{os.getpid()}.tmp") if there else pathlib.Path(
+        f"{target}.{os.getpid()}.tmp")
+    moved, done = [], False
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
         if not there:
             os.replace(temporary, target)
         else:
+            # An empty folder stays what it is, which may be a mount or somebody's current one, and
+            # is filled. config.json comes last: without it no loader takes the folder.
             for part in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
                 os.replace(part, target / part.name)
                 moved.append(target / part.name)
-        missing, moved = [], []
+            temporary.rmdir()
+        done = True
     except (OSError, need_package("safetensors").SafetensorError) as e:
         raise UsageError(f"cannot write {folder}: {getattr(e, 'strerror', None) or first_line(e)}; "
                          "give a new folder where there is space") from None
-    finally:                                           # nothing, after a fault or Ctrl-C
-        shutil.rmtree(temporary, ignore_errors=True)
-        for part in moved:
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
-        for parent in missing:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+    finally:
+        if not done:                                   # also after Ctrl-C
+            for part in moved:
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+            shutil.rmtree(temporary, ignore_errors=True)
+            for parent in parents:
+                with contextlib.suppress(OSError):     # by now something else is in it
+                    parent.rmdir()
 
 # ---- Training: one recipe for the dense model and for QuEST -----------------------------------
 
