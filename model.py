@@ -25,6 +25,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import hashlib
 import heapq
 import http.client
@@ -34,6 +35,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -378,10 +380,13 @@ class LLaMA(nn.Module):
     def from_pretrained(cls, folder, dtype=torch.float32, as_stored=False):
         """The model of a Hugging Face folder. Its weights become float32 ones; as_stored: they keep
         their dtype and stay in the mapped files until they are used. Raises UsageError."""
+        config = read_hf_config(folder)
+        stored = open_hf_files(folder, config)
+        config.tied = config.tied and hf_head_is_tied(folder, stored)
         with torch.device("meta"):                     # shapes alone: no memory
-            model = cls(read_hf_config(folder), dtype)
+            model = cls(config, dtype)
         state = {name: tensor if as_stored else tensor.to(torch.float32, copy=True)
-                 for name, tensor in read_hf_tensors(folder, model)}
+                 for name, tensor in read_hf_tensors(folder, model, stored)}
         model.load_state_dict(state, assign=True)
         if model.config.tied:
             model.head.weight = model.embed.weight
@@ -834,14 +839,39 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
 
 # ---- Checkpoints: tensors and plain values only -----------------------------------------------
 
+def check_weights(tensors, path):
+    """Raise UsageError for the first of the pairs (name, tensor) that has a NaN or an infinity."""
+    for name, tensor in tensors:
+        if not tensor.is_floating_point():
+            continue
+        # In parts: a mapped tensor is read without ever being whole in memory.
+        if not all(part.isfinite().all() for part in tensor.detach().flatten().split(2**24)):
+            raise UsageError(f"{path}: the weight {name} is not finite (it has a NaN or an "
+                             "infinity); fetch or train it again")
+
+def check_numbers(x, name="the result"):
+    """Raise UsageError for the first number in the nested x that is a NaN or an infinity."""
+    if isinstance(x, dict):
+        for key, value in x.items():
+            check_numbers(value, f"{name}'s {key}")
+    elif isinstance(x, (list, tuple)):
+        for value in x:
+            check_numbers(value, name)
+    elif isinstance(x, float) and not math.isfinite(x):
+        raise UsageError(f"{name} is not finite ({x}); no row of results was written; the weights "
+                         "are too large for the model's arithmetic, or the rate was too high")
+
 def save_checkpoint(path, model, **content):
-    """Write {format, config, linears, model, **content} to a temporary name, then rename it."""
+    """Write {format, config, linears, model, **content} to a temporary name, then rename it. Raises
+    UsageError, and leaves an older file as it is, where a weight is not finite or there is no
+    room."""
     linears = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     content = {"format": "nanobit-1", "config": dataclasses.asdict(model.config),
                "linears": linears, "model": model.state_dict(), **content}
     content = gather(content)
     if rank():
         return agree()                                 # the file is there when all go on
+    check_weights(content["model"].items(), path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -851,11 +881,12 @@ def save_checkpoint(path, model, **content):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:               # torch turns a short write into the latter
-        if os.path.exists(temporary):
-            os.remove(temporary)
         e = e if isinstance(e, OSError) else e.__context__ or e
         raise UsageError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; "
                          "free space or choose another --out") from None
+    finally:
+        if os.path.exists(temporary):                  # also after Ctrl-C
+            os.remove(temporary)
     agree()
 
 def read_checkpoint(path):
@@ -895,13 +926,14 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, as_stored=False):
     return model.to(device).eval(), content
 
 def load_weights(model, state, path):
-    """load_state_dict, naming in one line the first tensor that does not fit."""
+    """load_state_dict, naming in one line the first tensor that does not fit or is not finite."""
     own = model.state_dict()
     for name in sorted(own.keys() | state.keys()):
         here, there = (tuple(s[name].shape) if name in s else "missing" for s in (own, state))
         if here != there:
             raise UsageError(f"{path} does not fit: {name} is {there} there and {here} here; "
                              "use the --size and the method that wrote it")
+    check_weights(state.items(), path)
     model.load_state_dict({name: placed_like(t, own[name]) for name, t in state.items()})
 
 # ---- Hugging Face folders: LLaMA 1 to 3, Mistral, TinyLlama, SmolLM2 --------------------------
@@ -916,23 +948,59 @@ HF_SIZES = {"vocab_size": "vocab_size", "num_hidden_layers": "n_layer", "hidden_
             "intermediate_size": "n_hidden", "max_position_embeddings": "seq_len",
             "head_dim": "head_dim"}
 HF_ONLY = {  # what LLaMA above computes; a setting that is not there means the first value
-    "model_type": (None, "llama", "mistral"), "rope_type": ("default", "llama3"),
-    "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
-    "partial_rotary_factor": (1,), "num_local_experts": (1,), "quantization_config": (None,)}
+    "model_type": (None, "llama", "mistral"), "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,), "mlp_bias": (False,), "num_local_experts": (1,),
+    "quantization_config": (None,)}
+HF_ONLY_ROPE = {"rope_type": ("default", "llama3"), "partial_rotary_factor": (1,)}
+HF_DEFAULTS = {  # transformers' own, where config.json does not have the name at all
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 2**17, "num_key_value_heads": 8,
+                "sliding_window": 4096}}
 HF_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+HF_PACKAGES = {  # the oldest version that will do, and why
+    "safetensors": "0.4.2",      # reads and so can refuse float8
+    "tokenizers": "0.15.1"}      # has encode_special_tokens; before, setting it changes nothing
+HF_TEXTS = (  # what a folder says about its tokenizer and generation; an export copies it
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 
 def hf_name(name):
     """blocks.3.attn.wq.weight -> model.layers.3.self_attn.q_proj.weight"""
     return ".".join(HF_PARTS.get(part, part) for part in name.split("."))
 
 def need_package(name):
-    """Import one of the optional packages that Hugging Face folders need."""
+    """Import one of the optional packages that Hugging Face folders need. Raises UsageError where
+    it is missing or too old."""
     try:
-        return importlib.import_module(name)
+        package = importlib.import_module(name)
     except ImportError:
         raise UsageError("Hugging Face folders need two more packages: "
                          "pip install safetensors tokenizers") from None
+    name = name.partition(".")[0]
+    found, oldest = sys.modules[name].__version__, HF_PACKAGES[name]
+    if version_numbers(found) < version_numbers(oldest):
+        raise UsageError(f"Hugging Face folders need {name} {oldest} or newer and this is {found}: "
+                         "pip install --upgrade safetensors tokenizers")
+    return package
+
+def version_numbers(text):
+    """0.15.1rc1 -> [0, 15, 1]"""
+    return [int(n) for n in re.findall(r"\d+", text)[:3]]
+
+def shown(x):
+    """A value of somebody's JSON file, short and on one line, for a message."""
+    text = x if isinstance(x, str) and x.isprintable() else json.dumps(x)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+def first_line(e):
+    """The first line of an exception's message."""
+    return (str(e).splitlines() or [type(e).__name__])[0]
+
+def leaves_folder(name):
+    """Is a file of this name, which somebody's file gives, outside of the folder it speaks of?"""
+    path = pathlib.PurePath(name)
+    return path.is_absolute() or ".." in path.parts
 
 def read_hf_json(folder, name):
     path = pathlib.Path(folder, name)
@@ -942,8 +1010,8 @@ def read_hf_json(folder, name):
             raise ValueError("it holds no settings")
     except OSError as e:
         raise UsageError(f"{folder} is not a Hugging Face folder: {name}: {e.strerror}") from None
-    except ValueError as e:
-        raise UsageError(f"{path} is damaged: {e}") from None
+    except (ValueError, RecursionError) as e:          # the latter: a million brackets
+        raise UsageError(f"{path} is damaged: {first_line(e)}") from None
     return content
 
 def read_hf_config(folder):
@@ -951,77 +1019,212 @@ def read_hf_config(folder):
     def refuse(problem):
         raise UsageError(f"{folder}/config.json: {problem}")
 
-    c = {k: v for k, v in read_hf_json(folder, "config.json").items() if v is not None}
-    rope = c.get("rope_scaling", {}) | c.get("rope_parameters", {})        # older and newer form
-    c = {"num_key_value_heads": c.get("num_attention_heads"), "max_position_embeddings": 2048,
-         "head_dim": 0, "rope_type": rope.get("type", "default"), "rope_theta": 1e4} | c | rope
-    for name, known in HF_ONLY.items():
-        if c.get(name, known[0]) not in known:
-            refuse(f"{name} {c[name]} is not supported, only {' or '.join(map(str, known))}")
+    def check_only(settings, only):
+        for name, known in only.items():
+            value = settings.get(name, known[0])
+            if value not in known:
+                choices = " or ".join(map(str, known))
+                refuse(f"{name} {shown(value)} is not supported, only {choices}")
+
+    def check_integer(name, limit):
+        value = c.get(name)
+        if type(value) is not int or not 1 <= value <= limit:              # True is no number here
+            problem = "missing" if value is None else shown(value)
+            refuse(f"{name} is {problem}, not a positive integer up to {limit}")
+
+    def check_float(name, value):
+        if type(value) not in (int, float) or not 0 < value < math.inf:    # nor is NaN
+            refuse(f"{name} is {shown(value)}, not a positive number")
+        return float(value)
+
+    # A name that is not there takes transformers' default; null mostly means the same.
+    c = read_hf_json(folder, "config.json")
+    check_only({k: v for k, v in c.items() if v is not None}, HF_ONLY)
+    c = HF_DEFAULTS[c.get("model_type") or "llama"] | c
+    c = {k: v for k, v in c.items() if v is not None}
+    c = {"num_key_value_heads": c.get("num_attention_heads")} | c
+
+    # Sizes. The limits keep products of them within 64 bits; real models are far below.
     for name in HF_SIZES:
-        if not isinstance(c.get(name), int) or c[name] < (name != "head_dim"):
-            refuse(f"{name} is {c.get(name, 'missing')}, not a positive integer")
-    llama3 = LLAMA3_ROPE if c["rope_type"] == "llama3" else ()
-    if not set(llama3) <= set(c):
+        large = name in ("vocab_size", "max_position_embeddings")
+        if name != "head_dim" or name in c:
+            check_integer(name, 2**31 if large else 2**20)
+    width, heads = c["hidden_size"], c["num_attention_heads"]
+    if c.get("head_dim", width // heads) % 2:
+        refuse(f"heads of {c.get('head_dim', width // heads)} channels: rotary positions turn "
+               "pairs, so the number must be even")
+    tied = c.get("tie_word_embeddings", False)
+    if type(tied) is not bool:
+        refuse(f"tie_word_embeddings is {shown(tied)}, neither true nor false")
+
+    # Rotary positions: an older and a newer name for the same settings.
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(c.get(name, {}), dict):
+            refuse(f"{name} is {shown(c[name])}, not a list of names with values")
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    rope = {k: v for k, v in rope.items() if v is not None}
+    rope = {"rope_type": rope.get("type", "default"), "rope_theta": c.get("rope_theta", 1e4),
+            "partial_rotary_factor": c.get("partial_rotary_factor", 1)} | rope
+    check_only(rope, HF_ONLY_ROPE)
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            refuse(f"rotary settings of their own for {shown(name)} are not supported")
+    llama3 = LLAMA3_ROPE if rope["rope_type"] == "llama3" else ()
+    length = c.get("original_max_position_embeddings")
+    if length is not None:                             # as in transformers, it stands above rope's
+        rope["original_max_position_embeddings"] = length
+    rope.setdefault("original_max_position_embeddings", c["max_position_embeddings"])
+    if not set(llama3) <= set(rope):
         refuse(f"llama3's rope needs {', '.join(llama3)}")
+    scaling = tuple(check_float(name, rope[name]) for name in llama3)
+    if scaling and scaling[1] >= scaling[2]:
+        refuse("llama3's rope needs a low_freq_factor below its high_freq_factor")
+
     # A sliding window changes nothing in sequences that fit into it: no longer ones, then.
-    longest = min(c["max_position_embeddings"], c.get("sliding_window", math.inf))
-    return LlamaConfig(**{ours: c[name] for name, ours in HF_SIZES.items()} | {"seq_len": longest},
-                       rope_theta=float(c["rope_theta"]), norm_eps=c.get("rms_norm_eps", 1e-6),
-                       rope_scaling=tuple(float(c[name]) for name in llama3),
-                       tied=c.get("tie_word_embeddings", False))
+    longest = c["max_position_embeddings"]
+    if c.get("model_type") == "mistral" and "sliding_window" in c:
+        check_integer("sliding_window", 2**31)
+        longest = min(longest, c["sliding_window"])
+    sizes = {ours: c[name] for name, ours in HF_SIZES.items() if name in c}
+    return LlamaConfig(**sizes | {"seq_len": longest}, tied=tied, rope_scaling=scaling,
+                       rope_theta=check_float("rope_theta", rope["rope_theta"]),
+                       norm_eps=check_float("rms_norm_eps", c.get("rms_norm_eps", 1e-6)))
 
-def read_hf_tensors(folder, model):
-    """Yield (name here, tensor) for every weight of the model, from one file or from shards.
+def open_hf_files(folder, config):
+    """{a tensor's name there: a function that reads it}, of one file or else of an index's shards.
+    The files are mapped into memory: a tensor takes none until it is used or copied."""
+    safetensors, stored = need_package("safetensors"), {}
+    single, index = "model.safetensors", "model.safetensors.index.json"
+    names = [single]
+    if not os.path.exists(os.path.join(folder, single)) and os.path.exists(
+            os.path.join(folder, index)):
+        shards = read_hf_json(folder, index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+            raise UsageError(f"{folder}/{index} is damaged: its weight_map does not name files")
+        names = sorted(set(shards.values()))
 
-    The files are mapped into memory: a tensor takes none until it is used or copied.
-    """
-    safetensors, where = need_package("safetensors"), {}
-    index, files = pathlib.Path(folder, "model.safetensors.index.json"), ["model.safetensors"]
-    if index.exists():
-        files = sorted(set(read_hf_json(folder, index.name).get("weight_map", {}).values()))
-    for name in files:
+    for name in names:
+        if leaves_folder(name):
+            raise UsageError(f"{folder}/{index} names {shown(name)}, outside of the folder")
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
-            raise UsageError(f"{folder} is no complete Hugging Face folder: there is no {name}")
+            raise UsageError(f"{folder} is no complete Hugging Face folder: there is no "
+                             f"{shown(name)}")
         try:
             f = safetensors.safe_open(path, framework="pt")
         except (safetensors.SafetensorError, OSError) as e:
-            raise UsageError(f"{path} is damaged: {e}") from None
-        where |= dict.fromkeys(f.keys(), f)
+            raise UsageError(f"{path} is damaged: {first_line(e)}") from None
+        for tensor in f.keys():
+            if not tensor.endswith("rotary_emb.inv_freq"):                 # computed anew
+                stored[tensor] = functools.partial(f.get_tensor, tensor)
+
+    # Before the model is built, which would take hours if a wrong config.json asked for 10^9.
+    if config.n_layer > len(stored):
+        raise UsageError(f"{folder}: num_hidden_layers is {config.n_layer}, and there are only "
+                         f"{len(stored)} tensors")
+    return stored
+
+def hf_head_is_tied(folder, stored):
+    """Is the head the embedding, as config.json says? Where both are stored with other values it is
+    not, as in transformers. If it is, `stored` then has the matrix as the embedding alone."""
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    if head not in stored:
+        return True
+    if embed not in stored:
+        stored[embed] = stored.pop(head)
+        return True
+    a, b = stored[embed](), stored[head]()
+    same = a.shape == b.shape and a.dim() == 2 and all(    # in parts: few float32 copies at a time
+        torch.equal(x.float(), y.float()) for x, y in zip(a.split(4096), b.split(4096)))
+    if same:
+        del stored[head]
+    else:
+        say(f"note: {folder}: tie_word_embeddings is true, but lm_head.weight differs from the "
+            "embedding; both are kept, as transformers does")
+    return same
+
+def read_hf_tensors(folder, model, stored):
+    """Yield (name here, tensor) for every weight of the model, all of them finite. stored: see
+    open_hf_files."""
     own = model.state_dict()
     names = {hf_name(n): n for n in own}
-    if model.config.tied:                              # whatever the head's own name holds
+    if model.config.tied:
         del names["lm_head.weight"]
-        where.pop("lm_head.weight", None)
-    where = {n: f for n, f in where.items() if not n.endswith("rotary_emb.inv_freq")}  # computed
-    for name in sorted(names.keys() ^ where.keys()):
+    for name in sorted(names.keys() ^ stored.keys()):
         raise UsageError(f"{folder}: " + (f"no file has the tensor {name}" if name in names else
-                                          f"the tensor {name} belongs to no LLaMA"))
+                                          f"the tensor {shown(name)} belongs to no LLaMA"))
     for name, here in names.items():
-        tensor, shape = where[name].get_tensor(name), tuple(own[here].shape)
+        tensor, shape = stored[name](), tuple(own[here].shape)
         if tuple(tensor.shape) != shape or tensor.dtype not in HF_DTYPES:
             raise UsageError(f"{folder}: {name} is {tuple(tensor.shape)} {tensor.dtype}, "
                              f"config.json asks for {shape} of float32, float16 or bfloat16")
+        check_weights([(name, tensor)], folder)
         yield here, tensor
         if here == "embed.weight" and model.config.tied:
             yield "head.weight", tensor
 
 def read_hf_tokenizer(folder):
-    """The spec of a folder's tokenizer, plain values: tokenizer.json's text and two special ids."""
-    c, path = read_hf_json(folder, "config.json"), pathlib.Path(folder, "tokenizer.json")
-    read_hf_json(folder, path.name)
-    end, start = c.get("eos_token_id"), c.get("bos_token_id")
-    end = end[0] if isinstance(end, list) else end     # Llama 3 has several
-    if end is None:
-        raise UsageError(f"{folder}/config.json has no eos_token_id, which stands after a document")
-    spec = {"tokenizer.json": path.read_text(encoding="utf-8"), "end": end,
-            "start": end if start is None else start, "n_vocab": read_hf_config(folder).vocab_size}
-    highest = max(end, spec["start"], *HFTokenizer(spec, path).ids.values())
+    """The spec of a folder's tokenizer, plain values: tokenizer.json's text, the special ids (`end`
+    stands after a document, `ends` are all that end one), and the texts that an export copies."""
+    path = pathlib.Path(folder, "tokenizer.json")
+    texts = {}
+    for pattern in HF_TEXTS:
+        for file in sorted(pathlib.Path(folder).glob(pattern)):
+            texts[file.relative_to(folder).as_posix()] = read_hf_text(file)
+    spec = {"tokenizer.json": read_hf_text(path), "end": 0, "start": 0,
+            "n_vocab": read_hf_config(folder).vocab_size}
+    tokenizer = HFTokenizer(spec, path)
+    highest = max(tokenizer.ids_of_text(), default=0)
     if highest >= spec["n_vocab"]:
         raise UsageError(f"{folder}: the tokenizer has an id {highest}, but config.json's "
                          f"vocab_size is {spec['n_vocab']}")
-    return spec
+
+    ends = read_special_ids(folder, texts, tokenizer, "eos")
+    if not ends:
+        raise UsageError(f"{folder}/config.json has no eos_token_id, which stands after a document")
+    starts = read_special_ids(folder, texts, tokenizer, "bos") or ends
+    spec |= {"end": ends[0], "start": starts[0], "ends": ends}
+    return spec | {"texts": default_hf_texts(HFTokenizer(spec, path)) | texts}
+
+def read_special_ids(folder, texts, tokenizer, kind):
+    """The ids of a folder's "eos" or "bos" tokens, from the first of its files that names one."""
+    for name in ("config.json", "generation_config.json"):
+        if name != "config.json" and name not in texts:
+            continue
+        ids = read_hf_json(folder, name).get(f"{kind}_token_id")
+        if ids is None or ids == []:
+            continue
+        if not isinstance(ids, list) or kind == "bos":                     # Llama 3 has many ends
+            ids = [ids]
+        if not all(type(i) is int and 0 <= i < tokenizer.n_vocab for i in ids):
+            raise UsageError(f"{folder}/{name}: {kind}_token_id {shown(ids)} is no token below the "
+                             f"vocab_size {tokenizer.n_vocab}")
+        return ids
+    if "tokenizer_config.json" not in texts:
+        return []
+    token = read_hf_json(folder, "tokenizer_config.json").get(f"{kind}_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    found = tokenizer.ids.get(token, math.inf) if isinstance(token, str) else math.inf
+    return [found] if found < tokenizer.n_vocab else []
+
+def default_hf_texts(tokenizer):
+    """What transformers has to know of a tokenizer, where its folder does not say it."""
+    names = {i: token for token, i in tokenizer.ids.items()}
+    start, ends = tokenizer.start_token, tokenizer.ends
+    return {
+        "generation_config.json": json.dumps({"bos_token_id": start, "eos_token_id": ends}),
+        "tokenizer_config.json": json.dumps({
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(start),
+            "eos_token": names.get(ends[0])})}
+
+def read_hf_text(path):
+    """A file's text, which is an object of settings where its name says JSON."""
+    if path.suffix == ".json":
+        read_hf_json(path.parent, path.name)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
 
 class HFTokenizer:
     """A folder's tokenizer with those methods of tiktoken.Encoding that are used here."""
@@ -1032,12 +1235,18 @@ class HFTokenizer:
             self.inner = library.Tokenizer.from_str(spec["tokenizer.json"])
         except Exception as e:                         # the library raises nothing narrower
             raise UsageError(f"{source} is damaged, or newer than the package tokenizers "
-                             f"{library.__version__}: {e}") from None
+                             f"{library.__version__}: {first_line(e)}") from None
         self.inner.no_truncation()
         self.inner.no_padding()
         self.inner.encode_special_tokens = True        # "<s>" in a text is three characters
         self.ids, self.n_vocab = self.inner.get_vocab(with_added_tokens=True), spec["n_vocab"]
         self.eot_token, self.start_token = spec["end"], spec["start"]
+        self.ends = spec.get("ends", [spec["end"]])    # older checkpoints know one
+
+    def ids_of_text(self):
+        """The ids that a text can have: not those of special tokens, which stay text."""
+        added = self.inner.get_added_tokens_decoder()
+        return set(self.ids.values()) - {i for i, token in added.items() if token.special}
 
     def encode_ordinary(self, text):
         return self.inner.encode(text, add_special_tokens=False).ids
@@ -1067,28 +1276,63 @@ def write_hf(folder, model, spec):
     rope = {"rope_type": "llama3", **dict(zip(LLAMA3_ROPE, c.rope_scaling))}
     tokenizer = make_tokenizer(spec)
     start = getattr(tokenizer, "start_token", tokenizer.eot_token)
+    ends = getattr(tokenizer, "ends", [tokenizer.eot_token])
+    end = ends if len(ends) > 1 else ends[0]
     config = {theirs: getattr(c, ours) for theirs, ours in HF_SIZES.items()} | {
         "model_type": kind, "architectures": [f"{kind.title()}ForCausalLM"], "hidden_act": "silu",
         "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied, "rope_theta": c.rope_theta,
         "rope_scaling": rope if c.rope_scaling else None, "sliding_window": None,
-        "bos_token_id": start, "eos_token_id": tokenizer.eot_token, "torch_dtype": "bfloat16"}
-    texts = {"config.json": json.dumps(config, indent=2)}
-    if isinstance(spec, dict):
-        names = {i: token for token, i in tokenizer.ids.items()}
-        texts |= {"tokenizer.json": spec["tokenizer.json"], "tokenizer_config.json": json.dumps(
-            {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names.get(start),
-             "eos_token": names.get(tokenizer.eot_token)})}
-    temporary = pathlib.Path(f"{os.path.abspath(folder)}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+        "bos_token_id": start, "eos_token_id": end, "torch_dtype": "bfloat16"}
+    texts = {}
+    if isinstance(spec, dict):                         # older checkpoints have no texts
+        texts = default_hf_texts(tokenizer) | spec.get("texts", {})
+        texts["tokenizer.json"] = spec["tokenizer.json"]
+    texts["config.json"] = json.dumps(config, indent=2)
+    check_weights(tensors.items(), folder)             # bfloat16 ends a little below float32
+    with new_folder(folder) as temporary:
         for name, text in texts.items():
+            if leaves_folder(name):
+                raise UsageError(f"the tokenizer's file {shown(name)} is outside of {folder}")
+            (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        os.replace(temporary, folder)                  # refused unless it is new or empty
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yield a temporary folder. What the block writes there becomes `folder`, a new or an empty
+    one; where it fails, nothing is left. Raises UsageError."""
+    target = pathlib.Path(os.path.realpath(folder))
+    there = target.is_dir()
+    if os.path.lexists(target) and not (there and not os.listdir(target)):
+        raise UsageError(f"cannot write {folder}: it is there and no empty folder; give a new one")
+    parents = [p for p in target.parents if not p.exists()]
+    temporary = pathlib.Path(target, f".{os.getpid()}.tmp") if there else pathlib.Path(
+        f"{target}.{os.getpid()}.tmp")
+    moved, done = [], False
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if not there:
+            os.replace(temporary, target)
+        else:
+            # An empty folder stays what it is, which may be a mount or somebody's current one, and
+            # is filled. config.json comes last: without it no loader takes the folder.
+            for part in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
+                os.replace(part, target / part.name)
+                moved.append(target / part.name)
+            temporary.rmdir()
+        done = True
     except (OSError, need_package("safetensors").SafetensorError) as e:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UsageError(f"cannot write {folder}: {getattr(e, 'strerror', None) or e}; "
+        raise UsageError(f"cannot write {folder}: {getattr(e, 'strerror', None) or first_line(e)}; "
                          "give a new folder where there is space") from None
+    finally:
+        if not done:                                   # also after Ctrl-C
+            for part in moved:
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+            shutil.rmtree(temporary, ignore_errors=True)
+            for parent in parents:
+                with contextlib.suppress(OSError):     # by now something else is in it
+                    parent.rmdir()
 
 # ---- Training: one recipe for the dense model and for QuEST -----------------------------------
 
@@ -1448,7 +1692,9 @@ def tensor_bytes(tensors):
                 for t in tensors}.values())
 
 def finish(args, method, model, scores, result, **more):
-    """Print the run's row of results as one line of JSON and append it to results.jsonl."""
+    """Print the run's row of results as one line of JSON and append it to results.jsonl. Raises
+    UsageError where a number of it is not finite."""
+    check_numbers({"val_loss": scores["loss"], **more})
     bpw, weights = bits_per_weight(model)              # of the packed linears, if there are any
     params = sum(p.numel() for p in model.parameters()) + weights
     packed = tensor_bytes(model.state_dict().values()) if weights else None
@@ -1558,6 +1804,7 @@ def eval_checkpoint(argv):
     model, content = open_model(args, args.checkpoint, dense=False)
     data = load_training_data(args, content)
     scores = evaluate(model, data.val, args.seq_len, data.tokenizer, args.batch_size)
+    check_numbers({"val_loss": scores["loss"]})
     bpw, weights = bits_per_weight(model)
     say(f"{content['method']} | " + (f"{bpw:.3f} bits per weight | " if weights else "")
         + f"{show(scores)} | {len(data.val) - 1} tokens | loss {scores['loss']:.6f}")

@@ -544,6 +544,14 @@ def unpack(packed, bits, n, signed=False):
 def _powers(base, n, device):
     return torch.tensor([base**i for i in range(n)], dtype=torch.int32, device=device)
 
+def half_if_held(t, size):
+    """t as float16, or as float32 where float16 would change an element by more than 2^-10 of
+    `size` (which broadcasts against t): above 65504 it is infinite, below 6e-5 it is coarse, and
+    below 3e-8 it is 0."""
+    half = t.half()
+    held = (half.float() - t).abs() <= 2**-10 * size.abs()
+    return half if held.all() else t.float()
+
 class QuantLinear(nn.Module):
     """y = x w_hat^T from packed codes: (..., C) -> (..., O). For inference; nothing to train.
 
@@ -552,7 +560,7 @@ class QuantLinear(nn.Module):
     (affine; -1 is one scale a row), and for quest rotate, grid ("uniform", "fp4" or "sparse").
     tensors: packed uint8, scale float32 (O, G), zero_point uint8 (O, G) where asymmetric, keep
     (sparse: one bit a pair), a_scale (a fixed scale of the inputs, instead of one a token); vq:
-    codebooks float16 (M, K, g), scale float16 (O,).
+    codebooks float16 (M, K, g), scale float16 (O,), float32 where float16 cannot hold them.
     """
 
     def __init__(self, spec, tensors):
@@ -573,10 +581,13 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def vq(cls, codes, codebooks, scales):
-        """From what `vq_fit` returns; codebooks and scales become float16."""
+        """From what `vq_fit` returns; codebooks and scales become float16 where that holds them."""
         bits = (codebooks.size(1) - 1).bit_length()
-        tensors = dict(packed=pack(codes.flatten(1), bits), scale=scales.half(),
-                       codebooks=codebooks.half())
+        # A scale serves a whole row, so each has to be held by itself. Of a codebook's entries
+        # the small ones may be held as coarsely as the largest.
+        largest = codebooks.abs().amax((1, 2), keepdim=True)                       # (M, 1, 1)
+        tensors = dict(packed=pack(codes.flatten(1), bits), scale=half_if_held(scales, scales),
+                       codebooks=half_if_held(codebooks, largest))
         return cls(dict(kind="vq", bits=bits, a_bits=16, signed=False,
                         in_features=codes.size(1) * codebooks.size(2)), tensors)
 

@@ -22,7 +22,7 @@ import lrqat
 import model
 import normtweak
 import quest
-from conftest import TEXT, call, check_refused
+from conftest import TEXT, call, check_refused, random_base
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = {"model.py": model, "quest.py": quest, "normtweak.py": normtweak, "lrqat.py": lrqat}
@@ -239,6 +239,16 @@ def test_an_unwritable_folder_is_refused_before_any_step(state, capsys, monkeypa
     model_flag = "--model out/base.pt " if script in ("normtweak.py", "lrqat.py") else ""
     flags = TRAIN.replace("--out out", "--out /proc/nanobit")
     check_refused(call(capsys, f"{script} {model_flag}{flags}"), "--out /proc/nanobit")
+
+# ---- Finite weights whose arithmetic is not ---------------------------------------------------
+
+def test_eval_refuses_a_loss_that_is_no_number(capsys, tmp_path):
+    random_base(tmp_path, 1)
+    m, content = model.load_checkpoint("base.pt")
+    m.head.weight.data.fill_(3e38)                     # every logit is infinite
+    model.save_checkpoint("large.pt", m, **{k: v for k, v in content.items() if k not in (
+        "format", "config", "linears", "model")})
+    check_refused(call(capsys, "model.py eval large.pt --data text.txt"), "val_loss", "not finite")
 
 # ---- Too little memory ------------------------------------------------------------------------
 

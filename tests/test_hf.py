@@ -4,7 +4,10 @@ Random-weight checkpoints of every form that is read, written by transformers, m
 an exported folder must load there and give the packed model's. Bad folders are one line. Skipped
 where the packages safetensors, tokenizers and transformers are not installed.
 """
+import errno
 import json
+import math
+import os
 import pathlib
 import shutil
 import sys
@@ -152,15 +155,98 @@ def test_weights_are_float32_copies_or_stay_as_stored(dtype):
             p.zero_()
     assert pathlib.Path("hf/model.safetensors").read_bytes() == before
 
-def test_unneeded_rotary_tensors_and_a_tied_head_are_left_out(folder):
+def store(**changes):
+    """Write model.safetensors again with other tensors; None takes one away."""
     from safetensors.torch import load_file, save_file
-    state = load_file("hf/model.safetensors")
-    want = LLaMA.from_pretrained("hf")
-    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    state["lm_head.weight"] = torch.zeros(3)
-    save_file(state, "hf/model.safetensors")
-    m = LLaMA.from_pretrained("hf")
-    assert all(torch.equal(a, b) for a, b in zip(m.parameters(), want.parameters()))
+    state = load_file("hf/model.safetensors") | changes
+    save_file({k: v for k, v in state.items() if v is not None}, "hf/model.safetensors",
+              metadata={"format": "pt"})
+
+def stored(name):
+    from safetensors.torch import load_file
+    return load_file("hf/model.safetensors")[name]
+
+def config(**changes):
+    """edit, where None is stored as null and ... takes a name away."""
+    content = json.loads(pathlib.Path("hf/config.json").read_text()) | changes
+    content = {k: v for k, v in content.items() if v is not ...}
+    pathlib.Path("hf/config.json").write_text(json.dumps(content))
+
+def swap_head():
+    store(**{EMBED: None, "lm_head.weight": stored(EMBED)})
+
+def stale_index():
+    """Beside the one file, shards that are not there."""
+    pathlib.Path("hf/model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {EMBED: "model-00001-of-00002.safetensors"}}))
+
+EMBED = "model.embed_tokens.weight"
+NEARLY = {  # a form, its own settings, and what is done to its folder
+    "a tied head stored too": ("smollm2", {}, lambda: store(**{"lm_head.weight": stored(EMBED)})),
+    "another tied head": ("smollm2", {}, lambda: store(**{
+        "lm_head.weight": stored(EMBED).flip(0)})),
+    "a tied head alone": ("smollm2", {}, swap_head),
+    "tie_word_embeddings missing": ("llama 2", {}, lambda: config(tie_word_embeddings=...)),
+    "rotary buffers": ("llama 2", {}, lambda: store(**{
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)})),
+    "an index beside the one file": ("llama 2", {}, stale_index),
+    "theta at the top": ("llama 2", {}, lambda: config(rope_parameters=..., rope_theta=777.0)),
+    "theta in both places": ("llama 2", {}, lambda: config(
+        rope_theta=9.0, rope_parameters=dict(rope_type="default", rope_theta=777.0))),
+    "no rotary settings": ("llama 2", {}, lambda: config(rope_parameters=None, rope_scaling=None)),
+    "older and newer rotary settings": ("llama 3.1", {}, lambda: config(
+        rope_scaling=LLAMA3 | dict(factor=2.0), rope_parameters=dict(rope_theta=1e4))),
+    "llama3's first length is the longest": ("llama 3.1", {}, lambda: config(
+        rope_parameters={k: v for k, v in LLAMA3.items() if not k.startswith("orig")})),
+    "llama3's first length at the top": ("llama 3.1", {}, lambda: config(
+        original_max_position_embeddings=16)),
+    "head_dim null": ("llama 2", {}, lambda: config(head_dim=None)),
+    "key heads missing": ("llama 1", {}, lambda: config(num_key_value_heads=...)),
+    "key heads null": ("llama 1", {}, lambda: config(num_key_value_heads=None)),
+    "mistral's key heads missing": ("mistral", dict(
+        hidden_size=64, num_attention_heads=16, num_key_value_heads=8),
+        lambda: config(num_key_value_heads=...)),
+    "eps missing": ("llama 2", {}, lambda: config(rms_norm_eps=...)),
+    "longest window missing": ("llama 2", {}, lambda: config(max_position_embeddings=...)),
+    "dtype": ("llama 2", {}, lambda: config(dtype=..., torch_dtype="float16")),
+    "pretraining_tp": ("llama 2", {}, lambda: config(pretraining_tp=2)),
+    "a window that llama ignores": ("llama 2", {}, lambda: config(sliding_window=8)),
+    "swish": ("llama 2", {}, lambda: config(hidden_act="swish")),
+    "names of no use": ("llama 2", {}, lambda: config(use_cache=False, factor=8.0,
+                                                      rope_type="linear", type="yarn")),
+}
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", NEARLY)
+def test_a_folder_of_an_unusual_form_gives_transformers_logits_also_after_an_export(what):
+    form, own, change = NEARLY[what]
+    saved(reference(form, **own))
+    change()
+    auto = transformers.AutoModelForCausalLM.from_pretrained
+    m, want = LLaMA.from_pretrained("hf"), auto("hf", dtype=torch.float32)
+    x = ids(m, 2, 96)
+    logits = want(x).logits
+    close(m(x)[0], logits)
+    model.write_hf("new", m, [chr(i) for i in range(256)])
+    again = LLaMA.from_pretrained("new")
+    close(again(x)[0], logits, 0.1)                    # weights in bfloat16
+    close(auto("new", dtype=torch.float32)(x).logits, again(x)[0])
+    assert again.config.tied == (m.head.weight is m.embed.weight) == m.config.tied
+
+def test_another_head_than_the_tied_one_is_said(capsys):
+    saved(reference("smollm2"))
+    store(**{"lm_head.weight": stored(EMBED) * 2})
+    assert not LLaMA.from_pretrained("hf").config.tied
+    assert "lm_head.weight differs" in capsys.readouterr().out
+
+@pytest.mark.parametrize("window, longest", [(8, 8), (None, 128), (..., 128)])
+def test_a_window_of_mistral_limits_the_length(window, longest):
+    """Missing means 4096 there, null means none; the model's 128 positions are less."""
+    saved(reference("mistral"))
+    config(sliding_window=window)
+    assert model.read_hf_config("hf").seq_len == longest
+    config(sliding_window=window, max_position_embeddings=...)
+    assert model.read_hf_config("hf").seq_len == {8: 8, None: 2**17, ...: 4096}[window]
 
 # ---- The tokenizer ----------------------------------------------------------------------------
 
@@ -191,26 +277,118 @@ def test_data_has_the_end_token_after_every_document(folder, text):
         assert "".join(parts) == text
 
 def test_several_end_tokens_take_the_first(folder):
+    pathlib.Path("hf/generation_config.json").unlink()
     edit("hf/config.json", eos_token_id=[5, 0], bos_token_id=None)
     spec = model.read_hf_tokenizer("hf")
-    assert (spec["end"], spec["start"]) == (5, 5)
+    assert (spec["end"], spec["start"], spec["ends"]) == (5, 5, [5, 0])
+
+@pytest.mark.parametrize("config, generation, tokenizer, ends, start", [
+    (dict(eos_token_id=7), dict(eos_token_id=[8, 9], bos_token_id=6), {}, [7], 6),
+    (dict(eos_token_id=[]), dict(eos_token_id=[8, 9]), {"bos_token": "a"}, [8, 9], "a"),
+    ({}, {}, {"eos_token": "<s>", "bos_token": {"content": "<|end|>"}}, [1], 0),
+    ({}, {}, {"eos_token": "<s>", "bos_token": None}, [1], 1),
+    (dict(bos_token_id=3), {}, {"eos_token": {"content": "<|end|>", "lstrip": False}}, [0], 3)])
+def test_special_tokens_come_from_the_first_file_that_names_them(folder, bpe, config, generation,
+                                                                 tokenizer, ends, start):
+    edit("hf/config.json", **dict(eos_token_id=None, bos_token_id=None) | config)
+    pathlib.Path("hf/generation_config.json").write_text(json.dumps(generation))
+    pathlib.Path("hf/tokenizer_config.json").write_text(json.dumps(tokenizer))
+    spec = model.read_hf_tokenizer("hf")
+    if isinstance(start, str):
+        start = tokenizers.Tokenizer.from_str(bpe).token_to_id(start)
+    assert (spec["ends"], spec["end"], spec["start"]) == (ends, ends[0], start)
+
+def test_special_tokens_beyond_the_vocabulary_are_no_trouble(folder, bpe):
+    """A pad token that was added and has no row: no text ever has its id. A plain one has."""
+    t = tokenizers.Tokenizer.from_str(bpe)
+    t.add_tokens([f"added{i}" for i in range(300 - t.get_vocab_size())])
+    t.add_special_tokens(["[PAD]"])
+    assert t.token_to_id("[PAD]") == 300
+    pathlib.Path("hf/tokenizer.json").write_text(t.to_str())
+    enc = model.make_tokenizer(model.read_hf_tokenizer("hf"))
+    assert max(enc.encode_ordinary("a [PAD] added0")) < 300
+    t.add_tokens(["one more"])
+    pathlib.Path("hf/tokenizer.json").write_text(t.to_str())
+    with pytest.raises(UsageError, match="id 301"):
+        model.read_hf_tokenizer("hf")
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+NAMES = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|end|>",
+         "pad_token": "<s>", "model_max_length": 99}
+CHATS = {  # where a folder may keep its chat template, and how transformers then calls it
+    "in the settings": ({"tokenizer_config.json": NAMES | {"chat_template": TEMPLATE}}, None),
+    "in a file": ({"tokenizer_config.json": NAMES, "chat_template.jinja": TEMPLATE}, None),
+    "two": ({"tokenizer_config.json": NAMES, "chat_template.jinja": "no",
+             "additional_chat_templates/tool_use.jinja": TEMPLATE}, "tool_use")}
+
+@pytest.mark.parametrize("where", CHATS)
+@pytest.mark.parametrize("ends", [0, [0, 5, 7]])
+def test_an_export_keeps_end_tokens_and_the_chat_template(folder, capsys, where, ends):
+    files, name = CHATS[where]
+    edit("hf/config.json", eos_token_id=ends)
+    edit("hf/generation_config.json", eos_token_id=ends, temperature=0.6, do_sample=True)
+    for path, content in files.items():
+        path = pathlib.Path("hf", path)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    m, content = model.load_checkpoint("hf")
+    model.save_checkpoint("m.pt", m, tokenizer=content["tokenizer"], method="test")
+    status, out, err = call(capsys, "model.py export m.pt new")
+    assert status == 0, err
+    tokenizer, model_ = (cls.from_pretrained("new") for cls in (
+        transformers.AutoTokenizer, transformers.AutoModelForCausalLM))
+    chat = [{"role": "user", "content": "self"}, {"role": "bot", "content": "value"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, chat_template=name) == (
+        "user: self\nbot: value\n")
+    assert (tokenizer.pad_token, tokenizer.model_max_length) == ("<s>", 99)
+    assert model_.generation_config.eos_token_id == model_.config.eos_token_id == ends
+    assert model_.generation_config.temperature == 0.6
+
+def test_a_spec_of_before_the_end_tokens_is_exported(folder, capsys):
+    m, content = model.load_checkpoint("hf")
+    old = {k: v for k, v in content["tokenizer"].items() if k not in ("ends", "texts")}
+    model.save_checkpoint("m.pt", m, tokenizer=old, method="test")
+    assert call(capsys, "model.py export m.pt new")[0] == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained("new")
+    assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1)
+    assert model.load_checkpoint("new")[1]["tokenizer"]["ends"] == [0]
 
 # ---- Bad folders ------------------------------------------------------------------------------
 
-def tensors(**changes):
-    """Write model.safetensors again with other tensors; None takes one away."""
-    from safetensors.torch import load_file, save_file
-    state = load_file("hf/model.safetensors") | changes
-    save_file({k: v for k, v in state.items() if v is not None}, "hf/model.safetensors")
+def shard(*names):
+    """An index that names these files, and no single file."""
+    pathlib.Path("hf/model.safetensors").rename("hf/whole.safetensors")
+    index({f"{Q}{i}": name for i, name in enumerate(names)})
+
+def index(weight_map):
+    pathlib.Path("hf/model.safetensors").unlink(missing_ok=True)
+    write("model.safetensors.index.json", {"weight_map": weight_map})
+
+def write(name, content):
+    pathlib.Path("hf", name).write_text(content if isinstance(content, str) else
+                                        json.dumps(content))
+
+def no_end():
+    edit("hf/config.json", eos_token_id=None)
+    edit("hf/generation_config.json", eos_token_id=None)
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 BAD = {
     "no config": (lambda: pathlib.Path("hf/config.json").unlink(), "config.json"),
     "no tokenizer": (lambda: pathlib.Path("hf/tokenizer.json").unlink(), "tokenizer.json"),
     "no weights": (lambda: pathlib.Path("hf/model.safetensors").unlink(), "model.safetensors"),
-    "no shard": (lambda: pathlib.Path("hf/model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {Q: "model-00001-of-00002.safetensors"}})),
-        "model-00001-of-00002.safetensors"),
+    "no shard": (lambda: shard("whole.safetensors", "model-00001-of-00002.safetensors"),
+                 "model-00001-of-00002.safetensors"),
+    "a shard elsewhere": (lambda: shard("whole.safetensors", "../hf/whole.safetensors"),
+                          "../hf/whole.safetensors, outside"),
+    "a shard from the root": (lambda: shard("/etc/passwd"), "/etc/passwd, outside"),
+    "a shard of two lines": (lambda: shard("a\nb"), r"a\nb"),
+    "a list of shards": (lambda: index(["whole.safetensors"]), "weight_map"),
+    "no weight_map": (lambda: index(None), "weight_map"),
+    "numbers for shards": (lambda: index({Q: 1}), "weight_map"),
+    "the index is a list": (lambda: (index({}), write("model.safetensors.index.json", [])),
+                            "model.safetensors.index.json"),
+    "an empty index": (lambda: index({}), "num_hidden_layers"),
     "config is no JSON": (lambda: pathlib.Path("hf/config.json").write_text("{"), "config.json"),
     "config is a list": (lambda: pathlib.Path("hf/config.json").write_text("[]"), "config.json"),
     "tokenizer is no JSON": (lambda: pathlib.Path("hf/tokenizer.json").write_text("x"),
@@ -219,15 +397,36 @@ BAD = {
                              "tokenizer.json"),
     "cut weights": (lambda: pathlib.Path("hf/model.safetensors").write_bytes(
         pathlib.Path("hf/model.safetensors").read_bytes()[:-9]), "model.safetensors is damaged"),
-    "missing tensor": (lambda: tensors(**{Q: None}), Q),
-    "bias": (lambda: tensors(**{Q.replace("weight", "bias"): torch.zeros(72)}), "q_proj.bias"),
-    "wrong shape": (lambda: tensors(**{Q: torch.zeros(72, 71)}), Q),
-    "integers": (lambda: tensors(**{Q: torch.zeros(72, 72, dtype=torch.int32)}), Q),
-    "bytes": (lambda: tensors(**{Q: torch.zeros(72, 72, dtype=torch.float8_e4m3fn)}), Q),
+    "missing tensor": (lambda: store(**{Q: None}), Q),
+    "bias": (lambda: store(**{Q.replace("weight", "bias"): torch.zeros(72)}), "q_proj.bias"),
+    "wrong shape": (lambda: store(**{Q: torch.zeros(72, 71)}), Q),
+    "integers": (lambda: store(**{Q: torch.zeros(72, 72, dtype=torch.int32)}), Q),
+    "bytes": (lambda: store(**{Q: torch.zeros(72, 72, dtype=torch.float8_e4m3fn)}), Q),
     "width": (lambda: edit("hf/config.json", hidden_size=73, head_dim=None), "73"),
     "no width": (lambda: edit("hf/config.json", hidden_size=None), "hidden_size"),
     "text for a width": (lambda: edit("hf/config.json", hidden_size="72"), "hidden_size"),
-    "no end token": (lambda: edit("hf/config.json", eos_token_id=None), "eos_token_id"),
+    "no end token": (no_end, "eos_token_id"),
+    "nested without end": (lambda: write("config.json", "[" * 10**5), "config.json is damaged"),
+    "a tokenizer of a list": (lambda: write("tokenizer.json", []), "tokenizer.json"),
+    "a tokenizer of bytes": (lambda: pathlib.Path("hf/tokenizer.json").write_bytes(b"\xff{"),
+                             "tokenizer.json"),
+    "a tokenizer without a model": (lambda: edit("hf/tokenizer.json", model=5), "tokenizer.json"),
+    "settings of a list": (lambda: write("tokenizer_config.json", []), "tokenizer_config.json"),
+    "half of the generation's settings": (lambda: write("generation_config.json", "{"),
+                                          "generation_config.json"),
+    "a template of bytes": (lambda: pathlib.Path("hf/chat_template.jinja").write_bytes(b"\xff"),
+                            "chat_template.jinja"),
+    "10^9 blocks": (lambda: edit("hf/config.json", num_hidden_layers=10**9), "1000000000"),
+    "10^6 blocks": (lambda: edit("hf/config.json", num_hidden_layers=10**6), "1000000"),
+    "many heads": (lambda: edit("hf/config.json", num_attention_heads=3 * 10**5),
+                   "(2400000, 72)"),
+    "odd heads": (lambda: edit("hf/config.json", head_dim=7), "7 channels"),
+    "low above high": (lambda: edit("hf/config.json", rope_parameters=LLAMA3 | {
+        "low_freq_factor": 4.0}), "low_freq_factor"),
+    "rope of each layer type": (lambda: edit("hf/config.json", rope_parameters={
+        "full_attention": {"rope_type": "default", "rope_theta": 1e4}}), "full_attention"),
+    "another head of another shape": (lambda: store(**{"lm_head.weight": torch.zeros(3)}),
+                                      "lm_head.weight"),
     "short vocabulary": (lambda: edit("hf/config.json", vocab_size=280), "vocab_size"),
     "architecture": (lambda: edit("hf/config.json", model_type="qwen2"), "model_type qwen2"),
     "experts": (lambda: edit("hf/config.json", model_type="mixtral"), "mixtral"),
@@ -249,6 +448,86 @@ def test_a_bad_folder_is_one_line_that_names_it(folder, capsys, what):
     spoil()
     result = call(capsys, "model.py eval hf --data text.txt --seq-len 16")
     check_refused(result, name, "" if what == "width" else "hf")
+
+WRONG = {  # values that are none for these settings
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
+    "vocab_size max_position_embeddings head_dim":
+        ["8", 8.0, True, False, [], [8], {}, 0, -8, 1e999, math.nan, 10**30],
+    "rms_norm_eps rope_theta": ["1e-05", True, False, [], {}, 0, -1.0, math.inf, math.nan],
+    "rope_scaling rope_parameters": ["default", False, 0, [], [1], 3.0],
+    "tie_word_embeddings": ["false", 0, 1, []],
+    "eos_token_id": ["0", -1, 300, True, 0.0, [0, "1"], [[0]], {}, 10**30, math.nan],
+    "bos_token_id": ["0", -1, 300, False, [1], {}],
+    "model_type hidden_act": [3, [], {}, False, "a\nb"],
+    "attention_bias mlp_bias": ["false", [], {}, "no"],
+    "quantization_config": [{}, [], "", 0]}
+CASES = [(name, value) for names, values in WRONG.items() for name in names.split()
+         for value in values]
+
+def test_a_setting_of_the_wrong_kind_is_one_line_that_names_it(folder):
+    base = json.loads(pathlib.Path("hf/config.json").read_text())
+    for name, value in CASES:
+        own = {name: value}
+        if name == "rope_theta":
+            own["rope_parameters"] = None
+        write("config.json", base | own)
+        with pytest.raises(UsageError) as e:
+            model.load_checkpoint("hf")
+        assert name in str(e.value) and "\n" not in str(e.value), (name, value)
+    for name in ("factor", "low_freq_factor", "high_freq_factor", "rope_theta",
+                 "original_max_position_embeddings"):
+        for value in ("8", True, [], 0, -1.0, math.nan, {}):
+            write("config.json", base | {"rope_parameters": LLAMA3 | {name: value}})
+            with pytest.raises(UsageError, match=name):
+                model.load_checkpoint("hf")
+    for value in ("64", 0, -1, 1.5, True, [], {}):
+        write("config.json", base | {"model_type": "mistral", "sliding_window": value})
+        with pytest.raises(UsageError, match="sliding_window"):
+            model.load_checkpoint("hf")
+
+# ---- Weights that are no numbers --------------------------------------------------------------
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("as_stored", [False, True])
+def test_a_weight_that_is_no_number_is_refused_by_its_name(folder, value, dtype, as_stored):
+    from safetensors.torch import load_file
+    good = load_file("hf/model.safetensors")
+    for name in (EMBED, Q, "model.norm.weight"):
+        spoiled = good[name].to(dtype).clone()
+        spoiled.view(-1)[-1] = value
+        store(**good | {name: spoiled})
+        with pytest.raises(UsageError, match=f"hf: the weight {name} is not finite"):
+            LLaMA.from_pretrained("hf", as_stored=as_stored)
+
+@pytest.mark.parametrize("command", [
+    "model.py eval hf", "model.py sample hf --tokens 2", "model.py export hf new",
+    "model.py --model hf", "quest.py --model hf --bits 4", "lrqat.py --model hf --rank 4",
+    "normtweak.py --model hf --host rtn", "normtweak.py --model hf --host gptq --calib data",
+    "pvtune.py --model hf --scheme affine", "normtweak.py --model out.pt --teacher hf"])
+def test_every_script_refuses_a_weight_that_is_no_number(folder, capsys, command):
+    m, content = model.load_checkpoint("hf")
+    model.save_checkpoint("out.pt", pack(m, "affine"), method="rtn", settings={"data": "text.txt"},
+                          tokenizer=content["tokenizer"], data=None)
+    up = "model.layers.0.mlp.up_proj.weight"
+    store(**{up: stored(up).index_fill(0, torch.tensor([3]), math.nan)})
+    flags = "--data text.txt --seq-len 16" * (" sample" not in command and " export" not in command)
+    check_refused(call(capsys, f"{command} {flags}"), up, "weight", "not finite")
+    assert not pathlib.Path("new").exists() and not list(pathlib.Path(".").rglob("results.jsonl"))
+
+def test_a_mapped_file_is_checked_in_little_memory(work):
+    """Twice as much as the check may take lies in one tensor; it reads all of it, and finds it."""
+    tensor = torch.zeros(2**26, dtype=torch.bfloat16)
+    tensor[-1] = math.inf
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    save_file({"t": tensor}, "t.safetensors")
+    mapped = safe_open("t.safetensors", framework="pt").get_tensor("t")
+    sizes, isfinite = [], torch.Tensor.isfinite
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UsageError, match="t is not finite"):
+        patch.setattr(torch.Tensor, "isfinite", lambda t: sizes.append(t.numel()) or isfinite(t))
+        model.check_weights([("t", mapped)], "t.safetensors")
+    assert sum(sizes) == 2**26 and max(sizes) <= 2**24
 
 @pytest.mark.parametrize("command", [
     "model.py eval hf --data text.txt --seq-len 200",
@@ -412,12 +691,21 @@ def test_what_a_folder_cannot_say_is_said(capsys):
     assert not pathlib.Path("dir/tokenizer.json").exists()
     assert LLaMA.from_pretrained("dir").config == m.config
 
+def small_checkpoint(path="m.pt"):
+    m = LLaMA(model.LlamaConfig(257, 1, 32, 2, 2, 48, 16))
+    model.save_checkpoint(path, m, tokenizer=[chr(i) for i in range(256)], method="dense")
+
+def files_below(path="."):
+    return {p: p.read_bytes() if p.is_file() else None for p in pathlib.Path(path).rglob("*")}
+
 def test_an_export_is_all_or_nothing(folder, capsys, monkeypatch):
-    """A folder that holds something is not touched; a full disk leaves none."""
-    before = sorted(pathlib.Path(".").rglob("*"))
+    """A folder that holds something is not touched; a full disk leaves none, and an empty one
+    empty."""
+    pathlib.Path("empty").mkdir()
+    before = files_below()
     def refused(target):
         check_refused(call(capsys, f"model.py export hf {target}"), target)
-        assert sorted(pathlib.Path(".").rglob("*")) == before
+        assert files_below() == before
     refused("hf")
     refused("text.txt")
     refused("text.txt/below")
@@ -425,8 +713,93 @@ def test_an_export_is_all_or_nothing(folder, capsys, monkeypatch):
     def full(tensors, path, metadata):
         pathlib.Path(path).write_bytes(b"half")
         raise safetensors.SafetensorError("No space left on device")
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    refused("new")
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full)
+        for target in ("new", "new/below/it", "empty"):
+            refused(target)
+    replace = os.replace
+    def last_one_fails(a, b):                          # what was moved before is taken back
+        if os.path.basename(b) == "config.json":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        replace(a, b)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", last_one_fails)
+        refused("empty")
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    for target in ("new/below", "empty"):
+        with monkeypatch.context() as patch:
+            patch.setattr(safetensors.torch, "save_file", interrupted)
+            assert call(capsys, f"model.py export hf {target}")[0] == 130
+        assert files_below() == before
+
+@pytest.mark.parametrize("kind", ["new", "new/below", "empty", "a link", "the current one", "./"])
+def test_an_export_goes_to_any_empty_folder(capsys, monkeypatch, work, kind):
+    """It stays the folder that it is: whoever stands in it sees the files."""
+    small_checkpoint()
+    pathlib.Path("real").mkdir()
+    pathlib.Path("link").symlink_to("real")
+    inode = os.stat("real").st_ino
+    target = {"empty": "real", "a link": "link", "the current one": "."}.get(kind, kind)
+    if target in (".", "./"):
+        monkeypatch.chdir("real")
+    status, out, err = call(capsys, f"model.py export {work}/m.pt {target}")
+    assert status == 0, err
+    assert sorted(os.listdir(target)) == ["config.json", "model.safetensors"]
+    monkeypatch.chdir(work)
+    assert os.stat("real").st_ino == inode and pathlib.Path("link").is_symlink()
+    assert sorted(os.listdir(work)) == sorted({"m.pt", "real", "link", "text.txt"} | (
+        {"new"} if kind.startswith("new") else set()))
+
+def test_an_export_into_a_mount_needs_no_rename_of_it(capsys, monkeypatch):
+    """A mount cannot be replaced (EBUSY), and nothing moves into it from outside (EXDEV)."""
+    small_checkpoint()
+    pathlib.Path("mount").mkdir()
+    inside, replace = os.path.realpath("mount") + os.sep, os.replace
+    def as_a_mount(a, b):
+        a, b = os.path.realpath(a), os.path.realpath(b)
+        if b + os.sep == inside:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        if a.startswith(inside) != b.startswith(inside):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(a, b)
+    monkeypatch.setattr(os, "replace", as_a_mount)
+    status, out, err = call(capsys, "model.py export m.pt mount")
+    assert status == 0, err
+    assert sorted(os.listdir("mount")) == ["config.json", "model.safetensors"]
+
+@pytest.mark.parametrize("name", ["../out", "/tmp/nanobit-out", "a/../../out"])
+def test_a_checkpoint_cannot_write_beside_the_export(folder, capsys, name):
+    m, content = model.load_checkpoint("hf")
+    content["tokenizer"]["texts"][name] = "mine"
+    model.save_checkpoint("m.pt", m, tokenizer=content["tokenizer"], method="test")
+    before = files_below()
+    check_refused(call(capsys, "model.py export m.pt new"), name)
+    assert files_below() == before
+
+# ---- Packages ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("package, version, old", [
+    ("tokenizers", "0.15.0", True), ("tokenizers", "0.9.4", True), ("tokenizers", "0.15.1", False),
+    ("tokenizers", "0.22.0rc1", False), ("safetensors", "0.4.1", True),
+    ("safetensors", "0.4.2", False), ("safetensors", "1.0", False)])
+def test_an_old_package_is_named_with_its_limit(folder, capsys, monkeypatch, package, version, old):
+    """Before 0.15.1 tokenizers takes encode_special_tokens without a word and does nothing; before
+    0.4.2 safetensors cannot tell that a tensor is float8. Both were tried."""
+    monkeypatch.setattr(f"{package}.__version__", version)
+    result = call(capsys, "model.py eval hf --data text.txt --seq-len 16")
+    if old:
+        check_refused(result, package, version, "pip install --upgrade")
+    else:
+        assert result[0] == 0, result[2]
+
+def test_the_project_states_the_oldest_packages():
+    tomllib = pytest.importorskip("tomllib")
+    path = pathlib.Path(model.__file__).parent / "pyproject.toml"
+    extras = tomllib.loads(path.read_text())["project"]["optional-dependencies"]
+    assert extras["hf"] == [f"{name}>={version}" for name, version in model.HF_PACKAGES.items()]
+
+# ---- Older checkpoints ------------------------------------------------------------------------
 
 def test_checkpoints_from_before_the_new_fields_load_and_unknown_fields_do_not():
     m = LLaMA(model.LlamaConfig(257, 1, 64, 2, 2, 128, 16))

@@ -21,6 +21,7 @@ import torch
 import model
 import quest
 from model import LLaMA, LlamaConfig, UsageError
+from quantizers import QuantLinear, rtn
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
@@ -302,6 +303,85 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, room):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "\n" not in str(e.value) and str(path) in str(e.value)
     assert os.listdir(tmp_path) == ["a.pt"] and path.read_bytes() == old
+
+def test_ctrl_c_in_the_middle_of_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    model.save_checkpoint(path, small())
+    old = path.read_bytes()
+    def interrupted(content, f):
+        f.write(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(model.torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_checkpoint(path, small(seed=1))
+    assert os.listdir(tmp_path) == ["a.pt"] and path.read_bytes() == old
+
+# ---- Numbers that are none --------------------------------------------------------------------
+
+def packings():
+    """{kind: a packed model}: each has other tensors of floats."""
+    def vq(name, linear):
+        codes = torch.randint(4, (len(linear.weight), linear.in_features // 4, 2))
+        return QuantLinear.vq(codes, torch.randn(2, 4, 4), torch.rand(len(linear.weight)) + 1)
+    def affine(name, linear):
+        return QuantLinear.affine(*rtn(linear.weight.detach(), 4, 8), 4, 8)
+    def quest_fixed(name, linear):
+        w = linear.weight.detach()
+        return QuantLinear.quest(w, 4, 4, a_scale=torch.tensor(0.1))
+    makers = {"vq": vq, "affine": affine, "quest": quest_fixed}
+    return {"dense": small()} | {kind: small().replace_linears(f) for kind, f in makers.items()}
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["dense", "vq", "affine", "quest"])
+def test_no_checkpoint_with_a_number_that_is_none_is_written_or_read(tmp_path, kind, value):
+    path, m = tmp_path / "a.pt", packings()[kind]
+    model.save_checkpoint(path, m, tokenizer=["a"])
+    old, names = path.read_bytes(), set()
+    for name, tensor in m.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        names.add(name.rsplit(".", 1)[1])
+        last = tensor.view(-1)[-1].clone()
+        with torch.no_grad():
+            tensor.view(-1)[-1] = value
+        with pytest.raises(UsageError, match=f"a.pt: the weight {name} is not finite"):
+            model.save_checkpoint(path, m, tokenizer=["a"])
+        assert path.read_bytes() == old and os.listdir(tmp_path) == ["a.pt"]
+        content = torch.load(path, weights_only=True)
+        content["model"][name].view(-1)[-1] = value    # by an older version, or another tool
+        torch.save(content, tmp_path / "b.pt")
+        with pytest.raises(UsageError, match=f"b.pt: the weight {name} is not finite"):
+            model.load_checkpoint(tmp_path / "b.pt")
+        os.remove(tmp_path / "b.pt")
+        with torch.no_grad():
+            tensor.view(-1)[-1] = last
+    assert names == {"dense": {"weight"}, "vq": {"weight", "scale", "codebooks"},
+                     "affine": {"weight", "scale"}, "quest": {"weight", "scale", "a_scale"}}[kind]
+    model.load_checkpoint(path)
+
+def test_a_state_with_a_number_that_is_none_is_not_resumed(tmp_path):
+    model.train(*training(), tmp_path / "state")
+    content = torch.load(tmp_path / "state", weights_only=True)
+    content["model"]["norm.weight"][0] = math.nan
+    torch.save(content, tmp_path / "state")
+    m, data, args = training(resume=True)
+    with pytest.raises(UsageError, match="norm.weight is not finite"):
+        model.train(m, data, args, tmp_path / "state")
+
+@pytest.mark.parametrize("more, name", [
+    ({"base_val_loss": math.nan}, "base_val_loss"),
+    ({"arms": {"rtn": {"val_loss": 1.0}, "gptq": {"val_loss": math.inf}}}, "gptq's val_loss"),
+    ({"curve": [3.0, math.nan]}, "curve"), ({}, "val_loss")])
+def test_no_row_with_a_number_that_is_none_is_written(tmp_path, more, name):
+    args = SimpleNamespace(out=str(tmp_path), device="cpu", seed=0)
+    scores = {"loss": 1.0, "ppl": math.exp(1), "bits_per_byte": 1.0}
+    result = {"tokens": 1, "seconds": 1.0}
+    bad = scores if more else scores | {"loss": -math.inf}
+    with pytest.raises(UsageError, match=f"{name} is not finite"):
+        model.finish(args, "test", small(), bad, result, **more)
+    assert not os.listdir(tmp_path)
+    model.finish(args, "test", small(), scores, result, base_val_loss=None, arms={"rtn": [1.0]})
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
 
 def training(kind="dense", seed=0, **changes):
     """(model, data, args) of a run of 6 steps that looks at the dev split every second."""

@@ -335,6 +335,39 @@ def test_rows_of_the_outermost_code_do_not_overflow(dtype):
     y = code_linear(x, torch.ones(1, 1), torch.cat((x, -x)), torch.ones(2, 1), dtype)
     assert torch.equal(y, torch.tensor([[230400.0, -230400.0]]).to(dtype))
 
+@pytest.mark.parametrize("scales, codebooks, wide", [
+    (1.0, 1.0, set()), (3e4, 1.0, set()), (1e6, 1.0, {"scale"}), (1e-9, 1.0, {"scale"}),
+    (2e-6, 1.0, {"scale"}), (1.0, 1e5, {"codebooks"}), (1.0, 1e-7, {"codebooks"}),
+    (1e6, 1e-7, {"scale", "codebooks"}), (0.0, 1.0, set())])
+def test_vq_keeps_what_float16_cannot_hold(scales, codebooks, wide):
+    """One row's scale, or one of two codebooks, of an unusual size; the oracle is float64. What
+    float16 holds stays in it, and the bits that are counted are those that are stored."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (6, 8, 2), generator=generator)
+    c = torch.randn(2, 16, 4, generator=generator)
+    s = 1 + torch.rand(6, generator=generator)
+    c[1, :, :] *= codebooks
+    s[3] *= scales
+    packed = QuantLinear.vq(codes, c, s)
+    assert {n for n, t in packed.named_buffers() if t.dtype == torch.float32} == wide
+    weight = packed.weight()
+    assert weight.isfinite().all()
+    for part in (0, 1):                                # both codebooks, however small one is
+        alone = c * torch.tensor([part == 0, part == 1]).view(2, 1, 1)
+        want = alone.double()[torch.arange(2), codes].sum(2).flatten(1) * s.double().unsqueeze(1)
+        got = QuantLinear.vq(codes, alone, s).weight().double()
+        error = torch.linalg.vector_norm(got - want, dim=1)
+        assert (error <= 2**-9 * torch.linalg.vector_norm(want, dim=1)).all()
+    bits = 6 * 8 * 2 * 4 + (32 if "scale" in wide else 16) * 6 + (
+        32 if "codebooks" in wide else 16) * 2 * 16 * 4
+    assert bits_per_weight(packed) == (bits / (6 * 32), 6 * 32)
+
+def test_small_entries_of_a_codebook_are_held_as_coarsely_as_its_largest():
+    """A trained codebook has some near zero; they are no reason for twice the bytes."""
+    codebooks = torch.tensor([1.0, 1e-3, 1e-6, 1e-9]).view(1, 4, 1)
+    packed = QuantLinear.vq(torch.arange(4).view(1, 4, 1), codebooks, torch.ones(1))
+    assert packed.codebooks.dtype == packed.scale.dtype == torch.float16
+
 def test_bits_per_weight_is_all_stored_bytes_over_the_weights():
     """By hand for 16 x 64 weights: bytes a row of codes, scales, zero points, masks."""
     w = randn(16, 64, dtype=torch.float32)
