@@ -43,7 +43,8 @@ class Uniform(torch.nn.Module):
 
 def test_bits_per_byte_by_hand():
     enc = model.make_tokenizer(byte_tokens())
-    tokens = enc.encode("aé\n") + [enc.eot_token] + enc.encode("€")        # 1 + 2 + 1, END, 3
+    first, second = enc.encode_ordinary("aé\n"), enc.encode_ordinary("€")    # 1 + 2 + 1, 3 bytes
+    tokens = first + [enc.eot_token] + second
     scores = model.evaluate(Uniform(), np.array(tokens), 4, enc)
     assert scores["bits_per_byte"] == pytest.approx(7 * 9 / 6)             # "a" is not predicted
 
