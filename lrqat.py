@@ -306,10 +306,10 @@ def compare(args):
     rows, path = {}, os.path.join(args.out, name)
     for arm in ("dense", "RTN", ALONE[args.arm]) if args.arm else ARMS:
         torch.manual_seed(args.seed)
-        start, result = time.time(), {"seconds": 0.0}
+        start, result = time.perf_counter(), {"seconds": 0.0}
         model = convert(copy.deepcopy(base), arm, args, ranges)
         model = gptq_model(model, data, args) if arm == "GPTQ" else model
-        seconds = time.time() - start
+        seconds = time.perf_counter() - start
         learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if learn:
             say(f"--- {arm}: {learn} parameters learn")
@@ -395,11 +395,12 @@ def measure(model, args, data, report=False):
     optimizer.zero_grad(set_to_none=True)
     if args.compile:
         model.compile_parts()
-    start = time.time()
+    start = time.perf_counter()
     for step in range(args.steps):
         train_step(model, optimizer, data, args, step)[0].item()
-        start = time.time() if step == 0 < args.steps - 1 else start
-    speed = max(1, args.steps - 1) * args.batch_size * args.seq_len / (time.time() - start)
+        start = time.perf_counter() if step == 0 < args.steps - 1 else start
+    seconds = max(time.perf_counter() - start, 1e-9)   # a coarse clock may not have moved
+    speed = max(1, args.steps - 1) * args.batch_size * args.seq_len / seconds
     found["optimizer"] = tensor_bytes(t for s in optimizer.state.values() for t in s.values())
     if cuda:
         found["temporaries"] = torch.cuda.max_memory_allocated() - other - sum(found.values())
@@ -424,7 +425,8 @@ def random_model(arm, c, args):
 def random_run(args):
     """Bytes and speed of LR-QAT; of full QAT and dense training within LIMIT, their weights,
     gradients and moments in --dtype, as small as can be."""
-    p, cuda, results, start = PRESETS[args.size], args.device.startswith("cuda"), {}, time.time()
+    start = time.perf_counter()
+    p, cuda, results = PRESETS[args.size], args.device.startswith("cuda"), {}
     args.seq_len = args.seq_len or p.seq_len
     c = p.config(32000, args.seq_len, args.tied)
     if args.size == "7B" and not cuda:
@@ -453,7 +455,8 @@ def random_run(args):
                      f"{torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved")
         say(f"{arm} | {line}")
     finish(args, "lrqat-random", nn.Module(), dict.fromkeys(("loss", "ppl", "bits_per_byte")),
-           {"tokens": args.steps * args.batch_size * args.seq_len, "seconds": time.time() - start},
+           {"tokens": args.steps * args.batch_size * args.seq_len,
+            "seconds": time.perf_counter() - start},
            w_bits=args.bits, bpw=None, params=None, bytes_dense=None, phi=args.phi, rank=args.rank,
            size=args.size, results=results)
 

@@ -20,6 +20,7 @@ Not here: dropout, biases.
 Shapes: B sequences, T tokens each, C = n_embd, nh = n_head, nkv = n_kv_head, hs = head size.
 """
 import argparse
+import array
 import collections
 import contextlib
 import copy
@@ -40,6 +41,7 @@ import shutil
 import signal
 import sys
 import sysconfig
+import tempfile
 import time
 import urllib.request
 import zipfile
@@ -69,11 +71,11 @@ def say(text):
 
 def progress(items, label):
     """Yield the items; every 10 s say how far it is and how long it will take."""
-    start = last = time.time()
+    start = last = time.perf_counter()
     for i, item in enumerate(items, 1):
         yield item
-        if time.time() - last > 10:
-            last = time.time()
+        if time.perf_counter() - last > 10:
+            last = time.perf_counter()
             say(f"{label} {i}/{len(items)} | eta {(last - start) / i * (len(items) - i):.0f}s")
 
 # ---- Many GPUs: torchrun starts one process for each, a rank ----------------------------------
@@ -602,46 +604,142 @@ def fast_step(model, x, cos, sin, cache):
 PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\w\s]|_)+|\s*[\r\n]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"            # stands after every document
 
+# A text is encoded in pieces of about so many characters: a large file takes little memory, and
+# tiktoken's patterns, which fail on a run of a million spaces, never see such a run whole.
+PIECE = 2**14
+# In PATTERN, as in the patterns of tiktoken's encodings, a token ends between a letter or digit
+# and white space, and between the end of a line of text and a letter. No pattern looks behind, so
+# a cut in such a place changes no token.
+CUT = re.compile(r"(?<=[^\W_])(?=[ \t\r\n])|(?<=\S\n)(?=[^\W\d_])")
+WORDS_CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")       # for tokenizers of other projects
+
+def spans(text, cut=CUT, force=True, skip=0):
+    """Yield (start, stop) of the pieces of a text. They end where the pattern `cut` allows it.
+
+    force: end anywhere where it does not for PIECE characters in a row. That is no normal text,
+    and the tokens at such an end may be others. skip: characters to leave out between two pieces.
+    """
+    start = 0
+    while len(text) - start > 2 * PIECE:
+        limit = start + 2 * PIECE if force else len(text)
+        found = cut.search(text, start + PIECE, limit)
+        stop = found.start() if found else limit
+        yield start, stop
+        start = stop + skip if found else stop
+    if start < len(text):
+        yield start, len(text)
+
+def count_words(docs):
+    """How often each match of PATTERN stands in the documents, in the order of the first."""
+    import regex                                       # comes with tiktoken
+    words = collections.Counter()
+    pieces = [(doc, start, stop) for doc in docs for start, stop in spans(doc)]
+    for doc, start, stop in progress(pieces, "data: counting words"):
+        words.update(regex.findall(PATTERN, doc[start:stop]))
+    return words
+
 def train_bpe(docs, vocab_size):
     """Byte-pair encoding: merge the most frequent pair of neighbours until vocab_size - 1 tokens.
 
     docs: strings -> token bytes in order of rank, the 256 bytes first. END takes the last id.
+    A merge costs as much as there are places of its pair, whatever the length of the words.
     """
-    import regex                                       # comes with tiktoken
-    words = collections.Counter(w for doc in docs for w in regex.findall(PATTERN, doc))
-    counts, words = list(words.values()), [list(w.encode()) for w in words]
-    pairs, where = collections.Counter(), collections.defaultdict(set)
+    # All different words stand in one row of symbols, a gap (-1) before, between and after them.
+    # before[p] and after[p] are the neighbours of the symbol at p; a merge unlinks the second
+    # symbol of the pair and marks its place as a gap too.
+    symbols, weights = array.array("i", [-1]), array.array("q", [0])
+    for word, count in count_words(docs).items():
+        letters = word.encode()
+        symbols.extend(letters)
+        symbols.append(-1)
+        weights.extend([count] * len(letters) + [0])   # how often the text has the word
+    before = array.array("q", range(-1, len(symbols) - 1))
+    after = array.array("q", range(1, len(symbols) + 1))
 
-    def count(i, sign):
-        for pair in zip(words[i], words[i][1:]):
-            pairs[pair] += sign * counts[i]
-            where[pair].add(i)                         # may be out of date, never incomplete
+    pairs = collections.Counter()                      # (left, right): how often in the text
+    places = collections.defaultdict(lambda: array.array("q"))     # and where, by the left one
+    for p in range(1, len(symbols) - 1):
+        pair = symbols[p], symbols[p + 1]
+        if -1 not in pair:
+            pairs[pair] += weights[p]
+            places[pair].append(p)                     # may be out of date, never incomplete
 
-    for i in range(len(words)):
-        count(i, 1)
     heap = [(-n, pair) for pair, n in pairs.items()]
     heapq.heapify(heap)
     tokens = [bytes([i]) for i in range(256)]
-    while len(tokens) < vocab_size - 1 and heap:
-        n, pair = heapq.heappop(heap)
-        if -n != pairs[pair]:                          # an old count: try again with today's
+    for new in progress(range(256, vocab_size - 1), "data: training a tokenizer, merge"):
+        # Old counts are too high, never too low: one that is up to date on top is the highest.
+        while heap and -heap[0][0] != pairs[heap[0][1]]:
+            _, pair = heapq.heappop(heap)
             if pairs[pair]:
                 heapq.heappush(heap, (-pairs[pair], pair))
-            continue
-        touched = list(where.pop(pair))
-        for i in touched:
-            count(i, -1)
-            word, j = [], 0
-            while j < len(words[i]):
-                merge = tuple(words[i][j:j + 2]) == pair
-                word.append(len(tokens) if merge else words[i][j])
-                j += 1 + merge
-            words[i] = word
-            count(i, 1)
-        for new in {p for i in touched for p in zip(words[i], words[i][1:]) if len(tokens) in p}:
-            heapq.heappush(heap, (-pairs[new], new))
+        if not heap:
+            break
+        _, pair = heapq.heappop(heap)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
+
+        # Merge from left to right. Each merge takes two pairs from the counts and brings two.
+        fresh = set()
+        for p in places.pop(pair):
+            q = after[p]
+            if (symbols[p], symbols[q]) != pair:       # one of them was merged with another since
+                continue
+            left, right = before[p], after[q]
+            pairs[pair] -= weights[p]
+            symbols[p], symbols[q] = new, -1
+            after[p], before[right] = right, p
+            if symbols[left] != -1:
+                now = symbols[left], new
+                pairs[symbols[left], pair[0]] -= weights[p]
+                pairs[now] += weights[p]
+                places[now].append(left)
+                fresh.add(now)
+            if symbols[right] != -1:
+                now = new, symbols[right]
+                pairs[pair[1], symbols[right]] -= weights[p]
+                pairs[now] += weights[p]
+                places[now].append(p)
+                fresh.add(now)
+        for now in fresh:
+            if pairs[now]:
+                heapq.heappush(heap, (-pairs[now], now))
     return tokens
+
+class Tokenizer:
+    """What the tokenizers below share. `n_vocab` counts their ids and `eot_token` is END's."""
+    bytes_per_decoded = 1.0      # bytes of text for each byte that decoding gives: see Data
+
+    def spans(self, text):
+        """(start, stop) of pieces of a text, whose tokens, one after the other, are the text's."""
+        return spans(text)
+
+    def encode_ordinary(self, text):
+        """Ids of a text of any length, in which END and other special tokens are just text."""
+        pieces = [text[start:stop] for start, stop in self.spans(text)]
+        return [i for ids in self.encode_ordinary_batch(pieces) for i in ids]
+
+    def count_bytes(self, ids):
+        """Bytes of the text that the ids (n,) stand for; END stands for none."""
+        # Each document by itself, because some tokenizers put a space before a document and
+        # take it away again when they decode one.
+        docs = np.split(ids, np.flatnonzero(ids == self.eot_token) + 1)
+        decoded = (self.decode_bytes(doc[doc != self.eot_token].tolist()) for doc in docs)
+        return self.bytes_per_decoded * sum(map(len, decoded))
+
+class BPETokenizer(Tokenizer):
+    """An encoding of tiktoken."""
+
+    def __init__(self, inner):
+        self.inner, self.n_vocab, self.eot_token = inner, inner.n_vocab, inner.eot_token
+
+    def encode_ordinary_batch(self, pieces):
+        return self.inner.encode_ordinary_batch(pieces, num_threads=os.cpu_count() or 1)
+
+    def decode(self, ids):
+        return self.inner.decode(ids)
+
+    def decode_bytes(self, ids):
+        return self.inner.decode_bytes(ids)
 
 def make_tokenizer(spec):
     """The tokenizer of a spec: a name that tiktoken knows, a list of latin-1 strings in order of
@@ -650,10 +748,10 @@ def make_tokenizer(spec):
         return HFTokenizer(spec)
     if isinstance(spec, list):
         ranks = {t.encode("latin-1"): i for i, t in enumerate(spec)}
-        return tiktoken.Encoding("nanobit", pat_str=PATTERN, mergeable_ranks=ranks,
-                                 special_tokens={END: len(ranks)})
+        return BPETokenizer(tiktoken.Encoding("nanobit", pat_str=PATTERN, mergeable_ranks=ranks,
+                                              special_tokens={END: len(ranks)}))
     try:
-        return tiktoken.get_encoding(spec)
+        return BPETokenizer(tiktoken.get_encoding(spec))
     except ValueError:
         raise UsageError(f"--vocab {spec} is neither a size nor one of tiktoken's encodings: "
                          + " ".join(tiktoken.list_encoding_names())) from None
@@ -672,9 +770,14 @@ class Data:
     spec: object                 # makes the tokenizer, see make_tokenizer
     digest: str                  # sha256 of all documents in order
     name: str
+    text_bytes: dict             # of each split's own text, by the split's name
 
     def __post_init__(self):
         self.tokenizer = make_tokenizer(self.spec)
+        # A tokenizer that changes texts (one with a normalizer, say) does not give back as many
+        # bytes as it was given. Bits per byte are those of the text that was given.
+        decoded = max(1, self.tokenizer.count_bytes(self.val))
+        self.tokenizer.bytes_per_decoded = self.text_bytes["val"] / decoded
 
 def load_data(source=None, vocab="1024", seq_len=128, spec=None, limit=None):
     """Read, split and tokenize text. The tokens are cached by content and settings.
@@ -684,14 +787,9 @@ def load_data(source=None, vocab="1024", seq_len=128, spec=None, limit=None):
     tokenizer, instead. limit: so many files at most. Raises UsageError.
     """
     docs, name = read_documents(source, limit)
-    digest = hashlib.sha256("\0".join(docs).encode()).hexdigest()
-    if len(docs) >= 40:                                # by file: none is in two parts
-        parts = {"train": [d for i, d in enumerate(docs) if i % 20 != 19],
-                 "dev": docs[19::40], "val": docs[39::40]}
-    else:                                              # few files: the end of each is held out
-        cuts = [(d, len(d) * 18 // 20, len(d) * 19 // 20) for d in docs]
-        parts = {"train": [d[:a] for d, a, b in cuts], "dev": [d[a:b] for d, a, b in cuts],
-                 "val": [d[b:] for d, a, b in cuts]}
+    digest = hash_of(docs)
+    parts = split(docs)
+    del docs                                           # of few files, the parts are copies
     sizes = {part: sum(map(len, texts)) for part, texts in parts.items()}
     spec = spec or cached([digest, sizes, vocab, PATTERN],
                           lambda: {"spec": json.dumps(train_spec(parts["train"], vocab))},
@@ -702,11 +800,46 @@ def load_data(source=None, vocab="1024", seq_len=128, spec=None, limit=None):
         if len(ids) < seq_len + 1:
             raise UsageError(f"--data {name} is too short: its {part} part has {len(ids)} tokens, "
                              f"one window needs {seq_len + 1}; give more text or a lower --seq-len")
-    return Data(**arrays, spec=spec, digest=digest, name=name)
+    text_bytes = {part: sum(len(block) for text in texts for block in utf8(text))
+                  for part, texts in parts.items()}
+    return Data(**arrays, spec=spec, digest=digest, name=name, text_bytes=text_bytes)
+
+def split(docs):
+    """Documents -> {"train": documents, "dev": documents, "val": documents}: 18, 1 and 1 of 20."""
+    if len(docs) >= 40:                                # by file: none is in two parts
+        return {"train": [d for i, d in enumerate(docs) if i % 20 != 19],
+                "dev": docs[19::40], "val": docs[39::40]}
+    cuts = [(d, len(d) * 18 // 20, len(d) * 19 // 20) for d in docs]
+    return {"train": [d[:a] for d, a, b in cuts],      # few files: the end of each is held out
+            "dev": [d[a:b] for d, a, b in cuts], "val": [d[b:] for d, a, b in cuts]}
+
+def utf8(text, block=2**20):
+    """Yield the bytes of a text in blocks, so that a large one is not copied whole."""
+    for i in range(0, len(text), block):
+        yield text[i:i + block].encode()
+
+def hash_of(docs):
+    """sha256 of the documents, a zero byte between two."""
+    digest = hashlib.sha256()
+    for i, doc in enumerate(docs):
+        if i:
+            digest.update(b"\0")
+        for block in utf8(doc):
+            digest.update(block)
+    return digest.hexdigest()
+
+@functools.cache
+def temporary_cache():
+    """The cache of this process alone, where the user has no home: for downloads. It says so."""
+    say("note: no home folder, so no downloads and tokens are kept; XDG_CACHE_HOME names a place")
+    return tempfile.TemporaryDirectory(prefix="nanobit-")      # removed when Python ends
 
 def cache_dir():
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    path = pathlib.Path(home, "nanobit")
+    home = os.environ.get("XDG_CACHE_HOME")
+    try:
+        path = pathlib.Path(home or pathlib.Path.home() / ".cache", "nanobit")
+    except RuntimeError:                               # a user id without HOME and without a name
+        path = pathlib.Path(temporary_cache().name)
     with contextlib.suppress(OSError):                 # whoever writes there reports it
         path.mkdir(parents=True, exist_ok=True)
     return path
@@ -718,7 +851,7 @@ def cached(what, make, read):
     try:
         with np.load(cache) as f:
             return read(f)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):    # not there, or damaged
+    except Exception:           # not there yet; or damaged or foreign, which may fail in any way
         arrays = make()
     try:
         temporary = cache.with_suffix(f".{os.getpid()}.npz")
@@ -734,67 +867,112 @@ def train_spec(docs, vocab):
         return vocab
     if int(vocab) < 257:
         raise UsageError(f"--vocab {vocab} is too small: the 256 bytes and {END} need 257")
-    start = time.time()
+    start = time.perf_counter()
     tokens = train_bpe(docs[::1 + sum(map(len, docs)) // 16_000_000], int(vocab))
-    say(f"data: trained a tokenizer of {len(tokens) + 1} tokens in {time.time() - start:.1f} s")
+    say(f"data: trained a tokenizer of {len(tokens) + 1} tokens in "
+        f"{time.perf_counter() - start:.1f} s")
     return [t.decode("latin-1") for t in tokens]
 
 def tokenize(parts, spec):
     """{part: documents} -> {part: ids}; END follows every document."""
     enc = make_tokenizer(spec)
-    ids = {part: [np.zeros(0, np.uint16 if enc.n_vocab <= 2**16 else np.uint32)] for part in parts}
-    chunks = [(part, docs[i:i + 64]) for part, docs in parts.items()
-              for i in range(0, len(docs), 64)]
-    for part, docs in progress(chunks, "data: tokenizing"):
-        for doc in enc.encode_ordinary_batch(list(filter(None, docs)), num_threads=os.cpu_count()):
-            ids[part].append(np.array(doc + [enc.eot_token], ids[part][0].dtype))
+    dtype = np.uint16 if enc.n_vocab <= 2**16 else np.uint32
+    ids = {part: [np.zeros(0, dtype)] for part in parts}
+    pieces = [(part, doc, start, stop) for part, docs in parts.items() for doc in docs
+              for start, stop in enc.spans(doc)]
+    batches = [pieces[i:i + 64] for i in range(0, len(pieces), 64)]
+    for group in progress(batches, "data: tokenizing"):
+        encoded = enc.encode_ordinary_batch([doc[start:stop] for _, doc, start, stop in group])
+        for (part, doc, _, stop), piece in zip(group, encoded):
+            end = [enc.eot_token] if stop == len(doc) else []
+            ids[part].append(np.array(piece + end, dtype))
     return {part: np.concatenate(a) for part, a in ids.items()}
+
+def find_texts(root, out):
+    """Paths of the .txt, .md and .py files below a folder, but not below folders named in `out`."""
+    def fail(error):
+        raise error
+
+    files = []
+    try:
+        for folder, folders, names in os.walk(root, onerror=fail):     # follows no links to folders
+            folders[:] = set(folders) - out
+            paths = [pathlib.Path(folder, name) for name in names]
+            files += [p for p in paths if p.suffix in (".txt", ".md", ".py") and p.is_file()]
+    except OSError as e:
+        raise UsageError(f"--data {e.filename}: {e.strerror}; make it readable, or move it "
+                         "elsewhere") from None
+    return sorted(files)
+
+def not_text(content):
+    """Why the bytes are not UTF-8 text, or None where they are."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as e:
+        return f"not UTF-8 at byte {e.start}"
+    return "binary: it has zero bytes" if b"\0" in content else None
 
 def read_documents(source, limit=None):
     """Texts in the sorted order of their paths, and the source's name."""
+    # Where the text is.
     if source is None:
         root, name = sysconfig.get_path("stdlib"), f"Python {platform.python_version()}'s library"
     else:
         web = source.lower().startswith(("http://", "https://"))
         root, name = download(source) if web else source, source
     root = pathlib.Path(root)
-    if not name or not root.exists():
+    if not name or not os.path.exists(root):           # False also for a name that is too long
         raise UsageError(f"--data {name!r}: no such file or folder")
-    files, other, docs = [root], [], []
     if root.is_dir():
         out = set() if source else {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-        files = sorted(p for p in root.rglob("*") if p.suffix in (".txt", ".md", ".py")
-                       and p.is_file() and not out & set(p.relative_to(root).parts[:-1]))[:limit]
+        files = find_texts(root, out)[:limit]
+    elif root.is_file():
+        files = [root]
+    else:                                              # a pipe can be read once, not by every run
+        raise UsageError(f"--data {name} is neither a file nor a folder; write the text to a file")
+
+    # Read it.
+    docs, problems = [], []
     for path in files:
         try:
-            text = path.read_bytes().decode()
-        except UnicodeDecodeError as e:
-            text = f"\0not UTF-8 at byte {e.start}"
+            content = path.read_bytes()
         except OSError as e:
             raise UsageError(f"--data {path}: {e.strerror}") from None
-        (other if "\0" in text else docs).append(text)
-    if other and not docs:
-        reason = other[0][1:] if other[0].startswith("\0not") else "binary: it has zero bytes"
-        raise UsageError(f"--data {name} is not UTF-8 text ({reason}); convert it first")
-    if other:
-        say(f"data: left out {len(other)} of {len(files)} files, which are not UTF-8 text")
+        problem = not_text(content)
+        if problem:
+            problems.append(problem)
+        else:
+            docs.append(content.decode())
+        del content                                    # before the next one is read
+
+    # Complain about what is no text.
+    if problems and not docs:
+        raise UsageError(f"--data {name} is not UTF-8 text ({problems[0]}); convert it first")
+    if problems:
+        say(f"data: left out {len(problems)} of {len(files)} files, which are not UTF-8 text")
     if not any(docs):
         raise UsageError(f"--data {name} is empty: no text in {len(files)} .txt, .md or .py files")
     return [d for d in docs if d], name
 
 def download(url):
     """Fetch once into the cache, under a temporary name that is renamed when it is complete."""
-    path = cache_dir() / (hashlib.sha256(url.encode()).hexdigest()[:24] + ".txt")
+    path = cache_dir() / (hashlib.sha256(url.encode(errors="surrogateescape")).hexdigest()[:24]
+                          + ".txt")
     if not path.exists():
         say(f"data: downloading {url}")
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             with urllib.request.urlopen(url, timeout=30) as r:
-                temporary.write_bytes(r.read())
-            temporary.replace(path)
+                content = r.read()
+            problem = not_text(content)
+            if not problem:                            # else the next run asks again
+                temporary.write_bytes(content)
+                temporary.replace(path)
         except (OSError, ValueError, http.client.HTTPException) as e:      # also: a full disk
             temporary.unlink(missing_ok=True)
             raise UsageError(f"--data {url}: {getattr(e, 'reason', None) or e}") from None
+        if problem:
+            raise UsageError(f"--data {url} is not UTF-8 text ({problem}); convert it first")
     return path
 
 def batch(tokens, step, batch_size, seq_len, seed, device):
@@ -813,7 +991,7 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
     """Mean loss over non-overlapping windows; every token but the first is scored once.
 
     tokens: ids (n,) -> {"loss": nats per token, "ppl": its exponential} and, with a tokenizer,
-    "bits_per_byte" of the text, the only one of the three to compare across tokenizers.
+    "bits_per_byte" of the text that was tokenized, the only one to compare across tokenizers.
     batch_size: windows at a time, by default 2^13 tokens, for which packed weights unpack once; on
     a GPU, which would wait for the CPU, what takes some 1 GB.
     """
@@ -832,9 +1010,9 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
         total += model(x, y)[1].item() * (b * t)
     loss, model.lean = total / n, lean
     scores = {"loss": loss, "ppl": math.exp(min(loss, 700))}
-    if tokenizer:
-        text = tokenizer.decode_bytes([t for t in tokens[1:].tolist() if t != tokenizer.eot_token])
-        scores["bits_per_byte"] = total / math.log(2) / len(text)
+    if tokenizer:                                      # the first token is context, not scored
+        n_bytes = tokenizer.count_bytes(tokens) - tokenizer.count_bytes(tokens[:1])
+        scores["bits_per_byte"] = total / math.log(2) / max(1, n_bytes)
     return scores
 
 # ---- Checkpoints: tensors and plain values only -----------------------------------------------
@@ -1226,8 +1404,8 @@ def read_hf_text(path):
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
 
-class HFTokenizer:
-    """A folder's tokenizer with those methods of tiktoken.Encoding that are used here."""
+class HFTokenizer(Tokenizer):
+    """A Hugging Face folder's tokenizer."""
 
     def __init__(self, spec, source="the checkpoint's tokenizer"):
         library = need_package("tokenizers")
@@ -1241,6 +1419,7 @@ class HFTokenizer:
         self.inner.encode_special_tokens = True        # "<s>" in a text is three characters
         self.ids, self.n_vocab = self.inner.get_vocab(with_added_tokens=True), spec["n_vocab"]
         self.eot_token, self.start_token = spec["end"], spec["start"]
+        self.skip = self.find_skip()
         self.ends = spec.get("ends", [spec["end"]])    # older checkpoints know one
 
     def ids_of_text(self):
@@ -1248,11 +1427,23 @@ class HFTokenizer:
         added = self.inner.get_added_tokens_decoder()
         return set(self.ids.values()) - {i for i, token in added.items() if token.special}
 
-    def encode_ordinary(self, text):
-        return self.inner.encode(text, add_special_tokens=False).ids
+    def find_skip(self):
+        """How many spaces a cut between two words must leave out so that the tokens of the two
+        pieces are those of the whole: none where a piece is encoded as it is, one where the
+        tokenizer puts a space before each. None: no such cut keeps the tokens."""
+        whole, first, *seconds = self.encode_ordinary_batch(["some words", "some", " words",
+                                                             "words"])
+        for skip, second in enumerate(seconds):
+            if first + second == whole:
+                return skip
 
-    def encode_ordinary_batch(self, texts, num_threads=None):
-        return [e.ids for e in self.inner.encode_batch(texts, add_special_tokens=False)]
+    def spans(self, text):
+        if self.skip is None:                          # then a document takes what memory it takes
+            return [(0, len(text))] if text else []
+        return spans(text, WORDS_CUT, force=False, skip=self.skip)
+
+    def encode_ordinary_batch(self, pieces):
+        return [e.ids for e in self.inner.encode_batch(pieces, add_special_tokens=False)]
 
     def decode(self, ids):
         return self.inner.decode(ids, skip_special_tokens=False)
@@ -1385,35 +1576,38 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
         losses, before = resume(model, optimizer, args, data, path)
     if args.compile:
         model.compile_parts()
-    start = last_line = last_save = time.time()
+    # perf_counter, unlike time.time, has fine steps everywhere and is never set back.
+    start = last_line = last_save = time.perf_counter()
     pending, line_step, saved = [], len(losses), len(losses)   # pending: still on the device
     for done in range(len(losses) + 1, args.steps + 1):
         loss, gnorm = train_step(net, optimizer, data, args, done - 1)
         pending.append(loss + 0 * gnorm)               # NaN if the gradient is not finite
         look = args.eval_every and done % args.eval_every == 0
-        save = look or STOP or done == args.steps or time.time() - last_save > 60
-        save, line = agree(save, save or done == 1 or time.time() - last_line > 10)
+        save = look or STOP or done == args.steps or time.perf_counter() - last_save > 60
+        save, line = agree(save, save or done == 1 or time.perf_counter() - last_line > 10)
         if line:
             losses += check_finite(torch.stack(pending).tolist(), len(losses), saved, path)
-            pending, ms = [], (time.time() - last_line) / (done - line_step) * 1e3
+            ms = (time.perf_counter() - last_line) / (done - line_step) * 1e3
+            pending, ms = [], max(ms, 1e-6)            # a coarse clock may not have moved
             speed, eta = args.batch_size * args.seq_len / ms, (args.steps - done) * ms / 1e3
             say(f"step {done:>4}/{args.steps} | loss {losses[-1]:.4f} | "
                 f"lr {optimizer.param_groups[0]['lr']:.1e} | gnorm {gnorm:.2f} |{status()} "
                 f"{ms:.0f} ms | {speed:.1f}k tok/s | eta {eta:.0f}s")
-            last_line, line_step = time.time(), done
+            last_line, line_step = time.perf_counter(), done
         if look:
             part = data.dev[: 64 * args.seq_len + 1]
             dev = evaluate(model, part, args.seq_len)["loss"]
             say(f"step {done:>4}/{args.steps} | dev loss {dev:.4f} nats/token "
                 f"on {len(part) - 1} tokens")
         if save:
+            seconds = before + time.perf_counter() - start
             save_checkpoint(path, model, settings=settings(args), data=data.digest, losses=losses,
-                            optimizer=optimizer.state_dict(), seconds=before + time.time() - start)
-            saved, last_line, last_save = done, time.time(), time.time()
+                            optimizer=optimizer.state_dict(), seconds=seconds)
+            saved, last_line, last_save = done, time.perf_counter(), time.perf_counter()
         if save and agree(STOP)[0]:
             say(f"interrupted: {path} holds step {done}; go on with the same command and --resume")
             raise SystemExit(130)
-    return {"seconds": before + time.time() - start, "losses": losses,
+    return {"seconds": before + time.perf_counter() - start, "losses": losses,
             "tokens": args.steps * args.batch_size * args.seq_len}
 
 def train_arm(model, data, args, path, status, optimizer):
@@ -1811,6 +2005,11 @@ def eval_checkpoint(argv):
 
 def sample_text(model, tokenizer, prompt, n, seed, temperature=0.8, top_k=50):
     """The prompt and n generated tokens, as text; the same for the same seed."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:                    # bytes that the shell could not decode
+        raise UsageError(f"--prompt {ascii(prompt)} is not UTF-8 text at character {e.start}; "
+                         "give it in UTF-8") from None
     device = next(model.parameters()).device
     start = getattr(tokenizer, "start_token", tokenizer.eot_token)
     ids = torch.tensor([[start] + tokenizer.encode_ordinary(prompt)], device=device)

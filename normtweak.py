@@ -335,10 +335,11 @@ def main():
     args = parse_args()
     student, teacher, data = load_models(args)
     header(f"normtweak | W{args.bits}A{args.a_bits}", args, teacher, data)
-    start = time.time()
+    start = time.perf_counter()
     ids = calibration(teacher, data, args)                                 # (N, T)
+    seconds = time.perf_counter() - start
     say(f"calibration: {args.calib}, {len(ids)} windows of {ids.size(1)} tokens | "
-        f"{time.time() - start:.1f} s | {data.tokenizer.decode(ids[0, :32].tolist())!r} ...")
+        f"{seconds:.1f} s | {data.tokenizer.decode(ids[0, :32].tolist())!r} ...")
     if ids.numel() < teacher.config.n_hidden:
         say(f"warning: {ids.numel()} calibration tokens cannot tell {teacher.config.n_hidden} "
             "inputs of a layer apart; give more with --steps")
@@ -346,11 +347,11 @@ def main():
     arms, rows = {"dense": arm_row(base, 16.0, 0.0)}, [line("dense", base, 16)]
     for host in ("packed",) if student else (args.host,) if args.host else ("rtn", "gptq"):
         for tweak in (False, True):
-            name, begin = host + "-tweak" * tweak, time.time()
+            name, begin = host + "-tweak" * tweak, time.perf_counter()
             memo = {id(p): p for p in (student or teacher).parameters()}   # shared, not copied
             model = copy.deepcopy(student or teacher, memo)
             losses = compress(model, teacher, ids, args, None if student else host, tweak)
-            seconds, (bpw, _) = time.time() - begin, bits_per_weight(model)
+            seconds, (bpw, _) = time.perf_counter() - begin, bits_per_weight(model)
             path = os.path.join(args.out, f"{name}-w{args.bits}.pt")
             save_result(path, model, args, data, name)
             scores = evaluate(model, data.val, args.seq_len, data.tokenizer)

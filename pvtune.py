@@ -505,9 +505,9 @@ def compare(args):
     check_shapes(base, args)
     header(f"pvtune | {args.scheme}", args, base, data)
     name = f"pvtune-{args.scheme}" + (f"-w{args.bits}" if args.scheme == "affine" else "")
-    start, base = time.time(), base.requires_grad_(False)
+    start, base = time.perf_counter(), base.requires_grad_(False)
     fitted = fit(copy.deepcopy(base), data, args).requires_grad_(True)
-    seconds, rows = time.time() - start, {}
+    seconds, rows = time.perf_counter() - start, {}
     bpw = bits_per_weight(Distilled(copy.deepcopy(fitted), base).pack())[0]
     def score(arm, model, bits, optimizer=None, seconds=0.0):
         scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
@@ -518,8 +518,8 @@ def compare(args):
         say(f"{arm} | {show(scores)}")
         return scores
     score("dense", base, 16.0)
-    start, rtn_model = time.time(), nearest_rtn(base, bpw)
-    score("RTN", rtn_model, bits_per_weight(rtn_model)[0], seconds=time.time() - start)
+    start, rtn_model = time.perf_counter(), nearest_rtn(base, bpw)
+    score("RTN", rtn_model, bits_per_weight(rtn_model)[0], seconds=time.perf_counter() - start)
     score("as fitted", fitted, bpw, seconds=seconds)
     for variant in [args.variant] if args.variant else ["p", "ste", "pv"]:
         say(f"--- {NAMES[variant]}")

@@ -386,8 +386,9 @@ def main():
     result = train(model, data, args, f"{path}.state", lambda: trust_status(model, x[:2]))
     scores = evaluate(model.eval(), data.val, args.seq_len, data.tokenizer)
     params = sum(p.numel() for p in model.parameters())
+    linear = sum(m.weight.numel() for _, m in model.linears())
     say(f"trained | {show(scores)} | {len(data.val) - 1} tokens, after "
-        f"{result['tokens'] / params:.2f} training tokens a parameter")
+        f"{result['tokens'] / linear:.2f} training tokens per parameter of the linears")
     report(args, model, data, path, scores, result, base, params)
 
 def report(args, model, data, path, scores, result, base, params):
