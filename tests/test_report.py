@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+import model
+
 ROOT = pathlib.Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("report", ROOT / "assets" / "report.py")
 report = importlib.util.module_from_spec(spec)
@@ -60,8 +62,9 @@ def test_a_file_of_the_users_own_runs_is_enough(tmp_path, monkeypatch, capsys):
     assert out.count("\n|") == 3
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "none.jsonl")])
     with pytest.raises(SystemExit) as stopped:
-        report.main()
-    assert stopped.value.code == 2 and "no such file" in capsys.readouterr().err
+        model.run(report.main)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "No such file" in err and err.count("\n") == 1
 
 def test_the_readmes_tables_of_results_are_what_the_committed_rows_give(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py"])
