@@ -238,9 +238,9 @@ class FullQATLinear(LRQATLinear):
         return F.linear(x, dequantize(q, scale, self.zero_point, group_size).to(x.dtype))
 
 def linear_schedule(step, steps, peak):
-    """Up from 0 over the first tenth of the steps, then down to 0 (the paper's). Fewer than 6 steps
-    have no tenth and begin at the peak: a single step at rate 0 would teach nothing."""
-    warm = round(0.1 * steps)
+    """Up from 0 over the first tenth of the steps, then down to 0 (the paper's). A run of a single
+    step has no way up and takes it at the peak: at rate 0 it would learn nothing."""
+    warm = min(max(1, round(0.1 * steps)), steps - 1)
     return peak * (step / warm if step < warm else (steps - step) / (steps - warm))
 
 def make_optimizer(model, lr):

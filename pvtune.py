@@ -529,8 +529,8 @@ def compare(args):
     packed, _ = load_checkpoint(path, args.device, base.dtype)
     live, scores = scores, evaluate(packed, data.val, args.seq_len, data.tokenizer)
     differ, minus = groups_that_differ(model, packed), scores["loss"] - live["loss"]
-    say(f"packed | {show(scores)} | codes of {differ} groups differ from live, the loss by "
-        f"{abs(minus):.1e} | {bpw:.3f} bits per weight | {path}")
+    say(f"packed | {show(scores)} | {differ} groups have other codes than the live weights | loss "
+        f"differs from live by {abs(minus):.1e} | {bpw:.3f} bits per weight | {path}")
     finish(args, "pvtune", packed, scores, result, w_bits=bits, group_size=args.group_size,
            scheme=args.scheme, variant=variant, rank=args.rank, tau=args.tau, lr=args.lr,
            code_lr=args.code_lr, base_val_loss=rows["dense"]["val_loss"], arms=rows,
