@@ -27,8 +27,8 @@ divides each row of A by its own scale (the official one is off where a layer is
 outputs, where the released code and its flags disagree. On a GPU, A B runs in TF32. Under --compile
 the compiler decides what is kept. Not here: training a checkpoint whose dense form does not fit.
 Printed: learn, parameters that learn. recovered, the share of the loss between RTN and dense
-training of the same length (with --arm, the base) that an arm wins back. flipped, integers that A B
-moved to other codes.
+training of the same length that an arm wins back; with --arm there is no such training to compare
+with, and no share. flipped, integers that A B moved to other codes.
 Shapes: W (O, C) weights, A (O, r), B (r, C), G = C / g groups of inputs, s and z (O, G).
 """
 import copy
@@ -43,9 +43,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import (PRESETS, LLaMA, Parser, RMSNorm, UsageError, add_flags, arm_row,
-                   batch, block_hessians, check_groups, evaluate, finish, header, load_base,
-                   load_checkpoint, number, resolve, run, save_result, say, show, tensor_bytes,
-                   train_arm, train_step, world_size)
+                   batch, block_hessians, check_groups, definite_hessian, evaluate, finish, header,
+                   keep_model, load_base, load_checkpoint, number, resolve, run, save_result, say,
+                   show, tensor_bytes, train_arm, train_step, world_size)
 from quantizers import EPS, QuantLinear, bits_per_weight, dequantize, gptq, rtn, unpack
 
 ALPHA = 32.0                         # the paper: 1, for 10,000 steps
@@ -239,8 +239,9 @@ class FullQATLinear(LRQATLinear):
         return F.linear(x, dequantize(q, scale, self.zero_point, group_size).to(x.dtype))
 
 def linear_schedule(step, steps, peak):
-    """Up from 0 over the first tenth of the steps, then down to 0 (the paper's)."""
-    warm = max(1, round(0.1 * steps))
+    """Up from 0 over the first tenth of the steps, then down to 0 (the paper's). A run of a single
+    step has no way up and takes it at the peak: at rate 0 it would learn nothing."""
+    warm = min(max(1, round(0.1 * steps)), steps - 1)
     return peak * (step / warm if step < warm else (steps - step) / (steps - warm))
 
 def make_optimizer(model, lr):
@@ -281,7 +282,10 @@ def gptq_model(model, data, args):
     """GPTQ block by block, each on what the blocks before it, already quantized, feed it."""
     for block in block_hessians(model, data, args):
         for name, m, h in block:
-            codes = gptq(m.weight, h, args.bits, args.group_size, symmetric=args.bits > 2, mse=True)
+            with definite_hessian(name, 64 * args.seq_len,
+                                  "try another --data, or a longer --seq-len"):
+                codes = gptq(m.weight, h, args.bits, args.group_size, symmetric=args.bits > 2,
+                             mse=True)
             model.set_submodule(name, QuantLinear.affine(*codes, args.bits, args.group_size))
     return model
 
@@ -299,6 +303,7 @@ def compare(args):
     check_shapes(base, args)
     name = f"lrqat-w{args.bits}" + (f"a{args.a_bits}" if args.a_bits < 16 else "")
     name += f"-{args.arm}" if args.arm else ""
+    keep_model(args, os.path.join(args.out, name + ".pt"))
     header(f"{name} | phi {args.phi}, rank {args.rank}", args, base, data)
     ranges = {n: start_range(m.weight, args.bits, args.group_size) for n, m in base.linears()}
     if args.memory_report:
@@ -320,22 +325,33 @@ def compare(args):
         rows[arm] = arm_row(scores, bpw, seconds + result["seconds"], learn=learn)
         say(f"{arm} | {show(scores)}")
     say(f"\n{len(data.val) - 1:>7} val tokens     |   learn | val loss | recovered | seconds")
-    worst, best = (rows[a]["val_loss"] for a in ("RTN", "dense" if args.arm else "dense, longer"))
+    worst, best = rows["RTN"]["val_loss"], rows.get("dense, longer", {}).get("val_loss", math.nan)
     for arm, row in rows.items():                      # recovered: of what RTN lost
-        share = (worst - row["val_loss"]) / (worst - best or math.nan)
-        say(f"{arm:22} | {row['learn']:7d} | {row['val_loss']:8.4f} | {100 * share:8.1f}% | "
+        share = 100 * (worst - row["val_loss"]) / (worst - best or math.nan)
+        recovered = f"{share:8.1f}%" if math.isfinite(share) else "        -"
+        say(f"{arm:22} | {row['learn']:7d} | {row['val_loss']:8.4f} | {recovered} | "
             f"{row['seconds']:7.1f}")
     pack_result(args, model, data, path + ".pt", rows, result)
+
+@torch.no_grad()
+def integers_in_use(layer, dtype):
+    """The signed integers (O, C) that a layer multiplies with, from its answers to unit vectors."""
+    units = torch.eye(layer.rounded().size(1), dtype=dtype, device=layer.scale.device)
+    w_hat = layer(units).t().float()                                               # (O, C)
+    return to_grid(w_hat, layer.scale.clamp(min=EPS), layer.zero_point).round()
 
 def pack_result(args, model, data, path, rows, result):
     """Merge the last arm, pack, save, load; compare integers and loss with its training forward."""
     live = list(rows.values())[-1]["val_loss"]
-    trained = {n: m.merge()[0] for n, m in model.linears()}
+    trained = {n: integers_in_use(m, model.dtype) for n, m in model.linears()}
     model.replace_linears(lambda _, m: QuantLinear.affine(*m.merge(), args.bits, args.group_size))
     save_result(path, model, args, data, "lrqat")
     model, _ = load_checkpoint(path, args.device, model.dtype)
-    differ = sum((unpack(m.packed, args.bits, m.spec["in_features"], m.spec["signed"])
-                  != trained[n]).sum().item() for n, m in model.linears())
+    differ = 0
+    for n, m in model.linears():
+        q = unpack(m.packed, args.bits, m.spec["in_features"], m.spec["signed"])
+        q = q.float() if m.spec["signed"] else q.float() + limits(args.bits)[0]
+        differ += (q != trained[n]).sum().item()
     scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
     bpw, weights = bits_per_weight(model)
     say(f"\nmerged | {show(scores)} | {differ} of {weights} integers differ, loss by "
@@ -343,7 +359,8 @@ def pack_result(args, model, data, path, rows, result):
     finish(args, "lrqat", model, scores, result, w_bits=args.bits, a_bits=args.a_bits,
            kv_bits=args.kv_bits, group_size=args.group_size, arm=args.arm or "lr-qat",
            phi=args.phi, rank=args.rank, init=args.init, lr=args.lr,
-           base_val_loss=rows["dense"]["val_loss"],
+           base_val_loss=rows["dense"]["val_loss"], integers_differ=differ,
+           packed_minus_live=scores["loss"] - live,
            arms={arm: row | {"bpw": row["bpw"] or bpw} for arm, row in rows.items()})
 
 # ---- Memory -----------------------------------------------------------------------------------

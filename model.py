@@ -37,6 +37,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -67,7 +68,24 @@ class UsageError(ValueError):
 
 def say(text):
     if rank() == 0:
-        print(text, flush=True)
+        put(sys.stdout, text + "\n")
+
+def put(stream, text):
+    """Write the text and flush. No run ends because its output cannot be written: what a stream
+    cannot take any more, a closed pipe or a log on a full disk, is dropped from then on."""
+    try:
+        print(text, end="", file=stream, flush=True)
+    except OSError as e:
+        # What is still in the buffer goes to the null device, or Python would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not isinstance(e, BrokenPipeError) and stream is not sys.stderr:
+            put(sys.stderr, f"note: the output cannot be written ({e.strerror}); the run goes on\n")
+
+def show_every_letter():
+    """What a terminal or a log cannot show becomes an escape such as \\u03a9, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):             # None where there is no terminal
+            stream.reconfigure(errors="backslashreplace")
 
 def progress(items, label):
     """Yield the items; every 10 s say how far it is and how long it will take."""
@@ -1039,6 +1057,8 @@ def check_numbers(x, name="the result"):
         raise UsageError(f"{name} is not finite ({x}); no row of results was written; the weights "
                          "are too large for the model's arithmetic, or the rate was too high")
 
+SAVED = []  # the checkpoints that this process wrote, for the message after Ctrl-C
+
 def save_checkpoint(path, model, **content):
     """Write {format, config, linears, model, **content} to a temporary name, then rename it. Raises
     UsageError, and leaves an older file as it is, where a weight is not finite or there is no
@@ -1058,6 +1078,7 @@ def save_checkpoint(path, model, **content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        SAVED.append(path)
     except (OSError, RuntimeError) as e:               # torch turns a short write into the latter
         e = e if isinstance(e, OSError) else e.__context__ or e
         raise UsageError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; "
@@ -1651,14 +1672,17 @@ def resume(model, optimizer, args, data, path):
     content = read_checkpoint(path)
     if "optimizer" not in content:
         raise UsageError(f"{path} holds no training state to resume")
+    if content["data"] != data.digest:                 # the text itself, wherever it lies now
+        raise UsageError(f"--data {data.name} is not the text that {path} was trained on")
+    free = {"eval_every", "compile", "fsdp", "data"}
+    if os.path.isdir(args.model or ""):
+        free.add("size")                               # here it is the folder's name
     old, new = content["settings"], settings(args)
     for name in old | new:                             # another method's settings have other names
-        if new.get(name) != old.get(name) and name not in ("eval_every", "compile", "fsdp"):
+        if name not in free and not same_setting(name, old.get(name), new.get(name)):
             raise UsageError(f"--{name.replace('_', '-')} is {new.get(name)} here and "
                              f"{old.get(name)} in {path}; give the same settings, or leave "
                              "--resume out")
-    if content["data"] != data.digest:
-        raise UsageError(f"--data {data.name} is not the text that {path} was trained on")
     load_weights(model, content["model"], path)
     learn = [p for group in optimizer.param_groups for p in group["params"]]
     for i, state in content["optimizer"]["state"].items():
@@ -1667,6 +1691,12 @@ def resume(model, optimizer, args, data, path):
     optimizer.load_state_dict(content["optimizer"])
     say(f"resumed {path} at step {len(content['losses'])}/{args.steps}")
     return content["losses"], content["seconds"]
+
+def same_setting(name, a, b):
+    """Are the values equal? Two paths are where they lead to one file, however they are spelled."""
+    if name in ("model", "teacher") and a and b:
+        return os.path.realpath(a) == os.path.realpath(b)
+    return a == b
 
 # ---- Command line, shared by all scripts ------------------------------------------------------
 
@@ -1758,10 +1788,22 @@ def resolve(args):
     folder = pathlib.Path(args.out).absolute()
     while not folder.exists():                         # made later, by the first checkpoint
         folder = folder.parent
-    if not args.out or not folder.is_dir() or not os.access(folder, os.W_OK):
+    if not args.out or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"--out {args.out or repr('')}: {folder} is not a writable folder")
+    if args.compile:
+        try_compiling(args.device)
     join_ranks(args)
     return args
+
+def try_compiling(device):
+    """Compile one addition, so that what --compile lacks is known before the run starts: a C++
+    compiler on a CPU, a C compiler or Triton on a GPU, a cache that can be written. UsageError."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except (RuntimeError, OSError) as e:               # torch's own compiling errors are the former
+        reason = next(filter(None, map(str.strip, str(e).splitlines())), type(e).__name__)
+        raise UsageError(f"--compile does not work here: {reason[:200]}; install a C++ compiler "
+                         "such as g++, or leave --compile out") from None
 
 def settings(args):
     """What a checkpoint keeps of the command line: plain values."""
@@ -1834,6 +1876,24 @@ def new_model(args, data):
                          f"{' --tied' * args.tied}; give the flags that made it")
     return model.train()
 
+def keep_model(args, *paths):
+    """Raise UsageError where the run would write one of the paths over the --model that it reads.
+    With --resume the weights come from the training state, not from there."""
+    for path in paths:
+        same = args.model and os.path.realpath(path) == os.path.realpath(args.model)
+        if same and not args.resume:
+            raise UsageError(f"--model {args.model} is the file that this run writes; give another "
+                             "--out")
+
+@contextlib.contextmanager
+def definite_hessian(name, tokens, fix):
+    """GPTQ inside: a Hessian that is not positive definite becomes a UsageError with the fix."""
+    try:
+        yield
+    except torch.linalg.LinAlgError:
+        raise UsageError(f"{name}: the Hessian of {tokens} calibration tokens is not positive "
+                         f"definite; {fix}") from None
+
 def check_groups(model, g):
     """Raise UsageError for a --group-size that does not divide a linear's inputs; -1: a row."""
     for name, linear in model.linears():
@@ -1886,8 +1946,13 @@ def tensor_bytes(tensors):
                 for t in tensors}.values())
 
 def finish(args, method, model, scores, result, **more):
-    """Print the run's row of results as one line of JSON and append it to results.jsonl. Raises
-    UsageError where a number of it is not finite."""
+    """`record` the run's row, then print it: the last line of a run."""
+    say(record(args, method, model, scores, result, **more))
+
+def record(args, method, model, scores, result, **more):
+    """Append the run's row of results to results.jsonl -> the row, one line of JSON. What a script
+    prints about a result comes after this: then a failing print loses nothing. Raises UsageError where a number of
+    it is not finite."""
     check_numbers({"val_loss": scores["loss"], **more})
     bpw, weights = bits_per_weight(model)              # of the packed linears, if there are any
     params = sum(p.numel() for p in model.parameters()) + weights
@@ -1898,17 +1963,54 @@ def finish(args, method, model, scores, result, **more):
            "bytes_dense": 2 * params, "bytes_packed": packed, "params": params,
            "tokens": result["tokens"], "seconds": result["seconds"], "device": args.device,
            "peak_bytes": peak_bytes(),
-           "seed": args.seed, **more, "command": " ".join(["python", *sys.argv])}
-    if rank():
-        return
+           "seed": args.seed, **more, "command": command_line()}
     line = json.dumps(rounded(row))
     path = os.path.join(args.out, "results.jsonl")
+    if rank() == 0:
+        try:
+            os.makedirs(args.out, exist_ok=True)       # it may be new, or gone since the start
+            append_line(path, line)
+        except OSError as e:
+            raise UsageError(f"cannot write {path}: {e.strerror}; the row: {line}") from None
+    return line
+
+def append_line(path, line):
+    """Add a line to a file. A last line without an end, which a killed run left, gets it first."""
+    torn = os.path.isfile(path) and pathlib.Path(path).read_bytes()[-1:] not in (b"", b"\n")
+    with open(path, "a") as f:
+        f.write("\n" * torn + line + "\n")
+
+def read_rows(path):
+    """The rows of a results.jsonl. A line that holds none, such as one that a run was killed in, is
+    left out by its number on stderr. Raises UsageError where there are only such lines."""
+    rows, torn = [], []
     try:
-        with open(path, "a") as f:
-            f.write(line + "\n")
+        lines = pathlib.Path(path).read_bytes().splitlines()
     except OSError as e:
-        raise UsageError(f"cannot write {path}: {e.strerror}; the row: {line}") from None
-    say(line)
+        raise UsageError(f"{path}: {e.strerror}; give a results.jsonl") from None
+    for i, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line.strip() or "null")
+        except ValueError:
+            row = "torn"
+        if isinstance(row, dict):
+            rows.append(row)
+        elif row is not None:
+            torn.append(str(i))
+    if torn and not rows:
+        raise UsageError(f"{path} holds no result rows")
+    if torn:
+        put(sys.stderr, f"note: left out of {path}: line {', '.join(torn)}, not a row\n")
+    return rows
+
+def command_line():
+    """The command that runs, as a shell reads it."""
+    start, local = ["python"], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world_size() > local:
+        start = ["torchrun", f"--nnodes={world_size() // local}", f"--nproc_per_node={local}"]
+    elif world_size() > 1:
+        start = ["torchrun", "--standalone", f"--nproc_per_node={local}"]
+    return shlex.join([*start, *sys.argv])
 
 def peak_bytes():
     """The most bytes on the GPU since the last call; None where there is none."""
@@ -1934,6 +2036,8 @@ def show(scores):
 
 def run(main):
     """Call main(); what the user can mend becomes one line on stderr and exit status 2."""
+    show_every_letter()
+    SAVED.clear()
     try:
         main()
         if dist.is_initialized():
@@ -1941,8 +2045,14 @@ def run(main):
     except UsageError as e:
         complain(f"error: {e}")
     except KeyboardInterrupt:
-        complain("interrupted")
+        complain(interrupted())
         raise SystemExit(130) from None
+    except BrokenPipeError:                            # `| head` has read enough
+        return
+    except OSError as e:                               # a file, a disk or the network, by its name
+        if e.errno is None:
+            raise
+        complain(f"error: {e}")
     except (MemoryError, RuntimeError) as e:
         if not (isinstance(e, (MemoryError, torch.OutOfMemoryError))
                 or "out of memory" in str(e) or "allocate memory" in str(e)):
@@ -1950,6 +2060,8 @@ def run(main):
         complain(f"error: {out_of_memory()}")
     else:
         return
+    finally:
+        put(sys.stdout, "")                            # argparse's --help waits in the buffer
     raise SystemExit(2)
 
 def complain(text):
@@ -1957,7 +2069,15 @@ def complain(text):
     others, unless one has a trouble of its own."""
     if rank():
         time.sleep(5)
-    print(text, file=sys.stderr)
+    put(sys.stderr, text + "\n")
+
+def interrupted():
+    """What Ctrl-C leaves, outside of the training loop, which says it itself."""
+    if not SAVED:
+        return "interrupted"
+    state = SAVED[-1].endswith(".state")
+    return f"interrupted: {SAVED[-1]} is saved" + (
+        "; go on with the same command and --resume" if state else "")
 
 def out_of_memory():
     """What was used at the peak, by how large a batch, and the flag to change."""
@@ -1982,8 +2102,9 @@ def pretrain(argv):
     args = resolve(p.parse_args(argv))
     data = load_training_data(args)
     model = new_model(args, data)
-    header("dense", args, model, data)
     path = os.path.join(args.out, "base.pt")
+    keep_model(args, path)
+    header("dense", args, model, data)
     result = train(model, data, args, path + ".state")
     save_result(path, model, args, data, "dense")
     scores = evaluate(model.eval(), data.val, args.seq_len, data.tokenizer)

@@ -36,8 +36,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import (Chooser, Parser, UsageError, add_flags, arm_row, batch, check_groups, decode,
-                   evaluate, finish, header, kl_loss, load_base, load_checkpoint, number, progress,
-                   resolve, run, save_result, say)
+                   definite_hessian, evaluate, finish, header, keep_model, kl_loss, load_base,
+                   load_checkpoint, number, progress, resolve, run, save_result, say)
 from quantizers import (QuantLinear, bits_per_weight, dequantize, fake_quant_tokens, full_float32,
                         gptq, output_error, rtn)
 
@@ -76,6 +76,9 @@ def parse_args(argv=None):
     args.steps = args.steps or (4 if args.smoke else 64)
     if args.smooth is not None and args.a_bits == 16:
         raise UsageError(f"--smooth {args.smooth} is for quantized activations; add --a-bits 8")
+    if args.bits == 1 and args.symmetric:              # codes -1 and 0, in steps of 2 max|w|
+        raise UsageError("--bits 1 --symmetric rounds every weight to 0; leave --symmetric out, or "
+                         "use --bits 2")
     if args.teacher and not args.model:
         raise UsageError(f"--teacher {args.teacher} needs the packed checkpoint as --model")
     args.smooth = 0.5 if args.smooth is None else args.smooth
@@ -223,13 +226,10 @@ def quantize_block(block, windows, tables, args, host, label):
             codes = rtn(w, **how)
             if host == "gptq":
                 lost = output_error(w, dequantize(*codes, args.group_size), h)
-                try:
+                tokens = sum(x[..., 0].numel() for x in windows)
+                with definite_hessian(f"{label}{name}", tokens,
+                                      "give more with --steps, or another --calib"):
                     codes = gptq(w, h, act_order=True, **how)
-                except torch.linalg.LinAlgError:
-                    raise UsageError(
-                        f"{label}{name}: the Hessian of {sum(x[..., 0].numel() for x in windows)} "
-                        "calibration tokens is not positive definite; give more with --steps, or "
-                        "another --calib") from None
                 left = output_error(w, dequantize(*codes, args.group_size), h)
                 report.append(f"{name.split('.')[1]} {100 * lost:.1f} -> {100 * left:.1f}")
             block.set_submodule(name, FrozenLinear(
@@ -334,6 +334,9 @@ def load_models(args):
 def main():
     args = parse_args()
     student, teacher, data = load_models(args)
+    hosts = ("packed",) if student else (args.host,) if args.host else ("rtn", "gptq")
+    names = [host + "-tweak" * tweak for host in hosts for tweak in (False, True)]
+    keep_model(args, *[os.path.join(args.out, f"{name}-w{args.bits}.pt") for name in names])
     header(f"normtweak | W{args.bits}A{args.a_bits}", args, teacher, data)
     start = time.perf_counter()
     ids = calibration(teacher, data, args)                                 # (N, T)
@@ -345,7 +348,7 @@ def main():
             "inputs of a layer apart; give more with --steps")
     base = evaluate(teacher, data.val, args.seq_len, data.tokenizer)
     arms, rows = {"dense": arm_row(base, 16.0, 0.0)}, [line("dense", base, 16)]
-    for host in ("packed",) if student else (args.host,) if args.host else ("rtn", "gptq"):
+    for host in hosts:
         for tweak in (False, True):
             name, begin = host + "-tweak" * tweak, time.perf_counter()
             memo = {id(p): p for p in (student or teacher).parameters()}   # shared, not copied

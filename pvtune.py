@@ -40,11 +40,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (Parser, UsageError, add_flags, arm_row, block_hessians, check_groups, evaluate,
-                   finish, from_rank_0, header, kl_loss, load_base, load_checkpoint, number,
-                   resolve, run, save_result, say, show, train_arm, world_size)
-from quantizers import (EPS, QuantLinear, affine_codes, bits_per_weight, dequantize, full_float32, gptq,
-                        output_error, rtn, vq_dequantize, vq_fit, vq_search, vq_sum)
+from model import (Parser, UsageError, add_flags, arm_row, block_hessians, check_groups,
+                   definite_hessian, evaluate, finish, from_rank_0, header, keep_model, kl_loss,
+                   load_base, load_checkpoint, number, resolve, run, save_result, say, show,
+                   train_arm, world_size)
+from quantizers import (EPS, QuantLinear, affine_codes, bits_per_weight, dequantize, full_float32,
+                        gptq, output_error, rtn, unpack, vq_dequantize, vq_fit, vq_search, vq_sum)
 
 # The V half: delta, the share of R's memory that is lost in a step; the share of the groups that
 # may change (None: --tau); the temperature of stochastic rounding. p has none.
@@ -467,7 +468,9 @@ def fit(model, data, args):
         lost = []
         for name, m, h in block:
             if args.scheme == "affine":
-                parts = gptq(m.weight, h, args.bits, args.group_size, mse=True)
+                with definite_hessian(name, 64 * args.seq_len,
+                                      "try another --data, or a longer --seq-len"):
+                    parts = gptq(m.weight, h, args.bits, args.group_size, mse=True)
                 form = Grid(*(x[None] for x in parts), args.bits)
             else:
                 with torch.enable_grad():
@@ -503,8 +506,9 @@ def compare(args):
     """Fit, tune and evaluate the arms on the same tokens; print the table; pack the last arm."""
     base, data = load_base(args)
     check_shapes(base, args)
-    header(f"pvtune | {args.scheme}", args, base, data)
     name = f"pvtune-{args.scheme}" + (f"-w{args.bits}" if args.scheme == "affine" else "")
+    keep_model(args, os.path.join(args.out, name + ".pt"))
+    header(f"pvtune | {args.scheme}", args, base, data)
     start, base = time.perf_counter(), base.requires_grad_(False)
     fitted = fit(copy.deepcopy(base), data, args).requires_grad_(True)
     seconds, rows = time.perf_counter() - start, {}
@@ -535,11 +539,36 @@ def compare(args):
     save_result(path, packed, args, data, "pvtune")
     packed, _ = load_checkpoint(path, args.device, base.dtype)
     live, scores = scores, evaluate(packed, data.val, args.seq_len, data.tokenizer)
-    say(f"packed | {show(scores)} | differs from live by {abs(scores['loss'] - live['loss']):.1e} "
-        f"| {bpw:.3f} bits per weight | {path}")
+    differ, minus = groups_that_differ(model, packed), scores["loss"] - live["loss"]
+    say(f"packed | {show(scores)} | {differ} groups have other codes than the live weights | loss "
+        f"differs from live by {abs(minus):.1e} | {bpw:.3f} bits per weight | {path}")
     finish(args, "pvtune", packed, scores, result, w_bits=bits, group_size=args.group_size,
            scheme=args.scheme, variant=variant, rank=args.rank, tau=args.tau, lr=args.lr,
-           code_lr=args.code_lr, base_val_loss=rows["dense"]["val_loss"], arms=rows)
+           code_lr=args.code_lr, base_val_loss=rows["dense"]["val_loss"], arms=rows,
+           integers_differ=differ, packed_minus_live=minus)
+
+@torch.no_grad()
+def groups_that_differ(model, packed):
+    """How many groups of the dense weights that the live student multiplies with are not what the
+    file's codes stand for. Codebooks and scales are the live ones: those of the file are float16.
+    """
+    stored, count = dict(packed.linears()), 0
+    names = {layer: name for name, layer in model.student.linears()}
+    for form, layers in zip(model.forms, model.layers):
+        L, n, M = form.codes.shape
+        own, codes = form.codes, []
+        for layer in layers:
+            m = stored[names[layer]]
+            codes.append(unpack(m.packed, m.spec["bits"], M * n // len(m.packed)))
+
+        # What the live form gives with these codes in the place of its own.
+        form.codes = torch.stack(codes).view(L, n, M).to(own)
+        w_hat, form.codes = form.dequantize(), own                                 # (L, O, C)
+
+        live = torch.stack([layer.weight for layer in layers])
+        wrong = (w_hat - live).abs() > 1e-4 * live.abs().amax((1, 2), keepdim=True)
+        count += wrong.view(L, n, form.group).any(2).sum().item()
+    return count
 
 def print_table(rows, tokens):
     dense, fitted = rows["dense"]["val_loss"], rows["as fitted"]["val_loss"]

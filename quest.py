@@ -24,16 +24,15 @@ slower than dense training; the gradients' products are of bfloat16.
 
 Shapes: x (..., C) inputs, w (O, C) weights, y (..., O); h rotated rows, q integer codes.
 """
-import json
 import math
 import os
 
 import torch
 import torch.nn as nn
 
-from model import (Parser, UsageError, add_flags, batch, evaluate, finish, header, load_checkpoint,
-                   load_training_data, new_model, progress, resolve, run, sample_text, save_result,
-                   say, show, tensor_bytes, train, whole)
+from model import (Parser, UsageError, add_flags, batch, evaluate, header, keep_model,
+                   load_checkpoint, load_training_data, new_model, progress, read_rows, record,
+                   resolve, run, sample_text, save_result, say, show, tensor_bytes, train, whole)
 from quantizers import (TRITON, QuantLinear, bits_per_weight, clip_limit, code_linear,
                         code_offset, hadamard_signs, keep_two_of_four, num_levels, quest_codes,
                         rotate, trust_limit)
@@ -91,9 +90,22 @@ def parse_args(argv=None):
                          "of the two out")
     return resolve(args)
 
+def check_shapes(model, args):
+    """Raise UsageError where --grid sparse cannot cut a linear's inputs into four pairs."""
+    for name, linear in model.linears() if args.grid == "sparse" else ():
+        C = linear.in_features
+        if C % 8:
+            raise UsageError(f"--grid sparse keeps 2 of 4 pairs of inputs, and 8 does not divide "
+                             f"the {C} of {name}; leave --grid out")
+
 # ---- The method -------------------------------------------------------------------------------
 
 TRUST = None  # a list while `trust_status` collects masks
+LEVELS = None  # a list while `levels_in_use` collects what the weights' products are made of
+
+def note_levels(levels):
+    if LEVELS is not None:
+        LEVELS.append(levels.to("cpu", torch.bfloat16))                    # up to 8 bits: exact
 
 def quantize_operand(v, bits, grid, quantizer):
     """One operand's rows v (..., C) -> levels, scale (..., 1), saved; levels * scale ~ rotated v.
@@ -136,6 +148,7 @@ class QuestFunction(torch.autograd.Function):
         saved, ys = [x_q, x_trusted, x_scale], []
         for w in weights:
             w_levels, w_scale, w_saved = quantize_operand(w, bits, grid, quantizer)
+            note_levels(w_levels)
             ys.append(code_linear(x_levels, x_scale, w_levels, w_scale, x.dtype))
             saved += [*w_saved, w_scale]
             if TRUST is not None:
@@ -176,6 +189,7 @@ class FusedQuest(torch.autograd.Function):
         ys, saved = [], [x_hat, x_trusted]
         for weight in weights:
             *w, w_hat, w_trusted = kernels.hadamard_quantize(weight, bits, x.dtype)
+            note_levels(w[0] + 0.5 if bits == 8 else w[0] / 2)             # its codes are doubled
             ys.append(kernels.quest_matmul(a, w, a_bits, bits, x.dtype))           # (B, O)
             saved += [w_hat, w_trusted]
         ctx.save_for_backward(*saved)
@@ -233,6 +247,7 @@ class LsqLinear(QuestLinear):
     def forward(self, x):
         bits, a_bits, _, _ = self.how
         w, w_step = lsq_levels(self.weight, self.w_step, bits)
+        note_levels((w - 0.5).round() + 0.5)           # straight through: off by a last digit
         h, a_step = (x, None) if a_bits == 16 else lsq_levels(x.float(), self.a_step, a_bits)
         return code_linear(h, a_step, w, w_step, x.dtype)
 
@@ -281,6 +296,16 @@ def trust_status(model, x):
     TRUST = None
     return text and text + " |"
 
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def levels_in_use(model, x):
+    """The levels (O, C) that the linears, in order, multiply with in a forward pass over ids x."""
+    global LEVELS
+    LEVELS = []
+    model(x)
+    found, LEVELS = LEVELS, None
+    return found
+
 # ---- The scaling law (section 4.2): L = A / (N eff(P))^alpha + B / D^beta + E ------------------
 # N parameters of the linears, D training tokens, P bits; eff(16) = 1. The law that the paper
 # finds: fewer bits act like fewer parameters.
@@ -320,13 +345,8 @@ def fit_law(N, D, P, L, starts=None):
 def report_fit(args):
     """Fit the law to the dense and QuEST rows of a file, with bootstrap intervals; print it."""
     path = args.fit or os.path.join(args.out, "results.jsonl")
-    try:
-        with open(path) as f:
-            rows = [json.loads(line) for line in f if line.strip()]
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or "not result rows"
-        raise UsageError(f"--fit {path}: {reason}") from None
-    rows = [r for r in rows if r["method"] in ("quest", "dense") and r.get("linear_params")
+    rows = [r for r in read_rows(path)
+            if r.get("method") in ("quest", "dense") and r.get("linear_params")
             and r["w_bits"] == r["a_bits"] and r.get("grid", "uniform") == "uniform"]
     bits = sorted({r["w_bits"] for r in rows}, reverse=True)
     sizes, tokens = ({r[k] for r in rows} for k in ("linear_params", "tokens"))
@@ -369,17 +389,19 @@ def main():
     args = parse_args()
     if args.fit is not None:
         return report_fit(args)
+    name = f"{args.quantizer}-w{args.bits:g}a{args.a_bits:g}"
+    name += "" if args.grid == "uniform" else f"-{args.grid}"
+    path = os.path.join(args.out, f"{name}.pt")
     data = load_training_data(args)
     model = new_model(args, data)
+    keep_model(args, path)
+    check_shapes(model, args)
     base = evaluate(model, data.val, args.seq_len)["loss"] if args.model else None
     if args.bits < 16:
         kind = LsqLinear if args.quantizer == "lsq" else QuestLinear
         model.replace_linears(lambda name, linear: kind(linear.weight, args.bits, args.a_bits,
                                                         args.grid, args.quantizer))
-    name = f"{args.quantizer}-w{args.bits:g}a{args.a_bits:g}"
-    name += "" if args.grid == "uniform" else f"-{args.grid}"
     header(f"{name} | W{args.bits:g}A{args.a_bits:g}", args, model, data)
-    path = os.path.join(args.out, f"{name}.pt")
     x, _ = batch(data.train, 0, min(args.batch_size, 8), args.seq_len, args.seed, args.device)
     if args.quantizer == "lsq":
         lsq_calibrate(model, x)
@@ -389,18 +411,31 @@ def main():
     linear = sum(m.weight.numel() for _, m in model.linears())
     say(f"trained | {show(scores)} | {len(data.val) - 1} tokens, after "
         f"{result['tokens'] / linear:.2f} training tokens per parameter of the linears")
-    report(args, model, data, path, scores, result, base, params)
+    live = levels_in_use(model, x[:1])
+    report(args, model, data, path, scores, live, result, base, params)
 
-def report(args, model, data, path, scores, result, base, params):
-    """Pack, save, load again, evaluate and sample what was loaded; print the result row."""
+def report(args, model, data, path, scores, live, result, base, params):
+    """Pack, save, load again, evaluate and sample what was loaded; print the result row. scores
+    and live: of the model as it was trained, its losses and the levels that it multiplies with."""
     linear = sum(m.weight.numel() for _, m in model.linears())
     if args.bits < 16:
         model.replace_linears(lambda name, linear: linear.packed())
     save_result(path, model, args, data, args.quantizer if args.bits < 16 else "dense")
     model, _ = load_checkpoint(path, args.device, model.dtype)
     reloaded = evaluate(model, data.val, args.seq_len, data.tokenizer)
-    say(f"packed  | {show(reloaded)} | differs by {abs(reloaded['loss'] - scores['loss']):.1e}")
     bpw, weights = bits_per_weight(model)
+    differ = None
+    if weights:
+        stored = [m.levels(torch.bfloat16).cpu() for _, m in model.linears()]
+        differ = sum((a != b).sum().item() for a, b in zip(stored, live, strict=True))
+
+    # The row comes before all that is printed about it: nothing after this can lose the result.
+    row = record(args, args.quantizer if weights else "dense", model, reloaded, result,
+                 w_bits=args.bits, a_bits=args.a_bits, grid=args.grid, size=args.size, lr=args.lr,
+                 linear_params=linear, base_val_loss=base, curve=curve(result["losses"]),
+                 integers_differ=differ, packed_minus_live=reloaded["loss"] - scores["loss"])
+    say(f"packed  | {show(reloaded)} | " + f"{differ} of {weights} integers differ, "
+        * bool(weights) + f"loss differs by {abs(reloaded['loss'] - scores['loss']):.1e}")
     if weights:
         size = tensor_bytes(model.state_dict().values())
         say(f"size | linears {2 * weights} bytes in bfloat16 -> {round(bpw * weights / 8)} packed "
@@ -409,9 +444,7 @@ def report(args, model, data, path, scores, result, base, params):
     prompt = "def "
     text = sample_text(model, data.tokenizer, prompt, 200, args.seed)
     say(f"--- 200 tokens after {prompt!r}, from the saved file ---\n{text}\n---")
-    finish(args, args.quantizer if weights else "dense", model, reloaded, result,
-           w_bits=args.bits, a_bits=args.a_bits, grid=args.grid, size=args.size, lr=args.lr,
-           linear_params=linear, base_val_loss=base, curve=curve(result["losses"]))
+    say(row)
 
 def curve(losses, points=40):
     """The training loss over the run: means of equal parts of the steps."""

@@ -14,18 +14,15 @@ arms on one base hold them under "arms": with the runs from scratch of the same 
 one table of methods. The figures need matplotlib.
 """
 import collections
-import json
 import pathlib
 import statistics
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from model import read_rows, run                       # as the scripts write and end
 COLORS = {"quest": "#0b6e4f", "trust": "#3a86c8", "clip": "#8d6cab", "lsq": "#d1495b",
           "ste": "#e69f00"}
-
-def read_rows(paths):
-    lines = (line for path in paths for line in pathlib.Path(path).read_text().splitlines())
-    return [json.loads(line) for line in lines if line.strip()]
 
 def setting(row):
     """What identifies a run apart from its seed."""
@@ -323,12 +320,10 @@ def draw_memory(rows, path):
     save(fig, path)
 
 def main():
-    paths = sys.argv[1:] or [HERE / "results.jsonl"]
-    missing = [p for p in paths if not pathlib.Path(p).exists()]
-    if missing:
-        print(f"error: no such file: {missing[0]}; give a results.jsonl", file=sys.stderr)
-        raise SystemExit(2)
-    rows = read_rows(paths)
+    rows = []
+    for path in sys.argv[1:] or [HERE / "results.jsonl"]:
+        rows += read_rows(path)
+    rows = [r for r in rows if r.get("val_loss") is not None]      # else bytes and speed alone
     bases = {r["params"] for r in rows if "arms" in r}
     table = summarize([r for r in rows if r["params"] not in bases])
     if table:
@@ -337,15 +332,14 @@ def main():
         print_methods(methods([r for r in rows if r["params"] == params]))
     if sys.argv[1:]:
         return
-    law, kernels, pv, lr = (read_rows([HERE / f"{name}.jsonl"])
+    law, kernels, pv, lr = (read_rows(HERE / f"{name}.jsonl")
                             for name in ("law", "kernels", "pvtune", "lrqat"))
     print_law(law)
-    print_tweaks(read_rows([HERE / "normtweak.jsonl"]))
+    print_tweaks(read_rows(HERE / "normtweak.jsonl"))
     print_lrqat(lr)
     print_pv(pv)
     big = [r for r in rows if r["params"] in bases]
     try:
-        sys.path.insert(0, str(HERE.parent))
         from kernels import plot                       # as `kernels.py --plot` draws it
         draw_methods(methods(big), HERE / "methods.png")
         draw_curves([r for r in big if "arms" not in r], HERE / "curves.png")
@@ -356,4 +350,4 @@ def main():
         print(f"{e.name} is not installed (pip install -e '.[plot]'): not all figures drawn")
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,8 +5,12 @@ Single faults of a checkpoint file (flipped bits, code in a pickle, a full disk)
 test_model.py, mistakes on the command line in test_cli.py. Killed runs are real processes.
 """
 import errno
+import importlib
+import io
+import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -23,6 +27,7 @@ import model
 import normtweak
 import quest
 from conftest import TEXT, call, check_refused, random_base
+from quantizers import QuantLinear
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = {"model.py": model, "quest.py": quest, "normtweak.py": normtweak, "lrqat.py": lrqat}
@@ -276,3 +281,245 @@ def test_any_other_error_keeps_its_traceback():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="mat1"):
         model.run(fail)
+
+@pytest.mark.parametrize("errno_, one_line", [(errno.ENOSPC, True), (None, False)])
+def test_an_error_of_the_system_is_one_line_but_no_other_is(capsys, errno_, one_line):
+    def fail():
+        raise OSError(errno_, "No space left on device", "a/file") if errno_ else OSError("a bug")
+    with pytest.raises(SystemExit if one_line else OSError) as raised:
+        model.run(fail)
+    if one_line:
+        check_refused((raised.value.code, *capsys.readouterr()), "No space left", "a/file")
+
+# ---- Output that cannot be written, and what of a result is kept then --------------------------
+
+SHORT = f"{TRAIN} --steps 2 --eval-every 0"
+
+def run_into(monkeypatch, stream, command):
+    """Run a command line in this process with this stdout; it may end in no exception."""
+    with monkeypatch.context() as m:
+        m.setattr(sys, "argv", shlex.split(command))
+        m.setattr(sys, "stdout", stream)
+        model.run(SCRIPTS[sys.argv[0]].main)
+
+def rows(path="out/results.jsonl"):
+    return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_letters_that_stdout_cannot_hold_become_escapes(monkeypatch, encoding):
+    """A text of such letters, so that the sample has some, in a file with an undecodable name."""
+    name, raw = os.fsdecode(b"caf\xe9.txt"), io.BytesIO()
+    pathlib.Path(name).write_text("\u03a9\u65e5 \U0001f600 x = 1\n" * 800, encoding="utf-8")
+    stream = io.TextIOWrapper(raw, encoding=encoding, errors="strict")
+    run_into(monkeypatch, stream, f"quest.py {SHORT} --data {name}")
+    printed = raw.getvalue().decode(encoding)
+    assert "caf\\udce9.txt" in printed and "\\u" in printed.split("--- 200 tokens")[1]
+    assert rows() == [json.loads(printed.splitlines()[-1])]
+
+def closed_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w")
+
+def test_a_reader_that_goes_away_ends_no_run_and_loses_no_row(capsys, monkeypatch):
+    with closed_pipe() as stream:
+        run_into(monkeypatch, stream, f"quest.py {SHORT}")
+    assert len(rows()) == 1 and os.path.exists("out/quest-w4a4.pt")
+    assert capsys.readouterr().err == ""
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+def test_a_log_on_a_full_disk_ends_no_run_and_is_named_once(capsys, monkeypatch):
+    with open("/dev/full", "w") as stream:
+        run_into(monkeypatch, stream, f"model.py {SHORT}")
+    err = capsys.readouterr().err
+    assert len(rows()) == 1 and err.count("\n") == 1 and "No space left on device" in err
+
+def test_python_itself_says_nothing_about_a_closed_pipe():
+    """What waits in the buffer at the end, as --help does, is written by Python's shutdown."""
+    read, write = os.pipe()
+    os.close(read)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import model\n"
+    code += "model.run(lambda: print('x' * 100000) or print('y'))"
+    child = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (child.returncode, child.stderr) == (0, b"")
+
+def test_the_row_is_kept_when_what_is_printed_about_it_fails(capsys, monkeypatch):
+    monkeypatch.setattr(quest, "sample_text", lambda *_: torch.empty(2**50))
+    check_refused(call(capsys, f"quest.py {SHORT}"), "out of memory")
+    assert rows()[0]["method"] == "quest"
+
+def test_a_row_after_a_torn_one_stands_on_a_line_of_its_own(capsys):
+    for _ in range(2):
+        assert call(capsys, f"quest.py --bits 16 {SHORT}")[0] == 0
+    good = pathlib.Path("out/results.jsonl").read_text()
+    pathlib.Path("out/results.jsonl").write_text(good + good[:100])
+    assert call(capsys, f"quest.py --bits 16 {SHORT} --seed 1")[0] == 0
+    lines = pathlib.Path("out/results.jsonl").read_text().splitlines()
+    assert "\n".join(lines[:2]) + "\n" == good and lines[2] == good[:100]
+    assert len(lines) == 4 and json.loads(lines[3])["seed"] == 1
+    status, out, err = call(capsys, "quest.py --fit")
+    assert status == 2 and "3 usable rows" in err and "line 3, not a row" in err
+
+def test_the_row_is_written_where_the_folder_is_gone(capsys, monkeypatch):
+    evaluate = model.evaluate
+    def and_remove(*args):
+        shutil.rmtree("out")
+        return evaluate(*args)
+    monkeypatch.setattr(model, "evaluate", and_remove)
+    assert call(capsys, f"model.py {SHORT}")[0] == 0
+    assert len(rows()) == 1
+
+def test_a_run_of_random_weights_writes_its_row_into_a_new_folder(capsys):
+    flags = "--init random --steps 1 --batch-size 1 --accumulate 1 --seq-len 8 --out a/new"
+    status, out, err = call(capsys, f"lrqat.py {flags}")
+    assert status == 0, err
+    assert rows("a/new/results.jsonl") == [json.loads(out.splitlines()[-1])]
+
+@pytest.mark.parametrize("link", ["a link to nothing", "a link to a folder"])
+def test_out_may_be_a_link(capsys, link):
+    if link == "a link to a folder":
+        os.mkdir("target")
+    os.symlink("target", "out")
+    status, _, err = call(capsys, f"model.py {SHORT}")
+    assert status == 0, err
+    assert len(rows("target/results.jsonl")) == 1 and os.path.islink("out")
+
+def test_ctrl_c_after_the_training_names_the_file_that_is_there(capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(model, "evaluate", interrupt)
+    status, _, err = call(capsys, f"model.py {SHORT}")
+    assert status == 130 and err.count("\n") == 1 and "out/base.pt is saved" in err
+    monkeypatch.setattr(quest, "evaluate", interrupt)
+    status, _, err = call(capsys, f"quest.py {SHORT}")
+    assert status == 130 and "out/quest-w4a4.pt.state is saved" in err and "--resume" in err
+    assert os.path.exists("out/quest-w4a4.pt.state") and not os.path.exists("out/quest-w4a4.pt")
+
+# ---- What a row records -----------------------------------------------------------------------
+
+def test_the_recorded_command_is_what_a_shell_would_run(capsys, monkeypatch):
+    name = "my 'own' $HOME\nnew line.txt"
+    shutil.copy("text.txt", name)
+    assert call(capsys, shlex.join(["model.py", *SHORT.split(), "--data", name]))[0] == 0
+    assert shlex.split(rows()[0]["command"]) == ["python", *sys.argv] and name in sys.argv
+
+@pytest.mark.parametrize("world, local, start", [
+    (1, 1, "python"), (2, 2, "torchrun --standalone --nproc_per_node=2"),
+    (16, 8, "torchrun --nnodes=2 --nproc_per_node=8")])
+def test_the_recorded_command_starts_as_many_processes(monkeypatch, world, local, start):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setattr(sys, "argv", ["quest.py", "--bits", "4"])
+    assert model.command_line() == f"{start} quest.py --bits 4"
+
+def test_a_resumed_path_may_be_spelled_otherwise(capsys):
+    assert call(capsys, f"model.py {SHORT} --out base")[0] == 0
+    assert call(capsys, f"model.py {SHORT} --model base/base.pt")[0] == 0
+    os.symlink("base", "link")
+    here = os.getcwd()
+    for model_, data in (("./base/../base/base.pt", "./text.txt"), ("link/base.pt", "text.txt"),
+                         (f"{here}/base/base.pt", f"{here}/text.txt")):
+        command = f"model.py {SHORT} --model {model_} --data {data} --out ./out --resume"
+        status, _, err = call(capsys, command)
+        assert status == 0, err
+    shutil.copytree("base", "other")
+    check_refused(call(capsys, f"model.py {SHORT} --model other/base.pt --resume"), "--model")
+    pathlib.Path("other.txt").write_text(TEXT + "x")
+    check_refused(call(capsys, f"model.py {SHORT} --model base/base.pt --data other.txt --resume"),
+                  "--data other.txt")
+
+@pytest.mark.parametrize("command, model_", [
+    ("model.py", "out/base.pt"), ("quest.py --bits 16", "out/quest-w16a16.pt"),
+    ("normtweak.py --teacher out/base.pt --calib data", "out/packed-tweak-w2.pt")])
+def test_a_model_is_never_overwritten_by_what_is_made_of_it(capsys, command, model_):
+    assert call(capsys, f"model.py {SHORT}")[0] == 0
+    if command.startswith("normtweak"):
+        assert call(capsys, f"normtweak.py {SHORT} --host rtn --calib data")[0] == 0
+        shutil.copy("out/rtn-w2.pt", model_)
+    elif command.startswith("quest"):
+        assert call(capsys, f"{command} {SHORT}")[0] == 0
+    before = pathlib.Path(model_).read_bytes()
+    spelled = os.path.join(os.getcwd(), model_)
+    check_refused(call(capsys, f"{command} {SHORT} --model {spelled}"), "--model", "--out")
+    assert pathlib.Path(model_).read_bytes() == before
+
+# ---- Integers of the live forward pass, of the file -------------------------------------------
+
+COMPARED = {"quest": "quest.py --bits 3", "lsq": "quest.py --quantizer lsq",
+            "fp4": "quest.py --grid fp4", "sparse": "quest.py --grid sparse --bits 2",
+            "quest, 8 bits": "quest.py --bits 8", "lrqat": "lrqat.py --bits 3 --arm lr-qat",
+            "zero points": "lrqat.py --bits 2 --arm full", "codebooks": "pvtune.py --variant pv",
+            "grid": "pvtune.py --variant pv --scheme affine --code-lr 0.3"}
+
+@pytest.mark.parametrize("what", COMPARED)
+def test_a_row_counts_the_codes_that_the_file_has_otherwise_than_training(
+        capsys, monkeypatch, finished, what):
+    """The file is made to differ by the lowest bit of each layer's first byte: one code each."""
+    def flip_and_save(path, net, *rest):
+        for m in net.modules():
+            if isinstance(m, QuantLinear):
+                m.packed[0, 0] ^= 1
+        model.save_result(path, net, *rest)
+    shutil.copytree(finished, "out")
+    for flipped in (False, True):
+        if flipped:
+            script = importlib.import_module(COMPARED[what].split(".")[0])
+            monkeypatch.setattr(script, "save_result", flip_and_save)
+        status, out, err = call(capsys, f"{COMPARED[what]} {SHORT}")
+        assert status == 0, err
+        row = json.loads(out.splitlines()[-1])
+        assert row["integers_differ"] == (14 if flipped else 0)            # 2 blocks of 7 linears
+        assert (1e-6 <= abs(row["packed_minus_live"])) if flipped else (
+            abs(row["packed_minus_live"]) < 1e-3)
+
+# ---- What the user can mend, in one line ------------------------------------------------------
+
+@pytest.mark.parametrize("script", ["lrqat", "pvtune"])
+def test_a_hessian_that_is_not_positive_definite_is_one_line(
+        capsys, monkeypatch, finished, script):
+    shutil.copytree(finished, "out")
+    module, negative = importlib.import_module(script), lambda *args: (
+        [(name, m, -h) for name, m, h in block] for block in model.block_hessians(*args))
+    monkeypatch.setattr(module, "block_hessians", negative)
+    flags = "--scheme affine --variant p" if script == "pvtune" else ""
+    result = call(capsys, f"{script}.py {SHORT} {flags}")
+    check_refused(result, "blocks.0.attn.wq", "1024 calibration tokens", "positive definite",
+                  "--data")
+
+def test_compiling_is_tried_before_the_run_starts(tmp_path):
+    """On a machine without a compiler, in a process of its own: torch remembers compilers."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import model\nmodel.run(model.main)"
+    child = subprocess.run([sys.executable, "-c", code, *SHORT.split(), "--compile"],
+                           capture_output=True, text=True, env=os.environ | {
+                               "PATH": str(tmp_path / "bin"), "CXX": "no-such-compiler",
+                               "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")})
+    check_refused((child.returncode, child.stdout, child.stderr), "--compile", "compiler")
+    assert child.stdout == "" and not os.path.exists("out")
+
+def test_one_bit_without_a_zero_point_is_refused(capsys):
+    check_refused(call(capsys, "normtweak.py --bits 1 --symmetric"), "--symmetric", "--bits 2")
+
+def test_the_sparse_grid_refuses_a_width_that_eight_does_not_divide(capsys, monkeypatch):
+    monkeypatch.setitem(model.PRESETS, "tiny", PRESET._replace(n_hidden=172))
+    monkeypatch.setattr(model, "train_step", None)     # calling it would fail otherwise
+    check_refused(call(capsys, f"quest.py {SHORT} --grid sparse"), "sparse", "172", "w_down")
+    assert not os.path.exists("out")
+
+# ---- Short and single runs --------------------------------------------------------------------
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_no_schedule_makes_a_run_learn_nothing(steps):
+    for schedule in (lrqat.linear_schedule, model.learning_rate):
+        rates = [schedule(step, steps, 1.0) for step in range(steps)]
+        assert max(rates) > 0 and min(rates) >= 0 and max(rates) <= 1
+    assert lrqat.linear_schedule(0, 1, 3.0) == 3.0
+
+def test_an_arm_alone_claims_no_recovery(capsys, finished):
+    """Without dense training of the same length, more training would count as recovery."""
+    shutil.copytree(finished, "out")
+    for flags, shares in (("--arm scales", 0), ("", 8)):
+        status, out, err = call(capsys, f"lrqat.py {SHORT} --bits 3 --rank 4 {flags}")
+        assert status == 0, err
+        table = out.split("| recovered |")[1].split("merged")[0].splitlines()[1:]
+        assert len(re.findall(r"-?\d\.\d% \|", "\n".join(table))) == shares

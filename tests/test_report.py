@@ -1,6 +1,7 @@
 """assets/report.py: means, deviations and differences against numpy's, and the README's tables
 against what it prints from the committed rows."""
 import importlib.util
+import io
 import json
 import pathlib
 import re
@@ -9,14 +10,16 @@ import sys
 import numpy as np
 import pytest
 
+import model
+
 ROOT = pathlib.Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("report", ROOT / "assets" / "report.py")
 report = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(report)
 
 def row(method, seed, loss, **more):
-    return {"method": method, "seed": seed, "val_loss": loss, "val_ppl": np.exp(loss),
-            "bits_per_byte": loss / 2, "bpw": 2.1, "w_bits": 2, "a_bits": 2, "group_size": -1,
+    return {"method": method, "seed": seed, "val_loss": loss, "val_ppl": loss and np.exp(loss),
+            "bits_per_byte": loss and loss / 2, "bpw": 2.1, "w_bits": 2, "a_bits": 2, "group_size": -1,
             "grid": "uniform", "size": "tiny", "tokens": 1000, "seconds": 5.0, "peak_bytes": 2**30,
             "params": 77, **more}
 
@@ -60,8 +63,30 @@ def test_a_file_of_the_users_own_runs_is_enough(tmp_path, monkeypatch, capsys):
     assert out.count("\n|") == 3
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "none.jsonl")])
     with pytest.raises(SystemExit) as stopped:
-        report.main()
-    assert stopped.value.code == 2 and "no such file" in capsys.readouterr().err
+        model.run(report.main)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "No such file" in err and err.count("\n") == 1
+
+def test_torn_rows_and_rows_without_a_loss_are_left_out(tmp_path, monkeypatch, capsys):
+    """A killed run's half row, one that a next run was glued to, bytes of a broken disk; and a row
+    of bytes and speed alone, as lrqat.py --init random writes it."""
+    path, good = tmp_path / "results.jsonl", json.dumps(row("quest", 0, 3.5))
+    speed = json.dumps(row("lrqat-random", 0, None) | {"params": None})
+    torn = (good[:50], good[:50] + good, "\xff\xfe", "[1]")
+    path.write_text("\n".join((good, *torn, speed, json.dumps(row("ste", 0, 4.0)))), "latin-1")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
+    model.run(report.main)
+    out, err = capsys.readouterr()
+    assert out.count("\n|") == 3 and "| quest |" in out and "| ste |" in out
+    assert err.count("\n") == 1 and "line 2, 3, 4, 5," in err
+
+def test_a_narrow_terminal_shows_the_table(tmp_path, monkeypatch):
+    path, raw = tmp_path / "results.jsonl", io.BytesIO()
+    path.write_text(json.dumps(row("quest", 0, 3.5)))
+    monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", errors="strict"))
+    model.run(report.main)
+    assert b"3.500 \\xb1 0.000" in raw.getvalue()
 
 def test_the_readmes_tables_of_results_are_what_the_committed_rows_give(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py"])
