@@ -389,7 +389,7 @@ def main():
     params = sum(p.numel() for p in model.parameters())
     linear = sum(m.weight.numel() for _, m in model.linears())
     say(f"trained | {show(scores)} | {len(data.val) - 1} tokens, after "
-        f"{result['tokens'] / linear:.2f} training tokens per parameter of the linears")
+        f"{result['tokens'] / linear:.3g} training tokens per parameter of the linears")
     report(args, model, data, path, scores, result, base, params)
 
 def report(args, model, data, path, scores, result, base, params):
