@@ -648,7 +648,7 @@ def spans(text, cut=CUT, force=True, skip=0):
         yield start, len(text)
 
 def count_words(docs):
-    """How often each match of PATTERN stands in the documents, in the order of the first."""
+    """{match of PATTERN: how often it stands in the documents}"""
     import regex                                       # comes with tiktoken
     words = collections.Counter()
     pieces = [(doc, start, stop) for doc in docs for start, stop in spans(doc)]
@@ -740,6 +740,7 @@ class Tokenizer:
         """Bytes of the text that the ids (n,) stand for; END stands for none."""
         # Each document by itself, because some tokenizers put a space before a document and
         # take it away again when they decode one.
+        ids = np.asarray(ids)
         docs = np.split(ids, np.flatnonzero(ids == self.eot_token) + 1)
         decoded = (self.decode_bytes(doc[doc != self.eot_token].tolist()) for doc in docs)
         return self.bytes_per_decoded * sum(map(len, decoded))

@@ -410,7 +410,7 @@ def main():
     params = sum(p.numel() for p in model.parameters())
     linear = sum(m.weight.numel() for _, m in model.linears())
     say(f"trained | {show(scores)} | {len(data.val) - 1} tokens, after "
-        f"{result['tokens'] / linear:.2f} training tokens per parameter of the linears")
+        f"{result['tokens'] / linear:.3g} training tokens per parameter of the linears")
     live = levels_in_use(model, x[:1])
     report(args, model, data, path, scores, live, result, base, params)
 

@@ -237,6 +237,8 @@ def test_main_job_packs_what_it_trained(work, capsys, flags, bpw):
     assert float(re.search(r"^packed .* differs by (\S+)$", out, re.M)[1]) < 1e-4
     trained = float(re.search(r"^trained .* val loss (\d+\.\d+) ", out, re.M)[1])
     assert trained == pytest.approx(row["val_loss"], abs=2e-4)             # four decimals
+    ratio = float(re.search(r"after (\S+) training tokens per parameter of the linears", out)[1])
+    assert ratio == pytest.approx(row["tokens"] / 40960, rel=0.006)        # three digits
 
     status, scored, err = call(capsys, f"model.py eval {checkpoint}")
     assert status == 0 and err == ""

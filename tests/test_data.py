@@ -118,6 +118,19 @@ def test_bits_per_byte_are_those_of_the_text_that_was_tokenized(tmp_path, name):
         used = bits / model.evaluate(Uniform(), tokens, 16, data.tokenizer)["bits_per_byte"]
         assert n_bytes - 1.1 <= used <= n_bytes + 0.1
 
+def test_no_byte_at_all_is_no_division_by_zero():
+    enc = model.make_tokenizer(byte_tokens())
+    tokens = np.array([97, enc.eot_token, enc.eot_token])
+    assert math.isfinite(model.evaluate(Uniform(), tokens, 4, enc)["bits_per_byte"])
+
+@pytest.mark.parametrize("name", ["our own", "byte-level", "Llama 2"])
+def test_a_tokenizer_alone_counts_the_bytes_of_any_documents(name):
+    enc = model.make_tokenizer(spec_of(name))
+    docs = ["a\u00e9 b", " in", "\u65e5\u672c def\n", "", "x", text(300)]
+    ids = [np.array([*enc.encode_ordinary(doc), enc.eot_token]) for doc in docs]
+    for n in range(1, len(docs) + 1):
+        assert enc.count_bytes(np.concatenate(ids[:n])) == len("".join(docs[:n]).encode())
+
 # ---- Long texts -------------------------------------------------------------------------------
 
 def nasty(n, seed):
@@ -187,6 +200,16 @@ def test_time_to_train_a_tokenizer_hardly_depends_on_where_words_end():
         return time.process_time() - start
     lines = seconds("\n".join(letters[i:i + 60] for i in range(0, len(letters), 60)))
     assert seconds(letters) < 4 * lines + 2            # by words it was a hundred times `lines`
+
+def test_long_work_on_a_text_says_how_long_it_takes(monkeypatch, capsys):
+    clock = iter(range(0, 10**9, 11))                  # 11 s pass between two looks at it
+    monkeypatch.setattr(model, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(model, "PIECE", 50)
+    spec = [t.decode("latin-1") for t in model.train_bpe([text(4000)], 300)]
+    model.tokenize({"all": [text(20000)]}, spec)
+    out = capsys.readouterr().out
+    for step in ("counting words", "training a tokenizer, merge", "tokenizing"):
+        assert re.search(rf"data: {step} \d+/\d+ \| eta \d+s", out), step
 
 def test_memory_of_one_file_is_a_few_times_its_size(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "PIECE", 2**10)         # 64 of them at a time, whatever the size
