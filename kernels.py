@@ -40,7 +40,8 @@ from quantizers import (EPS, GAUSSIAN_CLIP, clip_limit, code_offset, hadamard_si
 @functools.cache
 def once(text):
     """Say it, but only the first time."""
-    print(text, flush=True)
+    from model import say                              # at the top, each would import the other
+    say(text)
 
 # Programmatic dependent launch (Hopper): a kernel starts while the one before it still runs, reads
 # its weights, and waits before it reads anything that a kernel writes.

@@ -103,10 +103,6 @@ def check_shapes(model, args):
 TRUST = None  # a list while `trust_status` collects masks
 LEVELS = None  # a list while `levels_in_use` collects what the weights' products are made of
 
-def note_levels(levels):
-    if LEVELS is not None:
-        LEVELS.append(levels.to("cpu", torch.bfloat16))                    # up to 8 bits: exact
-
 def quantize_operand(v, bits, grid, quantizer):
     """One operand's rows v (..., C) -> levels, scale (..., 1), saved; levels * scale ~ rotated v.
 
@@ -148,7 +144,8 @@ class QuestFunction(torch.autograd.Function):
         saved, ys = [x_q, x_trusted, x_scale], []
         for w in weights:
             w_levels, w_scale, w_saved = quantize_operand(w, bits, grid, quantizer)
-            note_levels(w_levels)
+            if LEVELS is not None:
+                LEVELS.append(w_levels.to("cpu", torch.bfloat16))          # exact up to 8 bits
             ys.append(code_linear(x_levels, x_scale, w_levels, w_scale, x.dtype))
             saved += [*w_saved, w_scale]
             if TRUST is not None:
@@ -189,7 +186,9 @@ class FusedQuest(torch.autograd.Function):
         ys, saved = [], [x_hat, x_trusted]
         for weight in weights:
             *w, w_hat, w_trusted = kernels.hadamard_quantize(weight, bits, x.dtype)
-            note_levels(w[0] + 0.5 if bits == 8 else w[0] / 2)             # its codes are doubled
+            if LEVELS is not None:                     # below 8 bits the kernel doubles them
+                levels = w[0] + 0.5 if bits == 8 else w[0] / 2
+                LEVELS.append(levels.to("cpu", torch.bfloat16))
             ys.append(kernels.quest_matmul(a, w, a_bits, bits, x.dtype))           # (B, O)
             saved += [w_hat, w_trusted]
         ctx.save_for_backward(*saved)
@@ -247,7 +246,8 @@ class LsqLinear(QuestLinear):
     def forward(self, x):
         bits, a_bits, _, _ = self.how
         w, w_step = lsq_levels(self.weight, self.w_step, bits)
-        note_levels((w - 0.5).round() + 0.5)           # straight through: off by a last digit
+        if LEVELS is not None:                         # straight through: off by a last digit
+            LEVELS.append(((w - 0.5).round() + 0.5).to("cpu", torch.bfloat16))
         h, a_step = (x, None) if a_bits == 16 else lsq_levels(x.float(), self.a_step, a_bits)
         return code_linear(h, a_step, w, w_step, x.dtype)
 
@@ -424,18 +424,19 @@ def report(args, model, data, path, scores, live, result, base, params):
     model, _ = load_checkpoint(path, args.device, model.dtype)
     reloaded = evaluate(model, data.val, args.seq_len, data.tokenizer)
     bpw, weights = bits_per_weight(model)
-    differ = None
+    differ, count = None, ""
     if weights:
         stored = [m.levels(torch.bfloat16).cpu() for _, m in model.linears()]
         differ = sum((a != b).sum().item() for a, b in zip(stored, live, strict=True))
+        count = f"{differ} of {weights} integers differ from training's | "
 
     # The row comes before all that is printed about it: nothing after this can lose the result.
     row = record(args, args.quantizer if weights else "dense", model, reloaded, result,
                  w_bits=args.bits, a_bits=args.a_bits, grid=args.grid, size=args.size, lr=args.lr,
                  linear_params=linear, base_val_loss=base, curve=curve(result["losses"]),
                  integers_differ=differ, packed_minus_live=reloaded["loss"] - scores["loss"])
-    say(f"packed  | {show(reloaded)} | " + f"{differ} of {weights} integers differ, "
-        * bool(weights) + f"loss differs by {abs(reloaded['loss'] - scores['loss']):.1e}")
+    say(f"packed  | {show(reloaded)} | {count}loss differs by "
+        f"{abs(reloaded['loss'] - scores['loss']):.1e}")
     if weights:
         size = tensor_bytes(model.state_dict().values())
         say(f"size | linears {2 * weights} bytes in bfloat16 -> {round(bpw * weights / 8)} packed "

@@ -19,9 +19,9 @@ spec.loader.exec_module(report)
 
 def row(method, seed, loss, **more):
     return {"method": method, "seed": seed, "val_loss": loss, "val_ppl": loss and np.exp(loss),
-            "bits_per_byte": loss and loss / 2, "bpw": 2.1, "w_bits": 2, "a_bits": 2, "group_size": -1,
-            "grid": "uniform", "size": "tiny", "tokens": 1000, "seconds": 5.0, "peak_bytes": 2**30,
-            "params": 77, **more}
+            "bits_per_byte": loss and loss / 2, "bpw": 2.1, "w_bits": 2, "a_bits": 2,
+            "group_size": -1, "grid": "uniform", "size": "tiny", "tokens": 1000, "seconds": 5.0,
+            "peak_bytes": 2**30, "params": 77, **more}
 
 def test_seeds_become_mean_deviation_and_paired_difference():
     dense, quest = [3.0, 3.1, 3.3], [3.2, 3.25, 3.6]
