@@ -7,13 +7,14 @@ import pathlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import model
-from conftest import double
+from conftest import Launch, double
 from model import LLaMA, LlamaConfig, UsageError
 from quantizers import QuantLinear, rtn
 
@@ -192,24 +193,48 @@ def test_decoding_kernels_equal_the_operations_they_replace():
         pytest.skip("Triton 3.6's interpreter cannot loop up to a loaded value with this NumPy")
     assert done.returncode == 0, done.stderr[-2000:]
 
-DECODE = dict(GROUP=128, T=1, BLOCK_M=8, SPAN=256, SUB=128, ASM=True)
+def half(*shape):
+    return torch.zeros(shape, dtype=torch.bfloat16)
 
-@pytest.mark.parametrize("name, warps, sizes", [
-    ("_add_norm", 8, dict(ADD=True, BLOCK=4096)), ("_silu_mul", 2, dict(BLOCK=512)),
-    ("_matvec", 8, dict(C=4096, BN=2, BK=4096)), ("_matvec", 8, dict(C=11008, BN=2, BK=4096)),
-    ("_rope_attention", 8, dict(H=32, KV=8, D=128, BLOCK=128, SPLIT=1)),
-    ("_rope_attention", 4, dict(H=32, KV=8, D=128, BLOCK=64, SPLIT=4)),
-    ("_decode", 4, dict(C=4096, BITS=2, S=4, WAIT=False) | DECODE),
-    ("_decode", 8, dict(C=11008, BITS=4, S=8, WAIT=True) | DECODE)])
+def attend(kernels, S):
+    """Attention of 32 query and 8 key heads to S positions."""
+    cache = SimpleNamespace(keys=half(1, 8, S, 128), values=half(1, 8, S, 128), at=torch.zeros(1),
+                            tickets=torch.zeros(32))
+    kernels.rope_attention(half(1, 48 * 128), torch.zeros(S, 128), torch.zeros(S, 128), cache)
+
+CALLS = {  # what launches each kernel, for one token of a layer of 4096 channels
+    "_add_norm": lambda k: k.add_norm(half(1, 4096), half(1, 4096), model.RMSNorm(4096, 1e-5)),
+    "_silu_mul": lambda k: k.silu_mul(half(1, 2 * 11008)),
+    "_matvec": lambda k: k.matvec(half(1, 4096), half(4096, 4096)),
+    "_matvec, wide": lambda k: k.matvec(half(1, 11008), half(4096, 11008)),
+    "_rope_attention": lambda k: attend(k, 256), "_rope_attention, long": lambda k: attend(k, 257)}
+DECODED = {"_decode": (2, 14336, 4096), "_decode, wide": (4, 4096, 11008)}     # bits, shape
+
+@pytest.mark.parametrize("case", [*CALLS, *DECODED])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_decoding_kernels_compile_for_an_h100_without_spilling(name, warps, sizes, overlap,
-                                                               tmp_path):
+def test_decoding_kernels_compile_for_an_h100_without_spilling(case, overlap, tmp_path,
+                                                               monkeypatch):
     """And, where kernels overlap, each starts the next, then reads ahead, waits, reads the rest."""
     triton = pytest.importorskip("triton", "3.5")
     import kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    kernel, sizes = getattr(kernels, name), sizes | dict(PDL=overlap)
+    name = case.split(",")[0]
+    kernel = getattr(kernels, name)
+    for switch in ("ASM", "HOPPER"):
+        monkeypatch.setattr(kernels, switch, True)
+    monkeypatch.setattr(kernels, "PDL", overlap)
+    if case in DECODED:
+        bits, O, C = DECODED[case]
+        w = kernels.LowBit(range(O // 16), None, None, bits, 128, (O, C))
+        planned, _, sizes, options = kernels.plan(1, w)
+        assert planned is kernel
+        options.pop("launch_pdl", None)
+    else:
+        launch = Launch(kernel)
+        monkeypatch.setattr(kernels, name, launch)
+        CALLS[case](kernels)
+        sizes, options = launch.constants, launch.options
     kinds = (dict.fromkeys(("C", "F", "M", "MASK", "N", "O", "S"), "i32")
              | dict.fromkeys(("grid", "high", "tickets", "words"), "*i32")
              | dict.fromkeys(("cos", "parts", "sin", "weight"), "*fp32")
@@ -218,8 +243,7 @@ def test_decoding_kernels_compile_for_an_h100_without_spilling(name, warps, size
     aligned = {(i,): [["tt.divisibility", 16]] for i, (n, kind) in enumerate(signature.items())
                if kind[0] == "*" or kind == "i32" and n != "M"}
     code = triton.compile(ASTSource(kernel, signature, sizes, aligned),
-                          target=GPUTarget("cuda", 90, 32),
-                          options=dict(num_warps=warps, num_stages=1 if name == "_decode" else 3))
+                          target=GPUTarget("cuda", 90, 32), options=options)
     (tmp_path / "cubin").write_bytes(code.asm["cubin"])
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     use = subprocess.run([tool, "--dump-resource-usage", tmp_path / "cubin"], text=True, check=True,

@@ -18,6 +18,8 @@ import traceback
 import pytest
 import torch
 
+from conftest import Launch
+
 ROOT = pathlib.Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
@@ -259,17 +261,18 @@ def test_integer_matmul_of_tiles_compiles_for_an_h100_without_spills(eight):
 @pytest.mark.parametrize("x, C, train", [("*bf16", 4096, False), ("*bf16", 14336, False),
                                          ("*bf16", 1024, True), ("*bf16", 2816, True),
                                          ("*fp32", 1024, True)])
-def test_hadamard_quantize_compiles_for_an_h100_to_tensor_cores_without_spills(x, C, train):
+def test_hadamard_quantize_compiles_for_an_h100_to_tensor_cores_without_spills(x, C, train,
+                                                                               monkeypatch):
     import kernels
-    n, NB = 128, 1 << (C // 128 - 1).bit_length()
-    halves, (wide, warps, stages, _) = kernels.quantize_tile(x == "*fp32", train, n, NB)
-    R = max(wide, NB)
+    kernel = kernels._hadamard_quantize
+    monkeypatch.setattr(kernels, "_hadamard_quantize", Launch(kernel))
+    rows = torch.zeros(1, C, dtype=torch.float32 if x == "*fp32" else torch.bfloat16)
+    kernels.hadamard_quantize(rows, 4, torch.bfloat16 if train else None, 1 if train else 2)
+    launch = kernels._hadamard_quantize
     spills, shared, count = compiled(
-        kernels._hadamard_quantize, warps, stages, x=x, codes="*i8",
+        kernel, launch.options["num_warps"], x=x, codes="*i8",
         signs="*fp16" if x == "*fp32" else "*bf16", scale="*fp32", sums="*i32", values="*bf16",
-        trusted="*u8", T="i32", C=C, CLIP=2.514, EPS=1e-8, TOP=15.0, SHIFT=0.0,
-        LIMIT=8.0, PLANES=1 if train else 2, TRAIN=train, n=n, HALVES=halves, NB=NB, ROWS=R // NB,
-        STAGES=stages)
+        trusted="*u8", T="i32", **launch.constants)
     assert spills == 0 and shared <= 227 * 1024 and count["HGMMA"] + count["HMMA"]
 
 @pytest.mark.parametrize("count, out", [(1, "*fp32"), (3, "*bf16")])
