@@ -683,7 +683,6 @@ def test_random_run_needs_no_base_and_reports_three_arms(tmp_path, monkeypatch, 
     ours, full = row["results"]["LR-QAT"], row["results"]["full QAT (LSQ)"]
     assert row["val_loss"] is None and "dense, longer" in row["results"]
     assert ours["frozen weights"] + 3 * ours["adapters"] < full["adapters"] + full["frozen weights"]
-    assert ours["tokens/s"] > 0
 
 # ---- Bad input ----------------------------------------------------------------------------------
 
