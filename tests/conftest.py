@@ -16,6 +16,35 @@ TEXT = "".join(f"def f{i}(x): return {'self index value'.split()[i % 3]} + {i * 
 def same_numbers_every_time():
     torch.manual_seed(0)
 
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Models that `double` made compute everything in float64: `.float()` is their only other dtype.
+
+    Two computations of one number sum in another order, and processors differ in theirs. In float32
+    a rounded activation then falls on the other side of a border now and then, and all that follows
+    differs. In float64 they differ in the 16th digit, and no border is that near."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+def double(m):
+    """The LLaMA m, its weights and its activations in float64. To be used with in_float64."""
+    m.dtype = torch.float64
+    return m.double()
+
+class Launch:
+    """In the place of a Triton kernel: launches nothing, and notes with which constants and options
+    it would have been."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **named):
+        values = dict(zip(self.kernel.arg_names, args)) | named
+        self.constants = {p.name: values[p.name] for p in self.kernel.params if p.is_constexpr}
+        self.options = {n: v for n, v in named.items() if n in ("num_warps", "num_stages")}
+
 def call(capsys, command):
     """Run a command line, "quest.py --bits 4", in this process -> (status, stdout, stderr)."""
     sys.argv = shlex.split(command)

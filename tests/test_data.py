@@ -294,8 +294,9 @@ def test_one_file_is_split_by_position(tmp_path):
 
 def test_end_token_stands_between_a_few_files_too(tmp_path):
     data = model.load_data(folder(tmp_path / "docs", 8, 4000), "300", 16)
-    ends = sum((p == data.tokenizer.eot_token).sum() for p in (data.train, data.dev, data.val))
-    assert ends >= 8
+    for part in (data.train, data.dev, data.val):      # each file has a piece in each part
+        assert (part == data.tokenizer.eot_token).sum() == 8
+        assert part[-1] == data.tokenizer.eot_token
 
 def test_cached_tokens_are_the_same_and_follow_content_and_settings(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"

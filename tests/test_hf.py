@@ -4,6 +4,7 @@ Random-weight checkpoints of every form that is read, written by transformers, m
 an exported folder must load there and give the packed model's. Bad folders are one line. Skipped
 where the packages safetensors, tokenizers and transformers are not installed.
 """
+import copy
 import errno
 import json
 import math
@@ -147,7 +148,7 @@ def test_weights_are_float32_copies_or_stay_as_stored(dtype):
     for (name, a), b in zip(copies.named_parameters(), mapped.parameters()):
         assert torch.equal(a, b.float()), name
     x = ids(copies, 2, 16)
-    assert torch.equal(copies(x)[0], mapped(x)[0])
+    close(copies(x)[0], mapped(x)[0], 1e-5)            # other places in memory, other sums
     for m in (copies, mapped):
         assert m.head.weight is m.embed.weight
     with torch.no_grad():
@@ -591,7 +592,8 @@ def test_a_packed_model_is_tweaked_against_the_folder_it_came_from(folder, capsy
     row, again = (json.loads(line)["arms"]
                   for line in pathlib.Path("out/results.jsonl").read_text().splitlines())
     assert list(row) == ["dense", "rtn", "rtn-tweak"]  # --host: no other
-    assert [arm["val_loss"] for arm in again.values()] == [a["val_loss"] for a in row.values()]
+    assert [arm["val_loss"] for arm in again.values()] == pytest.approx(
+        [arm["val_loss"] for arm in row.values()], abs=1e-5)
 
 @pytest.mark.parametrize("script", ["normtweak.py", "lrqat.py"])
 def test_a_group_that_does_not_divide_the_width_is_refused(folder, capsys, script):
@@ -627,13 +629,17 @@ def test_norm_tweaking_keeps_one_block_at_a_time_in_float(folder, capsys, monkey
 # ---- Writing ----------------------------------------------------------------------------------
 
 def spelled_out(m, dtype):
-    """The same model with dense weights, rounded to dtype."""
-    dense = LLaMA(m.config)
-    packed = {n: q for n, q in m.named_modules() if isinstance(q, QuantLinear)}
-    state = {n: t for n, t in m.state_dict().items() if n.rsplit(".", 1)[0] not in packed}
-    state |= {f"{n}.weight": q.weight() for n, q in packed.items()}
-    dense.load_state_dict({n: t.to(dtype).float() for n, t in state.items()})
-    return dense.eval()
+    """A copy of the model with dense weights, rounded to dtype."""
+    def dense(_, packed):
+        linear = model.Linear(packed.spec["in_features"], len(packed.packed))
+        linear.weight.data = packed.weight()
+        return linear
+    m = copy.deepcopy(m)
+    if isinstance(m.blocks[0].attn.wq, QuantLinear):
+        m.replace_linears(dense)
+    for p in m.parameters():
+        p.data = p.data.to(dtype).float()
+    return m
 
 def pack(m, kind):
     if kind == "affine":
@@ -659,7 +665,8 @@ def test_an_exported_model_gives_the_same_logits_in_transformers(bpe, capsys, ki
     x, (again, spec) = ids(m, 2, 96), model.load_checkpoint("new/dir")
     close(spelled_out(m, torch.float32)(x)[0], m(x)[0])
     ours = spelled_out(m, torch.bfloat16)(x)[0]
-    assert torch.equal(again(x)[0], ours) and spec["tokenizer"] == content["tokenizer"]
+    close(again(x)[0], ours, 1e-5)
+    assert spec["tokenizer"] == content["tokenizer"]
     auto = transformers.AutoModelForCausalLM.from_pretrained
     close(auto("new/dir", dtype=torch.float32)(x).logits, ours)
     assert auto("new/dir").dtype == torch.bfloat16

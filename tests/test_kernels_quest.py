@@ -18,6 +18,8 @@ import traceback
 import pytest
 import torch
 
+from conftest import Launch
+
 ROOT = pathlib.Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
@@ -45,12 +47,18 @@ def bools(mask, shape):
 def vq_order(codes):
     return codes.permute(2, 1, 0).contiguous()
 
+def near_a_border(x, bits):
+    """Where float32 may round to another code than float64, or to another side of the trust limit:
+    the rotated rows of x (T, C) in steps that lie within 1e-4 of one -> two bool (T, C)."""
+    u = quest_codes(rotate(x.double()), bits)[2]
+    places = u + 0.5 if bits == 1.58 else u            # codes change at integers, or half of them
+    return (places - places.round()).abs() < 1e-4, (u.abs() - trust_limit(bits)).abs() < 1e-4
+
 def check_codes_scales_values_and_masks_equal_plain_pytorch():
     """All bits; widths with an odd number of blocks, and blocks of 32; a row of zeros.
 
-    A code may differ where float rounding moves a value over a border: at most 1 in 10^5 here.
+    A code may differ by one where float rounding moves a value over a border, and nowhere else.
     """
-    differ = total = 0
     for bits in GAUSSIAN_CLIP:
         for T, C, dtype in ((5, 640, torch.float16), (3, 256, DTYPES[-1]), (7, 96, torch.float32)):
             x = 3 * randn(T, C, dtype=dtype)
@@ -61,27 +69,30 @@ def check_codes_scales_values_and_masks_equal_plain_pytorch():
                 expected = hadamard_quantize_reference(x.double(), bits)
             close(scale, expected[1], 1e-6)
             alone, *rest = hadamard_quantize(x, bits)  # without values and mask, H comes in halves
-            assert ((alone.int() - codes).abs() <= 2).all()
-            wrong = (codes != expected[0]) | (alone != expected[0])
             close(rest[0], expected[1], 1e-6)
-            differ, total = differ + wrong.sum().item(), total + wrong.numel()
-            assert ((codes.int() - expected[0])[wrong].abs() <= 2).all()
+            near, near_limit = near_a_border(x, bits)
+            for these in (codes, alone):               # even grids count in halves
+                off = (these.int() - expected[0]).abs()
+                assert not off[~near].any() and (off <= 2).all()
             for these, total_of in ((alone, rest[1]), (codes, sums)):
                 c = these.int() * 2 + 1 if bits == 8 else these.int()
                 assert torch.equal(total_of, c.sum(1, dtype=torch.int32))
             close(values, c * scale[:, None] / 2, ULP[values.dtype])
-            assert (bools(mask, x.shape) != expected[4]).sum() <= 1e-5 * x.numel()
-    assert differ <= max(1e-5 * total, 0), f"{differ} of {total} codes"
+            assert not (bools(mask, x.shape) != expected[4])[~near_limit].any()
 
 def check_a_row_does_not_depend_on_its_neighbours_or_the_tile():
-    """Many rows a program or one: the same bits."""
+    """Many rows a program or one: the same bits on a GPU. The interpreter's products are NumPy's,
+    which may sum a row in another order where it stands elsewhere."""
     x = randn(2**20 // 256 + 3, 256, dtype=DTYPES[-1])
     if DEVICE == "cpu":
         x = x[:70]
     whole = hadamard_quantize(x, 4, DTYPES[-1])
     for i in (0, 1, 37, len(x) - 1):
-        for a, b in zip(whole, hadamard_quantize(x[i:i + 1], 4, DTYPES[-1])):
-            assert torch.equal(a[i:i + 1], b)
+        inside = [part[i:i + 1] for part in whole]
+        alone = hadamard_quantize(x[i:i + 1], 4, DTYPES[-1])
+        close(inside[1], alone[1], 1e-6)
+        assert (inside[0] == alone[0]).double().mean() > 0.99
+        assert DEVICE == "cpu" or all(map(torch.equal, inside, alone))
 
 def check_gradient_is_masked_then_rotated_back():
     for dtype in DTYPES:
@@ -115,9 +126,11 @@ def check_integer_matmul_equals_float64_at_all_bits():
             a = hadamard_quantize(x, a_bits, planes=K // w[0].size(1))
             poison()                                   # integers are exact, the scales are float32
             close(quest_matmul(a, w, a_bits, bits, torch.float32), expected, 3e-7)
-            if a_bits != 8:                            # few values lie near a border of codes
+            if a_bits != 8:                            # rows whose codes float32 cannot mistake
                 q = unpack(layer.packed, bits, K, signed=True)
-                close(quest_linear_reference(x, q, layer.scale, a_bits, bits), expected, 2e-2)
+                sure = ~near_a_border(x, a_bits)[0].any(1)
+                y = quest_linear_reference(x, q, layer.scale, a_bits, bits)
+                assert ((y - expected)[sure].abs() <= 1e-5 * expected.abs().max()).all()
 
 def check_matmul_of_tiles_gives_the_same_bits():
     """Hopper's loads of tiles against pointers: 8-bit and 4-bit codes, tiles that are not full."""
@@ -259,17 +272,18 @@ def test_integer_matmul_of_tiles_compiles_for_an_h100_without_spills(eight):
 @pytest.mark.parametrize("x, C, train", [("*bf16", 4096, False), ("*bf16", 14336, False),
                                          ("*bf16", 1024, True), ("*bf16", 2816, True),
                                          ("*fp32", 1024, True)])
-def test_hadamard_quantize_compiles_for_an_h100_to_tensor_cores_without_spills(x, C, train):
+def test_hadamard_quantize_compiles_for_an_h100_to_tensor_cores_without_spills(x, C, train,
+                                                                               monkeypatch):
     import kernels
-    n, NB = 128, 1 << (C // 128 - 1).bit_length()
-    halves, (wide, warps, stages, _) = kernels.quantize_tile(x == "*fp32", train, n, NB)
-    R = max(wide, NB)
+    kernel = kernels._hadamard_quantize
+    monkeypatch.setattr(kernels, "_hadamard_quantize", Launch(kernel))
+    rows = torch.zeros(1, C, dtype=torch.float32 if x == "*fp32" else torch.bfloat16)
+    kernels.hadamard_quantize(rows, 4, torch.bfloat16 if train else None, 1 if train else 2)
+    launch = kernels._hadamard_quantize
     spills, shared, count = compiled(
-        kernels._hadamard_quantize, warps, stages, x=x, codes="*i8",
+        kernel, launch.options["num_warps"], x=x, codes="*i8",
         signs="*fp16" if x == "*fp32" else "*bf16", scale="*fp32", sums="*i32", values="*bf16",
-        trusted="*u8", T="i32", C=C, CLIP=2.514, EPS=1e-8, TOP=15.0, SHIFT=0.0,
-        LIMIT=8.0, PLANES=1 if train else 2, TRAIN=train, n=n, HALVES=halves, NB=NB, ROWS=R // NB,
-        STAGES=stages)
+        trusted="*u8", T="i32", **launch.constants)
     assert spills == 0 and shared <= 227 * 1024 and count["HGMMA"] + count["HMMA"]
 
 @pytest.mark.parametrize("count, out", [(1, "*fp32"), (3, "*bf16")])
@@ -308,5 +322,6 @@ if __name__ == "__main__":
     from kernels import (VQ_TILES, hadamard_quantize, hadamard_quantize_reference, quest_linear,
                          quest_linear_reference, quest_matmul, quest_operand, rotate_trusted,
                          vq_matmul)
-    from quantizers import GAUSSIAN_CLIP, QuantLinear, full_float32, rotate, unpack
+    from quantizers import (GAUSSIAN_CLIP, QuantLinear, full_float32, quest_codes, rotate,
+                            trust_limit, unpack)
     main()

