@@ -66,6 +66,21 @@ def random_base(folder, n_layer):
                           method="dense", settings={"data": data.name, "vocab": "300"})
     return data
 
+class TrainingTextOnly:
+    """Data whose training split alone may be read: touching dev or val fails the test."""
+
+    def __init__(self, train, **more):
+        self.train = train
+        self.__dict__.update(more)
+
+    @property
+    def dev(self):
+        raise AssertionError("the dev split was read")
+
+    @property
+    def val(self):
+        raise AssertionError("the validation split was read")
+
 def check_refused(result, *names):
     """Did `call` end in status 2 and one line on stderr, with all these in it?"""
     status, _, err = result

@@ -226,6 +226,7 @@ def test_main_job_packs_what_it_trained(work, capsys, flags, bpw):
     assert (row["w_bits"], row["a_bits"], row["seed"]) == (args.bits, args.a_bits, 3)
     assert row["bpw"] == pytest.approx(bpw, abs=1e-6)
     assert row["tokens"] == args.steps * args.batch_size * args.seq_len
+    assert row["linear_params"] == 40960               # the scaling law's N: no embedding, no head
     assert row["val_ppl"] == pytest.approx(np.exp(row["val_loss"]), rel=1e-4)
     val = model.load_data("text.txt", "300", 16).val
     held_out = TEXT[len(TEXT) * 19 // 20:].encode()
@@ -284,6 +285,25 @@ def test_a_resumed_run_ends_in_the_same_file_and_row(work, capsys):
     assert all(torch.equal(whole["model"][n], again["model"][n]) for n in whole["model"])
     first, second = map(json.loads, pathlib.Path("out/results.jsonl").read_text().splitlines()[-2:])
     assert first["val_loss"] == second["val_loss"] and first["tokens"] == second["tokens"]
+
+def test_a_rows_curve_is_the_means_of_equal_parts_of_the_steps():
+    assert quest.curve([float(i) for i in range(80)]) == [2 * i + 0.5 for i in range(40)]
+    assert quest.curve([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
+    losses = np.arange(103.0)
+    uneven = [part.mean() for part in np.array_split(losses, 40)]
+    assert quest.curve(losses.tolist()) == pytest.approx(uneven, abs=1e-4)
+
+def test_pythons_own_tests_and_installed_packages_are_no_default_data(tmp_path, monkeypatch):
+    """A given folder of the same names is read whole."""
+    kept = ["a.py", "json/decoder.py", "idlelib/run.py", "unittest/case.py"]
+    out = ["test/test_os.py", "json/tests/test_all.py", "idlelib/idle_test/mock.py",
+           "site-packages/numpy/core.py", "dist-packages/apt.py"]
+    for name in kept + out:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(model.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert sorted(model.read_documents(None)[0]) == sorted(kept)
+    assert sorted(model.read_documents(str(tmp_path))[0]) == sorted(kept + out)
 
 # ---- README -----------------------------------------------------------------------------------
 

@@ -285,6 +285,19 @@ def test_splits_share_no_file_and_lose_none(tmp_path):
         ends = (getattr(data, part) == data.tokenizer.eot_token).sum()
         assert ends == len(names) and getattr(data, part)[-1] == data.tokenizer.eot_token
 
+@pytest.mark.parametrize("files", [80, 1])
+def test_the_tokenizer_learns_from_the_training_part_alone(tmp_path, files):
+    """Letters that only dev and val hold, however often, stay single. Of 80 files each 20th is held
+    out, of one file its last tenth."""
+    (tmp_path / "docs").mkdir()
+    for i in range(files):
+        part = text(400, i) if files > 1 else text(18000)
+        held_out = "QZ" * 900 if files == 1 or i % 20 == 19 else ""        # 1800 letters
+        (tmp_path / "docs" / f"{i:03}.txt").write_text(part + held_out)
+    data = model.load_data(str(tmp_path / "docs"), "300", 16)
+    assert "QZQZ" in data.tokenizer.decode(data.val.tolist())
+    assert len(data.spec) > 257 and not any("QZ" in token for token in data.spec)
+
 def test_one_file_is_split_by_position(tmp_path):
     (tmp_path / "a.txt").write_text(text(20000))
     data = model.load_data(str(tmp_path / "a.txt"), "300", 16)

@@ -133,6 +133,32 @@ def test_ctrl_c_saves_and_says_how_to_resume():
     assert last == (f"interrupted: out/base.pt.state holds step {steps_saved()}; go on with the "
                     "same command and --resume")
 
+class Clock:
+    """Stands for a module `time` whose every clock shows `now`."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __getattr__(self, name):
+        return lambda *_: self.now
+
+def test_the_state_is_saved_once_a_minute(capsys, monkeypatch):
+    """Steps of 25 s, no look at the dev split: after 75, 150, 225 s and so on, and at the end."""
+    clock, saved = Clock(), []
+    step, save = model.train_step, model.save_checkpoint
+    def slow_step(*args):
+        clock.now += 25
+        return step(*args)
+    def note(path, *args, **content):
+        saved.append(len(content["losses"]) if "losses" in content else "result")
+        save(path, *args, **content)
+    monkeypatch.setattr(model, "time", clock)
+    monkeypatch.setattr(model, "train_step", slow_step)
+    monkeypatch.setattr(model, "save_checkpoint", note)
+    flags = TRAIN.replace("--eval-every 1", "--eval-every 0")
+    assert call(capsys, f"model.py {flags} --steps 10")[0] == 0
+    assert saved == [3, 6, 9, 10, "result"]
+
 def test_a_base_interrupted_inside_another_script_goes_on_with_resume(capsys, monkeypatch):
     """normtweak.py keeps no state of its own, but the base that it trains first does."""
     flags = "--data text.txt --vocab 300 --bits 3 --calib data"

@@ -4,6 +4,7 @@ Oracles: the plain PyTorch of quantizers.py and quest.py, in float64. Without a 
 in Triton's interpreter, in float16 (it has no bfloat16), and are compiled for an H100 without one;
 on a GPU they run compiled, in float16 and bfloat16. Both in one process of their own.
 """
+import ast
 import collections
 import itertools
 import json
@@ -14,10 +15,12 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import types
 
 import pytest
 import torch
 
+import quantizers
 from conftest import Launch
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -190,6 +193,23 @@ def check_lookups_equal_the_dense_weight():
                 y = vq_matmul(x, vq_order(codes), books, scales)
                 close(y, x.double() @ w.T * scales.double(), 2 * ULP[dtype])
 
+def check_packed_layers_give_their_operands_to_the_kernels():
+    """QuantLinear with other bits of weights than of activations, and codebooks, in float64."""
+    layers = [QuantLinear.quest(randn(48, 256, seed=3), bits, a_bits)
+              for bits, a_bits in ((4, 8), (8, 4), (2, 4), (1.58, 8))]
+    codes = torch.randint(256, (48, 32, 2), generator=torch.Generator().manual_seed(2))
+    layers.append(QuantLinear.vq(codes.to(DEVICE), randn(2, 256, 8), randn(48, seed=1).abs()))
+    fits, x = kernels.quest_fits, randn(2, 3, 256, dtype=DTYPES[-1])
+    kernels.quest_fits = lambda *_: True               # a CPU's tensors too, in the interpreter
+    for layer in layers:
+        layer.to(DEVICE)
+        poison()
+        y = layer.kernel(x)
+        assert y.shape == (2, 3, 48) and y.dtype == x.dtype
+        close(y, layer(x.double()), 2e-2)              # few values lie near a border of codes
+        assert DEVICE != "cuda" or torch.equal(layer(x), y)
+    kernels.quest_fits = fits
+
 def check_a_repeat_gives_the_same_bits():
     x, w = randn(9, 512, dtype=DTYPES[-1]), randn(96, 512)
     layer = QuantLinear.quest(w, 4, 4).to(DEVICE)
@@ -219,6 +239,27 @@ def outcomes():
 @pytest.mark.parametrize("name", CHECKS)
 def test_kernels(name, outcomes):
     assert outcomes[name] == "ok", outcomes[name]
+
+def test_a_packed_layer_gives_its_bits_in_the_order_that_the_kernels_take_them(monkeypatch):
+    """On every machine, with a stub in the place of kernels.py."""
+    tree = ast.parse((ROOT / "kernels.py").read_text())
+    takes = {f.name: [a.arg for a in f.args.args] for f in tree.body
+             if isinstance(f, ast.FunctionDef)}
+    assert takes["quest_linear"] == ["x", "w", "a_bits", "bits"]           # as the stub's
+    assert takes["quest_operand"] == ["packed", "scale", "bits", "K"]
+    assert takes["quest_fits"] == ["x", "bits", "a_bits"]
+    asked = []
+    monkeypatch.setitem(sys.modules, "kernels", types.SimpleNamespace(
+        quest_fits=lambda x, bits, a_bits: asked.append((bits, a_bits)) or True,
+        quest_operand=lambda packed, scale, bits, K: ("operand", bits, K),
+        quest_linear=lambda x, w, a_bits, bits: dict(w=w, a_bits=a_bits, bits=bits)))
+    w = torch.randn(8, 256)
+    got = quantizers.QuantLinear.quest(w, 4, 8).kernel(torch.randn(3, 256))
+    assert got == dict(w=("operand", 4, 256), a_bits=8, bits=4) and asked == [(4, 8)]
+    for other in (dict(grid="fp4", a_bits=4), dict(grid="sparse", a_bits=4),
+                  dict(rotated=False, a_bits=8), dict(a_bits=8, a_scale=torch.tensor(0.1))):
+        layer = quantizers.QuantLinear.quest(w, 4, **other)
+        assert layer.kernel(torch.randn(3, 256)) is None
 
 def compiled(kernel, warps, stages=3, **arguments):
     """Compile for an H100 -> registers' spills in bytes, shared memory, counts of instructions.

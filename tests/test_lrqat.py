@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_leaves
 import lrqat
 import model as trunk
 import quantizers
-from conftest import call, check_refused, double, random_base
+from conftest import TrainingTextOnly, call, check_refused, double, random_base
 from lrqat import (ALPHA, PHI, FullQATLinear, LRQATFunction, LRQATLinear, convert, downcast,
                    integers, latent, ledger, limits, linear_schedule, make_optimizer, measure,
                    start_range, svd_start, tensor_bytes, to_grid)
 from model import LlamaConfig, LLaMA, UsageError, quantized
-from quantizers import QuantLinear, dequantize, unpack
+from quantizers import EPS, QuantLinear, bits_per_weight, dequantize, rtn, unpack
 
 def layer(O=6, C=256, bits=4, group_size=-1, rank=4, phi="fp32", svd=False, seed=0, moved=1.0):
     """An LRQATLinear of Gaussian weights in float64 whose A B already moved the latent weight."""
@@ -377,6 +377,22 @@ def test_lean_gradients_are_the_same(a_bits, in_float64):
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
+def test_lean_loss_of_several_chunks_is_the_mean_over_all_tokens():
+    """Of 384 tokens, 256 at a time, in float64 here; without gradients too."""
+    m, _, _ = small_model()
+    x = torch.randint(0, 64, (12, 33))
+    logits = m(x[:, :-1])[0]
+    want = -torch.log_softmax(logits.double(), -1).gather(-1, x[:, 1:, None]).mean()
+    learn = [p for p in m.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(want, learn)
+    m.lean = True
+    loss = m(x[:, :-1], x[:, 1:])[1]
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    for got, g in zip(torch.autograd.grad(loss, learn), expected):
+        assert (got - g).norm() <= 1e-4 * g.norm()
+    with torch.no_grad():
+        assert m(x[:, :-1], x[:, 1:])[1].item() == pytest.approx(want.item(), rel=1e-5)
+
 @pytest.mark.parametrize("bits,phi,a_bits", [(2, "fixed", 16), (3, "packed", 16), (4, "bf16", 8)])
 def test_merged_checkpoint_has_the_integers_and_logits_of_training(bits, phi, a_bits, tmp_path):
     m, args, _ = small_model(bits, phi, a_bits=a_bits, kv_bits=a_bits)
@@ -481,6 +497,37 @@ def test_full_rank_sgd_step_is_the_projected_qat_step():
     moved = latent(m.codes, m.A.detach(), m.B.detach(), *m.how[:2]) - before
     assert (moved + lr * s * (dy.t() @ x) * mask).abs().max() < 1e-12
 
+@pytest.mark.parametrize("bits,group_size", [(2, 16), (3, 16), (4, -1)])
+@pytest.mark.parametrize("kind", ["LR-QAT", "full QAT"])
+def test_the_packed_layer_multiplies_as_the_trained_one_did(kind, bits, group_size):
+    """Also where training brought a scale to zero or below: there it is EPS in both."""
+    torch.manual_seed(0)
+    w = torch.randn(8, 32) + 0.5                       # so that 2 bits have other zero points
+    grid = *start_range(w, bits, group_size), bits, group_size
+    m = FullQATLinear(w, *grid) if kind == "full QAT" else LRQATLinear(w, *grid, 4, "fp32")
+    with torch.no_grad():
+        m.scale.mul_(0.8)
+        m.scale[2], m.scale[5] = 0.0, -0.3
+        if kind == "LR-QAT":
+            m.A.normal_().mul_(0.02)
+        else:
+            m.weight.add_(0.1 * torch.randn(8, 32))
+    trained = m(torch.eye(32)).t()                                         # W_hat (O, C)
+    packed = QuantLinear.affine(*m.merge(), bits, group_size).weight()
+    assert (packed - trained).abs().max() < 1e-5
+    assert max(trained[2].abs().max(), trained[5].abs().max()) <= 2**bits * EPS
+    assert trained[[0, 1, 3, 4]].abs().max() > 0.5
+
+@pytest.mark.parametrize("arm", ["dense", "dense, longer"])
+def test_dense_arms_are_the_base_without_a_grid_on_activations(arm):
+    x = torch.randint(0, 64, (2, 16))
+    torch.manual_seed(0)                               # as in small_model
+    base = LLaMA(LlamaConfig(64, 2, 32, 4, 2, 48, 32))
+    def logits(arm, bits):                             # bits of the activations
+        return small_model(arm=arm, a_bits=bits, kv_bits=bits)[0](x)[0]
+    assert (logits(arm, 3) - base(x)[0]).abs().max() < 1e-6
+    assert (logits("RTN", 3) - logits("RTN", 16)).abs().max() > 1e-3
+
 @pytest.mark.parametrize("O,C", [(24, 24), (16, 40), (40, 16)])
 def test_svd_start_is_the_best_copy_of_the_rounding_error(O, C):
     torch.manual_seed(0)
@@ -514,6 +561,44 @@ def test_full_qat_has_lsqs_gradients():
     assert 0 < 1 - mask.mean() < 0.3
     assert (m.weight.grad - D * mask).abs().max() < 1e-12
     assert (m.scale.grad - (D * (q - mask * z)).sum(1, keepdim=True)).abs().max() < 1e-11
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_gptqs_row_has_the_bits_of_the_grid_that_the_other_arms_have(bits):
+    """A scale of 32 bits a row, and at 2 bits a zero point of 8."""
+    m, args, _ = small_model(arm="GPTQ", bits=bits)
+    sizes = [linear.weight.shape for _, linear in m.linears()]
+    lrqat.gptq_model(m, tokens(), args)
+    extra = 32 + 8 * (bits == 2)
+    stored = sum(O * C * bits + O * extra for O, C in sizes)
+    weights = sum(O * C for O, C in sizes)
+    assert bits_per_weight(m) == (pytest.approx(stored / weights), weights)
+    ours = small_model(bits=bits)[0]
+    ours.replace_linears(lambda _, linear: QuantLinear.affine(*linear.merge(), bits))
+    assert bits_per_weight(ours)[0] == pytest.approx(stored / weights)
+
+def test_hessians_are_of_all_windows_behind_the_blocks_that_are_quantized_already():
+    """Up to a unit: 64 windows of the training text, run here one by one, summed in float64."""
+    m, args, _ = small_model(arm="GPTQ", seed=5, seq_len=16)
+    data = TrainingTextOnly(tokens().train)
+    idx, blocks = trunk.batch(data.train, 0, 64, 16, args.seed, "cpu")[0], 0
+    assert len(idx) == 64
+    def second_moment(linear):
+        seen = []
+        hook = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+        for window in idx:
+            m(window[None])
+        hook.remove()
+        return sum(x.double().t() @ x.double() for x in seen)
+    for block in trunk.block_hessians(m, data, args):
+        for name, linear, h in block:
+            want = second_moment(linear)
+            error = h.double() / h.double().trace() - want / want.trace()
+            assert error.abs().max() < 1e-5 * (want / want.trace()).abs().max(), name
+        for name, linear, _ in block:                  # so coarse that the next block sees it
+            codes = rtn(linear.weight, 1)
+            m.set_submodule(name, QuantLinear.affine(*codes, 1))
+        blocks += 1
+    assert blocks == 2
 
 def test_scales_only_arm_keeps_rtns_integers():
     m, args, _ = small_model(arm="scales only (PEQA)", bits=3)
@@ -558,6 +643,20 @@ def test_optimizer_has_two_rates_and_no_decay():
     assert count[lrqat.RATES["scale"] * 1e-2] == sum(O for O, _ in shapes)
     full = make_optimizer(small_model(arm="full QAT (LSQ)")[0], 1e-2).param_groups
     assert sorted(g["weight_decay"] for g in full) == [0, 0.1]
+
+def test_progress_counts_the_integers_that_the_adapters_moved():
+    """Of the whole model's: none at first, then those of rows that A B pushes up by one step."""
+    m, _, _ = small_model(phi="fp32")
+    assert lrqat.flipped(m) == " flipped 0.00% |"
+    linear, expected = m.blocks[0].mlp.w_down, 0                           # 32 x 48
+    before = linear.merge()[0]
+    with torch.no_grad():
+        linear.A[:3] = 4 / ALPHA / 4                   # rank 4: alpha/r A B = 1
+        linear.B.fill_(1.0)
+    pushed = (before[:3] < limits(4)[1]).sum().item()  # the others are clipped already
+    total = sum(w.codes.numel() for _, w in m.linears())
+    share = float(lrqat.flipped(m).split()[1].removesuffix("%"))
+    assert pushed > 100 and abs(share - 100 * pushed / total) < 0.006      # two decimals
 
 def test_schedule_is_linear_up_and_down():
     assert [linear_schedule(t, 1000, 1.0) for t in (0, 50, 100, 1000)] == [0, 0.5, 1, 0]

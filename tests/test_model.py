@@ -202,6 +202,22 @@ def test_only_what_the_blocks_linears_own_decays(kind):
         decays = re.fullmatch(r"blocks\.\d\.(attn\.w[qkvo]|mlp\.w_(gate|up|down))\.\w+", name)
         close(p.detach(), before[name].double() * (1 - 0.5 * 0.1 if decays else 1), 1e-6)
 
+def test_adamw_forgets_gradients_at_the_rates_of_the_recipe():
+    """Adam's formula with 0.9 and 0.95, one number at a time, on gradients that vary in size."""
+    m, lr = small(), 0.01
+    optimizer, p = model.make_optimizer(m, lr), m.norm.weight              # a norm does not decay
+    want, first, second = p.detach().double(), 0.0, 0.0
+    for t, size in enumerate([1.0, 10.0, 0.1, 0.01], 1):
+        g = size * torch.randn(p.shape)
+        for q in m.parameters():
+            q.grad = torch.zeros_like(q)
+        p.grad = g
+        optimizer.step()
+        first = 0.9 * first + 0.1 * g.double()
+        second = 0.95 * second + 0.05 * g.double() ** 2
+        want = want - lr * (first / (1 - 0.9**t)) / ((second / (1 - 0.95**t)).sqrt() + 1e-8)
+        close(p.detach(), want, 1e-6)
+
 @pytest.mark.parametrize("kind", ["dense", "quest"])
 def test_accumulated_gradients_equal_one_big_batch(kind, in_float64):
     data = SimpleNamespace(train=ids(200).numpy())

@@ -107,6 +107,13 @@ def test_gradient_of_the_channel_loss_in_closed_form():
     spread = -(f.var(0) - q.var(0)).sign() * 2 * (q - q.mean(0)) / (8 * 4)
     torch.testing.assert_close(q.grad, mean + spread)
 
+def test_the_loss_of_a_block_is_the_mean_of_its_windows_by_hand():
+    """As many windows as there may be, of 0.5, 2 and 3.5: shifts of all channels' means."""
+    f = torch.randn(3, 1, 20, 4).double()
+    outputs = [x + shift for x, shift in zip(f, (0.5, 2.0, -3.5))]
+    assert nt.mean_loss(list(f), outputs) == pytest.approx(2.0)
+    assert nt.mean_loss(2 * list(f), 2 * outputs) == pytest.approx(2.0)
+
 @pytest.mark.parametrize("loss", nt.LOSSES)
 def test_equal_outputs_have_no_gradient_at_all(loss):
     f = torch.randn(2, 12, 16)
@@ -220,32 +227,36 @@ def test_same_seed_same_norms_and_the_order_of_windows_matters(teacher, ids, opt
     a, b, c = (compress(teacher, x, args)[0] for x in (ids, ids, ids.flip(0)))
     assert not different(a, b) and len(different(a, c)) == 6
 
-def test_closed_form_is_the_least_squares_solution(teacher, ids, options, in_float64):
-    """Against torch.linalg.lstsq on the explicit design matrix; without a ridge it never gets
-    worse."""
+@pytest.mark.parametrize("ridge", [0.0, 0.05])
+def test_closed_form_is_the_least_squares_solution(teacher, ids, options, in_float64, ridge):
+    """Against torch.linalg.lstsq on the explicit design matrix, to which a ridge adds a row for
+    each factor, which pulls it to 1. The second norm sees what the first one's factors left."""
     model, _ = compress(teacher, ids, options("--bits", "2"), tweak=False)
     block, float_block = copy.deepcopy(model.blocks[0]), copy.deepcopy(teacher.blocks[0]).double()
     nt.swap(block, QuantLinear, nt.FrozenLinear)
     block.double()
     block.attn_norm.weight.mul_(1.1)                   # norms may differ before the tweak as well
     block.mlp_norm.weight.mul_(0.9)
-    windows = list(torch.randn(4, 2, 24, 32).double())
+    before = copy.deepcopy(block)
+    windows = torch.randn(4, 2, 24, 32).double()
     rope = [t.double() for t in trunk.rope_tables(24, 8, 1e4, "cpu")]
-    before, inputs = copy.deepcopy(block), torch.cat(windows)
-    nt.tweak_by_least_squares(block, float_block, windows, rope, ridge=0.0)
-    for norm, names in nt.NORMS:
-        gamma, tweaked = getattr(before, norm).weight, getattr(block, norm).weight
-        x = getattr(before, norm)(inputs).flatten(0, 1)                    # (n, C)
-        x_float = getattr(float_block, norm)(inputs).flatten(0, 1)
-        q = torch.cat([before.get_submodule(n).weight for n in names])     # (O, C)
+    nt.tweak_by_least_squares(block, float_block, list(windows), rope, ridge=ridge)
+    x = windows.flatten(0, 1)                          # what the first norm reads
+    hidden = x + block.attn(block.attn_norm(x), *rope)  # and the second: the tweaked attention's
+    for norm, names, x in (("attn_norm", nt.ORDER[0], x), ("mlp_norm", nt.ORDER[2], hidden)):
+        gamma = getattr(before, norm).weight
+        normed = getattr(before, norm)(x).flatten(0, 1)                    # (n, C)
+        q = torch.cat([block.get_submodule(n).weight for n in names])      # (O, C)
         w = torch.cat([float_block.get_submodule(n).weight for n in names])
-        target = (x_float @ w.T).flatten()                                 # (n O,)
-        design = (x[:, None] * q).flatten(0, 1)                            # (n O, C)
-        s = torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
-        torch.testing.assert_close(tweaked, gamma * s, rtol=1e-6, atol=1e-9)
-        cost = lambda scale: (design @ scale - target).square().sum()
-        assert cost(tweaked / gamma) < cost(torch.ones_like(s))
-        inputs = inputs + block.attn(block.attn_norm(inputs), *rope)       # of the second norm
+        target = getattr(float_block, norm)(x).flatten(0, 1) @ w.T         # (n, O)
+        design = (normed[:, None] * q).flatten(0, 1)                       # (n O, C)
+        pull = (ridge * design.square().sum(0).mean()).sqrt()
+        rows = torch.cat((design, pull * torch.eye(32).double()))
+        goal = torch.cat((target.flatten(), pull.expand(32)))
+        s = torch.linalg.lstsq(rows, goal[:, None]).solution[:, 0]
+        torch.testing.assert_close(getattr(block, norm).weight, gamma * s, rtol=1e-6, atol=1e-9)
+        cost = lambda scale: (design @ scale - target.flatten()).square().sum()
+        assert cost(getattr(block, norm).weight / gamma) < cost(torch.ones_like(s))
 
 @pytest.mark.parametrize("zeros", [slice(5, 6), slice(None)])
 def test_closed_form_takes_norm_weights_of_exactly_zero(teacher, ids, options, zeros):
@@ -401,6 +412,15 @@ def test_self_calibration_follows_the_rule(teacher, data, options, in_float64):
     assert (rank < nt.TOP_K).all() and (rank[:, nt.GREEDY:] > 0).any()
     assert torch.equal(out, nt.calibration(teacher, train_only, args))
     assert not torch.equal(out, nt.calibration(teacher, train_only, options("--seed", "4")))
+
+def test_the_token_after_the_greedy_ones_is_the_first_that_is_drawn(teacher, data, options):
+    """In 64 windows: a draw is the likeliest token in some of them, and not in all."""
+    out = nt.calibration(teacher, data, options("--steps", "64", "--seq-len", "8"))
+    logits = teacher(out)[0]
+    logits[..., data.tokenizer.eot_token] = -torch.inf
+    likeliest = logits[:, :-1].argmax(-1) == out[:, 1:]                    # (64, 7)
+    share = likeliest.float().mean(0).tolist()         # of the second to the eighth token
+    assert share[:4] == [1.0] * 4 and max(share[4:]) < 0.9
 
 def test_start_tokens_are_the_fewest_that_cover_the_share(data):
     counts = np.bincount(data.train, minlength=300)

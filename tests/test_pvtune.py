@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import model as trunk
 import pvtune
-from conftest import call, check_refused, double, random_base
+from conftest import TrainingTextOnly, call, check_refused, double, random_base
 from model import LlamaConfig, LLaMA
 from pvtune import (Codebooks, Distilled, Grid, PVLinear, PVOptimizer, exact_p, exact_v, lamb_step,
                     linear_v, move_codes, ste, v_step)
@@ -172,6 +172,25 @@ def test_the_search_in_pieces_equals_the_search_at_once():
     parts = [search(a, b, codebooks, 2, seeded(1))
              for a, b in zip(x.split(7), codes.flatten(0, 1).split(7))]
     assert torch.equal(whole, torch.cat(parts))
+
+def test_the_search_visits_the_codebooks_in_each_order_that_the_generator_may_draw():
+    """Of three codebooks, beside a search by hand for each of the six orders."""
+    codes, codebooks, scales, w = layer(M=3)
+    x, start = (w / scales.unsqueeze(1)).view(-1, 4), codes.flatten(0, 1)
+    def by_hand(order):
+        q = start.clone()
+        for m in order:
+            others = sum(codebooks[k][q[:, k]] for k in range(3) if k != m)
+            distance = (x - others).unsqueeze(1) - codebooks[m]                    # (n, K, g)
+            q[:, m] = distance.square().sum(-1).argmin(1)
+        return q
+    known, seen = {order: by_hand(order) for order in itertools.permutations(range(3))}, set()
+    for seed in range(40):
+        found = search(x, start, codebooks, generator=seeded(seed))[:, 0]
+        matches = [order for order, q in known.items() if torch.equal(q, found)]
+        assert len(matches) == 1
+        seen.add(matches[0])
+    assert len(seen) == 6
 
 @pytest.mark.parametrize("rank", ["residual", "improvement"])
 def test_at_most_the_fraction_changes_and_the_chosen_groups_are_those_of_the_rank(rank):
@@ -340,6 +359,44 @@ def test_a_scale_that_became_zero_can_be_searched():
     made, _, _ = move_codes(form, w[None], 1.0)
     assert made.isfinite().all() and form.codes.min() >= 0 and form.codes.max() <= 3
 
+def test_the_codebooks_of_the_fit_are_those_of_a_k_means_that_has_converged():
+    """Lloyd's steps here, from where the fit ended, win less than 2 % of its error; one step from
+    random points leaves them far more to win."""
+    w = torch.randn(64, 128, generator=seeded())
+    codes, codebooks, scales = vq_fit(w, torch.eye(128), 1, 4, 4, rounds=1, steps=0,
+                                      generator=seeded(1))
+    x = (w / w.norm(dim=1, keepdim=True)).view(-1, 4)
+    def lloyd(c, steps):
+        for _ in range(steps):
+            q = torch.cdist(x, c).argmin(1)
+            c = torch.stack([x[q == k].mean(0) if (q == k).any() else c[k] for k in range(16)])
+        return torch.cdist(x, c).amin(1).square().sum()
+    made = vq_dequantize(codes, codebooks, scales) / w.norm(dim=1, keepdim=True)
+    error = (made.view(-1, 4) - x).square().sum()
+    assert lloyd(codebooks[0], 50) > 0.98 * error
+    assert lloyd(x[:16], 50) < 0.9 * lloyd(x[:16], 1)
+
+def test_the_fit_is_calibrated_on_the_training_text_alone():
+    _, teacher = copy.deepcopy(fitted(1, 0, False, False))
+    args = settings(scheme="affine", bits=2, group_size=-1, smoke=False)
+    made = pvtune.fit(teacher, TrainingTextOnly(tokens().train), args)
+    assert len(made.linears()) == 14 and all(isinstance(m, PVLinear) for _, m in made.linears())
+
+def test_the_tables_rtn_is_the_one_that_comes_closest_in_stored_bits():
+    """Beside every grid, packed: bytes of codes, 4 of a scale, 1 of a zero point."""
+    model = LLaMA(LlamaConfig(32, 1, 128, 4, 4, 256, 16)).requires_grad_(False)
+    def stored(bits, g):
+        tensors, weights = [], 0
+        for _, linear in model.linears():
+            q, scale, zero = rtn(linear.weight, bits, g)
+            tensors += [(q.numel() * bits / 8, scale.numel() * 4, zero.numel())]
+            weights += q.numel()
+        return 8 * sum(map(sum, tensors)) / weights
+    every = [stored(bits, g) for bits in range(1, 9) for g in (-1, 128, 64, 32)]
+    for bpw in (1.3, 2.2, 2.7, 3.0, 3.6, 4.4, 5.0, 8.5):
+        found = bits_per_weight(pvtune.nearest_rtn(model, bpw))[0]
+        assert abs(found - bpw) == pytest.approx(min(abs(b - bpw) for b in every), abs=1e-9)
+
 # ---- The grid -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bits,group_size", [(2, 8), (3, -1)])
@@ -447,6 +504,29 @@ def test_codes_are_those_of_a_plain_straight_through_loop(in_float64):
             assert torch.equal(codes, new.int()), t
         by_hand.zero_grad()
     assert flips > 100
+
+def test_the_rates_fall_in_a_line_from_their_peaks_to_nothing():
+    model, args = student(M=1), settings(lr=0.02, code_lr=0.5, steps=10)
+    optimizer = PVOptimizer(model, args, "pv")
+    for t, share in ((0, 1.0), (1, 0.9), (5, 0.5), (9, 0.1)):
+        take_steps(model, optimizer, args, 1, t)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([0.02 * share, 0.02 * share, 0.5 * share])
+
+@pytest.mark.parametrize("variant", ["naive", "stochastic", "ste", "subspace", "pv"])
+def test_the_trust_region_binds_the_arms_with_a_share_tau_and_no_other(variant):
+    """So small a region leaves each linear the one group that crosses its border."""
+    codes, changes = [], []
+    for trust in (None, 1e-6):
+        model, args = student(M=1), settings(trust=trust, code_lr=3.0)
+        optimizer = PVOptimizer(model, args, variant)
+        take_steps(model, optimizer, args, 1)
+        codes.append(torch.cat([form.codes.flatten() for form in model.forms]))
+        changes.append(optimizer.changed())
+    if variant in ("subspace", "pv"):
+        assert changes[0] > changes[1] == 14           # of 14 linears
+    else:
+        assert torch.equal(*codes) and changes[0] > 14
 
 def test_a_small_naive_step_is_p_only_with_no_code_changed():
     states = []
@@ -696,6 +776,38 @@ def test_norms_embedding_and_head_learn_and_tied_ones_stay_tied():
     assert s.head.weight is s.embed.weight
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())
 
+@pytest.mark.xfail(strict=True, reason="a CPU's generator takes the low 32 bits of a seed: seed + "
+                   "2^32 t is the seed in every step")
+def test_every_step_draws_other_numbers_that_follow_from_the_seed_and_the_step(monkeypatch):
+    move, draws = pvtune.move_codes, []
+    def spy(*args, generator, **how):
+        draws.append(torch.rand(3, generator=generator).tolist())
+        return move(*args, generator=generator, **how)
+    monkeypatch.setattr(pvtune, "move_codes", spy)
+    def run(seed):
+        draws.clear()
+        model, args = student(M=1), settings(seed=seed)
+        take_steps(model, PVOptimizer(model, args, "stochastic"), args, 3)
+        assert len(draws) == 3 * len(model.forms)
+        return [tuple(d) for d in draws]
+    first = run(0)
+    assert run(0) == first and not set(run(1)) & set(first)
+    assert len(set(first)) == len(first)               # of all stacks and steps
+
+def test_changes_and_their_budget_are_counts_of_codes_and_ceilings_of_shares():
+    """Each linear may change at least one of its groups: tau n, rounded up."""
+    model, args = student(M=2), settings(tau=0.013, code_lr=3.0)
+    optimizer, changed = PVOptimizer(model, args, "pv"), 0
+    for t in range(4):
+        before = [form.codes.clone() for form in model.forms]
+        take_steps(model, optimizer, args, 1, t)
+        for old, form in zip(before, model.forms):
+            changed += (form.codes != old).any(-1).sum().item()
+    n = [m.weight.numel() // 4 for m, _ in linears(model)]
+    assert optimizer.changed() == changed > 0
+    assert optimizer.allowed() == (sum(math.ceil(0.013 * k) for k in n), sum(n))
+    assert PVOptimizer(model, args, "ste").allowed() == (sum(n), sum(n))
+
 def test_same_seed_same_bits_other_seed_others():
     states = []
     for seed in (0, 0, 1):
@@ -785,10 +897,16 @@ def script(work, capsys, flags):
     ("--bits 2 --scheme 2x3g4", "pvtune-2x3g4", ["P only", "STE", "PV"]),
     ("--scheme affine --bits 2 --group-size 16 --variant pv", "pvtune-affine-w2", ["PV"])])
 def test_main_job_compares_packs_and_resumes(work, capsys, flags, name, arms):
-    flags += " --steps 4 --batch-size 4 --seq-len 32 --code-lr 0.3"
+    flags += " --steps 4 --batch-size 4 --seq-len 32 --code-lr 3"          # so that codes move
     _, out, row = script(work, capsys, flags)
     assert list(row["arms"]) == ["dense", "RTN", "as fitted", *arms]
     assert float(out.split("differs from live by ")[1].split()[0]) < 1e-3
+    n = [size // (1 if "affine" in name else 4) for size in 2 * (4 * [1024] + 3 * [1536])]
+    may = {"STE": sum(n), "PV": sum(math.ceil(0.01 * k) for k in n)}       # change in one step
+    for arm in arms[-2:]:                              # P only changes nothing
+        changes = row["arms"][arm]["changed"] * sum(n)
+        assert changes == pytest.approx(round(changes), abs=0.01) and changes > 1
+        assert row["arms"][arm]["budget"] == pytest.approx(changes / (4 * may[arm]), abs=1e-3)
     m, _ = trunk.load_checkpoint(str(work / f"{name}.pt"))
     data = trunk.load_data(str(work / "text.txt"), "300", 32)
     assert abs(trunk.evaluate(m, data.val, 32)["loss"] - row["val_loss"]) < 1e-6

@@ -174,6 +174,48 @@ def test_shared_inputs_and_micro_batches_change_nothing():
     parts = [torch.autograd.grad(layers[0](a), w, b)[0] for a, b in zip(x.split(8), g.split(8))]
     assert (full - sum(parts)).abs().max() < 1e-6 * full.abs().max()
 
+class OnGpu(torch.Tensor):
+    """A CPU's tensor that says it is a GPU's."""
+    is_cuda = True
+
+@pytest.mark.parametrize("how", [(4, 4, "uniform", "quest"), (2, 8, "uniform", "quest"),
+                                 (4, 4, "fp4", "quest"), (4, 4, "sparse", "quest"),
+                                 (4, 4, "uniform", "trust"), (4, 4, "uniform", "clip"),
+                                 (4, 4, "uniform", "ste")], ids=str)
+def test_on_a_gpu_only_quest_on_the_uniform_grid_goes_to_its_kernels(how, monkeypatch):
+    """A baseline would be rotated there."""
+    bits, a_bits, grid, quantizer = how
+    calls = []
+    class Fused:
+        @staticmethod
+        def apply(x, bits, a_bits, *weights):
+            calls.append((bits, a_bits))
+            return tuple(x.new_zeros(len(x), len(w)) for w in weights)
+    class Kernels:
+        quest_fits = staticmethod(lambda x, bits, a_bits: True)
+    monkeypatch.setattr(quest, "TRITON", True)
+    monkeypatch.setattr(quest, "kernels", Kernels, raising=False)
+    monkeypatch.setattr(quest, "FusedQuest", Fused)
+    x, w = randn(6, 64).float(), randn(8, 64, seed=1).float()
+    layer = QuestLinear(w, *how)
+    y = layer(x.as_subclass(OnGpu))
+    if (grid, quantizer) == ("uniform", "quest"):
+        assert calls == [(bits, a_bits)]
+    else:
+        assert not calls and (y - layer(x)).abs().max() < 1e-5
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("how", [how for how in QUEST if max(how[:2]) <= 8], ids=str)
+def test_a_gpus_output_and_gradients_are_a_cpus(how):
+    x, g = (randn(*shape).bfloat16().float() for shape in ((64, 256), (64, 48)))
+    w, results = randn(48, 256, seed=1).float(), []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        a, b = x.to(device, dtype).requires_grad_(), w.to(device).requires_grad_()
+        y = QuestLinear(b, *how)(a)
+        results.append((y, *torch.autograd.grad(y, (a, b), g.to(device, dtype))))
+    for got, want in zip(*results[::-1]):              # codes near a border may differ
+        assert (got.cpu().float() - want).norm() < 0.05 * want.norm()
+
 def test_dense_control_is_bit_identical_to_a_linear(tmp_path):
     """P22: --bits 16 leaves model.Linear in place, and no flag may quantize beside it."""
     layer, x = Linear(64, 32), randn(5, 64).float()
@@ -296,6 +338,36 @@ def test_fit_recovers_effective_parameters_of_a_known_law(tmp_path, monkeypatch,
 def test_fit_calls_a_law_degenerate_that_the_runs_do_not_determine(tmp_path, monkeypatch, capsys):
     fit_command(law_rows(noise=0.02), tmp_path, monkeypatch)
     assert "degenerate" in capsys.readouterr().out
+
+@pytest.mark.parametrize("eff, worth, best", [((0.7, 0.15), (2.8, 1.2), 4),
+    ((0.4, 0.1), (1.6, 0.8), 4), ((0.2, 0.05), (0.8, 0.4), 16), ((0.5, 0.3), (2.0, 2.4), 2)])
+def test_the_best_bits_are_those_whose_bit_of_memory_is_worth_most(eff, worth, best, tmp_path,
+                                                                   monkeypatch, capsys):
+    """eff(P) 16 / P, by hand, of a fit that is given."""
+    theta = torch.tensor([8.0, 80.0, 0.5, 0.12, 0.3, *eff]).double().log()
+    monkeypatch.setattr(quest, "fit_law", lambda *_: theta)
+    fit_command(law_rows(), tmp_path, monkeypatch)
+    out = capsys.readouterr().out
+    assert f"best: {best} bits" in out
+    for bits, value in zip((4, 2), worth):
+        assert f"{bits} bits {value:.2f}" in out
+
+def test_the_fit_takes_equal_bits_of_both_operands_on_the_uniform_grid(tmp_path, monkeypatch):
+    """Rows of another kind are left out, however far off their losses are."""
+    seen = []
+    def fit_law(N, D, P, L, starts=None):
+        seen.append(torch.stack((N, D, P, L), 1))
+        return torch.zeros(7).double()
+    monkeypatch.setattr(quest, "fit_law", fit_law)
+    good = law_rows()
+    other = [{"a_bits": 16}, {"grid": "fp4"}, {"method": "lsq"}, {"method": "gptq"},
+             {"linear_params": None}]
+    bad = [row | change | {"val_loss": 99.0} for row in good if row["w_bits"] == 4
+           for change in other]
+    fit_command(bad + good, tmp_path, monkeypatch)
+    want = [(r["linear_params"], r["tokens"], (16, 4, 2).index(r["w_bits"]), r["val_loss"])
+            for r in good]
+    assert torch.equal(seen[0], torch.tensor(want).double())
 
 @pytest.mark.parametrize("rows", [[], law_rows(bits=(4, 2))[:9], law_rows()[:3]])
 def test_fit_refuses_rows_that_cannot_carry_it(rows, tmp_path, monkeypatch):
