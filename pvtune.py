@@ -36,6 +36,7 @@ import os
 import re
 import time
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -354,7 +355,9 @@ class PVOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         (rest, forms, dense), t = self.param_groups, self.state[self.stacks[0][1][0]].get("t", 0)
-        self.generator.manual_seed((self.seed + 2**32 * t) % 2**63)
+        # A CPU's generator takes the low 32 bits of its seed: they have to know seed and step.
+        mixed = np.random.SeedSequence([self.seed, t]).generate_state(1)
+        self.generator.manual_seed(int(mixed[0]))
         grads = [torch.stack([w.grad for w in weights]) for _, weights in self.stacks]
         for (form, _), G in zip(self.stacks, grads):   # G -> gradients of what W is made of
             with torch.enable_grad():

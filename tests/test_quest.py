@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import quantizers
 import quest
 from model import (Linear, LLaMA, LlamaConfig, UsageError, load_checkpoint, make_optimizer,
                    save_checkpoint)
@@ -196,6 +197,7 @@ def test_on_a_gpu_only_quest_on_the_uniform_grid_goes_to_its_kernels(how, monkey
     monkeypatch.setattr(quest, "TRITON", True)
     monkeypatch.setattr(quest, "kernels", Kernels, raising=False)
     monkeypatch.setattr(quest, "FusedQuest", Fused)
+    monkeypatch.setattr(quantizers, "WIDE_MM", False)  # rotate would believe the tensor
     x, w = randn(6, 64).float(), randn(8, 64, seed=1).float()
     layer = QuestLinear(w, *how)
     y = layer(x.as_subclass(OnGpu))
