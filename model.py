@@ -1173,16 +1173,16 @@ def need_package(name):
     """Import one of the optional packages that Hugging Face folders need. Raises UsageError where
     it is missing or too old."""
     try:
-        package = importlib.import_module(name)
+        module = importlib.import_module(name)
     except ImportError:
         raise UsageError("Hugging Face folders need two more packages: "
                          "pip install safetensors tokenizers") from None
-    name = name.partition(".")[0]
+    name = name.partition(".")[0]                      # of safetensors.torch
     found, oldest = sys.modules[name].__version__, HF_PACKAGES[name]
     if version_numbers(found) < version_numbers(oldest):
         raise UsageError(f"Hugging Face folders need {name} {oldest} or newer and this is {found}: "
                          "pip install --upgrade safetensors tokenizers")
-    return package
+    return module
 
 def version_numbers(text):
     """0.15.1rc1 -> [0, 15, 1]"""
@@ -1541,7 +1541,10 @@ def new_folder(folder):
     finally:
         if not done:                                   # also after Ctrl-C
             for part in moved:
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
+                if part.is_dir():
+                    shutil.rmtree(part)
+                else:
+                    part.unlink()
             shutil.rmtree(temporary, ignore_errors=True)
             for parent in parents:
                 with contextlib.suppress(OSError):     # by now something else is in it
@@ -1952,9 +1955,9 @@ def finish(args, method, model, scores, result, **more):
 
 def record(args, method, model, scores, result, **more):
     """Append the run's row of results to results.jsonl -> the row, one line of JSON. What a script
-    prints about a result comes after this: then a failing print loses nothing. Raises UsageError where a number of
-    it is not finite."""
-    check_numbers({"val_loss": scores["loss"], **more})
+    prints about a result comes after this: then a failing print loses nothing. Raises UsageError
+    where a number of it is not finite."""
+    check_numbers({"val_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"], **more})
     bpw, weights = bits_per_weight(model)              # of the packed linears, if there are any
     params = sum(p.numel() for p in model.parameters()) + weights
     packed = tensor_bytes(model.state_dict().values()) if weights else None

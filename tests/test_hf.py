@@ -22,7 +22,7 @@ from conftest import TEXT, call, check_refused
 from model import LLaMA, UsageError
 from quantizers import QuantLinear, quest_fake_quant, rotate, rtn
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")  # rope_parameters, dtype
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
 LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0,
