@@ -312,12 +312,13 @@ def test_lsq_starts_at_the_published_step_and_one_bit_does_not_divide_by_zero(bi
 # ---- The scaling law, against rows made by a known law ----------------------------------------
 
 def law_rows(noise=0.0, bits=(16, 4, 2)):
-    """Rows of L = 8 / (N eff)^0.12 + 80 / D^0.3 + 0.5, eff 0.7 at 4 bits and 0.15 at 2."""
-    generator, rows, eff = torch.Generator().manual_seed(0), [], {16: 1.0, 4: 0.7, 2: 0.15}
+    generator, rows = torch.Generator().manual_seed(0), []
+    true = torch.tensor([8.0, 80.0, 0.5, 0.12, 0.3] + [0.7, 0.15][:len(bits) - 1]).double().log()
     for n in (1e6, 2e6, 4e6, 8e6):
         for ratio in (25, 50, 100):
-            for b in bits:
-                loss = 8 / (n * eff[b]) ** 0.12 + 80 / (n * ratio) ** 0.3 + 0.5
+            for i, b in enumerate(bits):
+                one = [torch.tensor([v]).double() for v in (n, n * ratio)]
+                loss = quest.law(true, *one, torch.tensor([i])).item()
                 loss *= math.exp(noise * torch.randn(1, generator=generator).item())
                 rows.append({"method": "quest" if b < 16 else "dense", "w_bits": b, "a_bits": b,
                              "linear_params": n, "tokens": n * ratio, "val_loss": loss})
