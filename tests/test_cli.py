@@ -227,6 +227,7 @@ def test_main_job_packs_what_it_trained(work, capsys, flags, bpw):
     assert row["bpw"] == pytest.approx(bpw, abs=1e-6)
     assert row["tokens"] == args.steps * args.batch_size * args.seq_len
     assert row["linear_params"] == 40960               # the scaling law's N: no embedding, no head
+    assert row["params"] == 40960 + 2 * 300 * 64 + 3 * 64                  # those, and the norms
     assert row["val_ppl"] == pytest.approx(np.exp(row["val_loss"]), rel=1e-4)
     val = model.load_data("text.txt", "300", 16).val
     held_out = TEXT[len(TEXT) * 19 // 20:].encode()
@@ -250,6 +251,28 @@ def test_main_job_packs_what_it_trained(work, capsys, flags, bpw):
     status, scored, err = call(capsys, f"model.py eval {checkpoint}")
     assert status == 0 and err == ""
     loss = float(re.search(r"loss (\d+\.\d{6})", scored)[1])
+    assert loss == pytest.approx(row["val_loss"], abs=1e-4)
+
+def test_lsqs_first_steps_come_from_training_text(work, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(quest, "lsq_calibrate", lambda m, x: seen.extend(x.tolist()))
+    assert call(capsys, f"quest.py {TRAIN} --quantizer lsq --steps 1")[0] == 0
+    ids = model.load_data("text.txt", "300", 16).train.tolist()
+    text = "," + ",".join(map(str, ids)) + ","
+    assert len(seen) == 4                              # windows of 16 tokens
+    for window in seen:
+        assert "," + ",".join(map(str, window)) + "," in text
+
+def test_a_smoke_runs_checkpoint_is_evaluated_on_the_few_files_that_it_read(work, capsys):
+    """30 of 90, so that its validation split is another one than the whole folder's."""
+    (work / "docs").mkdir()
+    for i in range(90):
+        (work / "docs" / f"{i:02}.txt").write_text(TEXT[99 * i:99 * i + 3000])
+    train = "model.py --smoke --data docs --vocab 300 --seq-len 16 --out few"
+    row = json.loads(call(capsys, train)[1].splitlines()[-1])
+    status, out, _ = call(capsys, "model.py eval few/smoke/base.pt")
+    assert status == 0 and "is not the text" not in out
+    loss = float(re.search(r"loss (\d+\.\d{6})", out)[1])
     assert loss == pytest.approx(row["val_loss"], abs=1e-4)
 
 def test_a_sample_repeats_the_text_that_the_run_printed(work, capsys):

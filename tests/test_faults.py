@@ -159,6 +159,27 @@ def test_the_state_is_saved_once_a_minute(capsys, monkeypatch):
     assert call(capsys, f"model.py {flags} --steps 10")[0] == 0
     assert saved == [3, 6, 9, 10, "result"]
 
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_steps(capsys, monkeypatch):
+    """Ten steps of 25 s, Ctrl-C in the fourth and the eighth; hours between commands do not
+    count."""
+    clock, step, stops = Clock(), model.train_step, [3, 7]
+    def slow_step(forward, optimizer, data, args, i):
+        clock.now += 25
+        if i in stops:
+            stops.remove(i)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(forward, optimizer, data, args, i)
+    monkeypatch.setattr(model, "time", clock)
+    monkeypatch.setattr(model, "train_step", slow_step)
+    train = f"model.py {TRAIN} --steps 10"
+    for more, seconds in (("", 100), (" --resume", 200)):
+        assert call(capsys, train + more)[0] == 130
+        assert model.read_checkpoint("out/base.pt.state")["seconds"] == pytest.approx(seconds)
+        clock.now += 9999
+    status, out, err = call(capsys, f"{train} --resume")
+    assert status == 0, err
+    assert json.loads(out.splitlines()[-1])["seconds"] == pytest.approx(250)
+
 def test_a_base_interrupted_inside_another_script_goes_on_with_resume(capsys, monkeypatch):
     """normtweak.py keeps no state of its own, but the base that it trains first does."""
     flags = "--data text.txt --vocab 300 --bits 3 --calib data"

@@ -334,7 +334,8 @@ class Meter(TorchDispatchMode):
     (4, "bf16", "float32", 2)])
 def test_ledger_predicts_every_component_within_ten_percent(bits, phi, dtype, micro):
     c = LlamaConfig(512, 2, 256, 4, 4, 704, 128)
-    args = memory_args(bits=bits, phi=phi, rank=8, dtype=dtype, batch_size=micro, seq_len=128)
+    args = memory_args(bits=bits, phi=phi, rank=8, dtype=dtype, batch_size=2 * micro, accumulate=2,
+                       seq_len=128)
     m = lrqat.random_model("LR-QAT", c, args)
     found, expected = measure(m, args, tokens(vocab=512), report=True), ledger(c, args)
     for name in ("frozen weights", "adapters", "gradients", "optimizer", "activations"):
@@ -600,6 +601,19 @@ def test_hessians_are_of_all_windows_behind_the_blocks_that_are_quantized_alread
         blocks += 1
     assert blocks == 2
 
+@pytest.mark.parametrize("phi", ["fixed", "packed", "bf16"])
+@pytest.mark.parametrize("arm", ["RTN", "scales only (PEQA)"])
+def test_arms_without_adapters_round_the_float_weight_whatever_phi_is(arm, phi):
+    """Not what phi keeps of it, which rounds other integers (fixed: some 2^-6 of them)."""
+    m, args, _ = small_model(bits=3, phi=phi, arm=arm)
+    torch.manual_seed(0)                               # as in small_model
+    dense, differ, total = LLaMA(LlamaConfig(64, 2, 32, 4, 2, 48, 32)), 0, 0
+    for (_, linear), (_, base) in zip(m.linears(), dense.linears()):
+        want = rtn(base.weight.detach(), 3, symmetric=True, mse=True)[0]
+        differ += (linear.merge()[0] != want).sum().item()
+        total += want.numel()
+    assert differ <= total / 10_000                    # a tie may fall to either side
+
 def test_scales_only_arm_keeps_rtns_integers():
     m, args, _ = small_model(arm="scales only (PEQA)", bits=3)
     before = [linear.merge()[0] for _, linear in m.linears()]
@@ -748,6 +762,15 @@ def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, monkeyp
         rows.append(json.loads(out.strip().splitlines()[-1]))
     first, again = ({arm: row["val_loss"] for arm, row in r["arms"].items()} for r in rows)
     assert list(first) == list(lrqat.ARMS) and first == again
+    base = trunk.load_checkpoint(str(tmp_path / "base.pt"))[0]             # floats, also inside
+    dense = trunk.evaluate(base, data.val, 32)["loss"]
+    assert rows[0]["base_val_loss"] == pytest.approx(dense, abs=1e-5)
+    assert first["dense"] == pytest.approx(dense, abs=1e-5) and first["RTN"] != first["dense"]
+    scales, sides = 17408 // 16, 2 * (4 * 64 + 3 * 80)                     # of a scale; O + C
+    assert [row["learn"] for row in rows[0]["arms"].values()] == [
+        0, 17408, 0, 0, scales, 17408 + scales, 4 * sides, 4 * sides + scales]
+    assert {row["bpw"] for arm, row in rows[0]["arms"].items() if arm.startswith("dense")} == {16.0}
+    assert rows[0]["bpw"] == 2 + (32 + 8) / 16
     packed = {row["bpw"] for arm, row in rows[0]["arms"].items() if not arm.startswith("dense")}
     assert packed == {rows[0]["bpw"]}
     assert len(hessians) == 2 * 14 and set(hessians) == {((32, 32), True), ((48, 48), True)}
@@ -756,7 +779,7 @@ def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, monkeyp
     loss = trunk.evaluate(m, data.val, 32)["loss"]
     assert abs(loss - rows[0]["val_loss"]) < 1e-6 and content["config"]["kv_bits"] == 4
 
-@pytest.mark.parametrize("arm", ["full", "scales"])
+@pytest.mark.parametrize("arm", ["full", "scales", "lr-qat"])
 def test_one_arm_alone_ends_as_beside_the_others_and_is_packed(arm, own_cache, tmp_path, capsys):
     data = random_base(tmp_path, 1)
     command = (f"lrqat.py --bits 3 --rank 4 --steps 4 --batch-size 4 --seq-len 32 --device cpu "
@@ -781,6 +804,7 @@ def test_random_run_needs_no_base_and_reports_three_arms(tmp_path, monkeypatch, 
     row = json.loads(out.strip().splitlines()[-1])
     ours, full = row["results"]["LR-QAT"], row["results"]["full QAT (LSQ)"]
     assert row["val_loss"] is None and "dense, longer" in row["results"]
+    assert row["tokens"] == 2 * 2 * 8                  # steps, windows a step, tokens a window
     assert ours["frozen weights"] + 3 * ours["adapters"] < full["adapters"] + full["frozen weights"]
 
 # ---- Bad input ----------------------------------------------------------------------------------

@@ -256,6 +256,33 @@ def test_evaluation_scores_every_target_once(n):
         assert scores["loss"] == pytest.approx(nll / (n - 1), abs=1e-5)
         assert scores["ppl"] == pytest.approx(math.exp(scores["loss"]))
 
+@pytest.mark.parametrize("lean", [False, True])
+def test_evaluation_leaves_the_model_as_lean_as_it_was(lean):
+    m = small()
+    m.lean = lean
+    model.evaluate(m, ids(40).numpy(), 8)
+    assert m.lean == lean
+
+def test_a_look_at_the_dev_split_is_of_its_first_64_windows(tmp_path, monkeypatch):
+    m, data, args = training(seq_len=4)
+    data.dev, seen = ids(400, seed=1).numpy(), []
+    monkeypatch.setattr(model, "evaluate", lambda m, tokens, seq_len: seen.append(
+        (tokens, seq_len)) or {"loss": 0.0})
+    model.train(m, data, args, tmp_path / "state")
+    assert len(seen) == 3                              # of 6 steps, each second
+    for tokens, seq_len in seen:                       # 64 x 4 targets, and one token before
+        assert seq_len == 4 and tokens.tolist() == data.dev[:257].tolist()
+
+def test_an_arm_that_is_not_yet_begun_begins_where_another_is_resumed(tmp_path):
+    results = []
+    for resume in (False, True):
+        m, data, args = training(resume=resume)
+        results.append(model.train_arm(m, data, args, tmp_path / f"{resume}", lambda: "",
+                                       model.make_optimizer(m, 1e-2)))
+        assert args.resume == resume
+    assert results[1]["losses"] == pytest.approx(results[0]["losses"]) and len(
+        results[1]["losses"]) == 6
+
 # ---- Checkpoints ------------------------------------------------------------------------------
 
 def same(a, b):

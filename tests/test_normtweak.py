@@ -295,7 +295,7 @@ def test_gptq_sees_what_is_quantized_before_it(teacher, ids, options, monkeypatc
     before already quantized, recomputed here from the finished block."""
     calls, quantize = [], nt.gptq
     def spy(w, h, **kwargs):
-        assert kwargs["act_order"]
+        assert kwargs["act_order"] and kwargs.get("percdamp", 0.01) == 0.01        # the paper's
         calls.append((w.clone(), h.clone()))
         return quantize(w, h, **kwargs)
     monkeypatch.setattr(nt, "gptq", spy)
@@ -459,6 +459,11 @@ def test_saved_checkpoints_evaluate_to_the_reported_loss(base, tmp_path, capsys,
     assert row == json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
     assert list(row["arms"]) == ["dense", "rtn", "rtn-tweak", "gptq", "gptq-tweak"]
     assert row["base_val_loss"] == row["arms"]["dense"]["val_loss"]
+    assert row["tokens"] == 4 * 24
+    # 7680 weights in 224 rows a block; a scale has 32 bits, a zero point 8
+    bpw = bits + {2: 40 * 224 / 7680, 3: 32 * 224 / 7680, 4: 40 / 16}[bits]
+    for name, arm in row["arms"].items():
+        assert arm["bpw"] == pytest.approx(16 if name == "dense" else bpw)
     for name, arm in list(row["arms"].items())[1:]:
         _, line, _ = call(capsys, f"model.py eval {tmp_path}/{name}-w{bits}.pt --seq-len 24")
         assert float(line.split("loss ")[-1]) == pytest.approx(arm["val_loss"], abs=1e-4)
@@ -471,7 +476,7 @@ def test_a_packed_model_keeps_its_codes(base, tmp_path, capsys):
     _, out, _ = call(capsys, f"{command} {tmp_path}/rtn-w2.pt --teacher {base}")
     row = json.loads(out.splitlines()[-1])
     assert list(row["arms"]) == ["dense", "packed", "packed-tweak"]
-    assert (row["w_bits"], row["group_size"]) == (2, 16)
+    assert (row["w_bits"], row["group_size"], row["a_bits"]) == (2, 16, 16)
     load = lambda name: trunk.load_checkpoint(str(tmp_path / name))[0]
     assert not different(load("packed-w2.pt"), load("rtn-w2.pt"))
     # tweaking the saved RTN model gives what rounding and tweaking in one run gave
@@ -479,6 +484,18 @@ def test_a_packed_model_keeps_its_codes(base, tmp_path, capsys):
     assert all(NORM.fullmatch(k) for k in different(a, b))
     for k, v in a.state_dict().items():
         torch.testing.assert_close(v, b.state_dict()[k], rtol=1e-4, atol=0)
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_packed_models_own_settings_replace_the_commands(base, teacher, data, ids, options,
+                                                           tmp_path, symmetric):
+    grid = ["--bits", "3", "--a-bits", "8", "--group-size", "16", *["--symmetric"] * symmetric]
+    model, _ = compress(teacher, ids[:2], options(*grid), tweak=False)
+    save_checkpoint(str(tmp_path / "p.pt"), model, method="rtn", tokenizer=data.spec,
+                    data=data.digest, settings={"data": data.name})
+    args = options("--model", str(tmp_path / "p.pt"), "--teacher", base)
+    nt.load_models(args)
+    found = args.bits, args.a_bits, args.group_size, args.symmetric
+    assert found == (3, 8, 16, symmetric)
 
 def test_few_calibration_tokens_are_said(base, tmp_path, capsys):
     _, out, _ = call(capsys, f"normtweak.py --model {base} --out {tmp_path} --steps 1 --seq-len 24")

@@ -284,6 +284,35 @@ def test_the_search_on_inputs_reports_its_loss_and_never_raises_it(beam):
         before = reported
     assert codes.shape == (8, 8, 2)
 
+def test_the_search_on_inputs_visits_groups_and_codebooks_in_orders_that_are_drawn():
+    """Of two groups and two codebooks, beside a search by hand in each of the eight orders."""
+    codes, codebooks, scales, w = layer(C=8)
+    root = torch.randn(8, 8, generator=seeded(), dtype=torch.float64)
+    H = root @ root.t()
+    def loss(q):
+        e = vq_dequantize(q, codebooks, scales) - w
+        return ((e @ H) * e).sum(1)                                                # (O,)
+    def by_hand(order):
+        q = codes.clone()
+        for j, m in order:
+            tries = []
+            for k in range(16):
+                q[:, j, m] = k
+                tries.append(loss(q))
+            q[:, j, m] = torch.stack(tries).argmin(0)
+        return q
+    one_way, other = ((0, 1), (1, 0))
+    orders = [[(j, m) for j, books in zip(groups, pair) for m in books]
+              for groups in (one_way, other) for pair in itertools.product((one_way, other),
+                                                                           repeat=2)]
+    known, seen = [by_hand(order) for order in orders], set()
+    for seed in range(60):
+        found = vq_search_xtx(w, H, codes, codebooks, scales, generator=seeded(seed))[0]
+        matches = [i for i, q in enumerate(known) if torch.equal(q, found)]
+        assert matches
+        seen |= set(matches)
+    assert len(seen) == 8
+
 def test_the_search_on_white_inputs_is_the_plain_one():
     codes, codebooks, scales, w = layer(M=1)
     found = vq_search_xtx(w, torch.eye(32).double(), codes, codebooks, scales)[0]
@@ -381,6 +410,24 @@ def test_the_fit_is_calibrated_on_the_training_text_alone():
     args = settings(scheme="affine", bits=2, group_size=-1, smoke=False)
     made = pvtune.fit(teacher, TrainingTextOnly(tokens().train), args)
     assert len(made.linears()) == 14 and all(isinstance(m, PVLinear) for _, m in made.linears())
+
+def test_the_fit_draws_from_its_seed_and_reports_what_its_layers_lose(monkeypatch, capsys):
+    _, teacher = copy.deepcopy(fitted(1, 0, False, False))
+    args, data, draws = settings(scheme="1x3g4", smoke=True, seed=3), tokens(), []
+    made = vq_fit
+    def spy(*how, generator, **more):
+        draws.append(generator.initial_seed())
+        return made(*how, generator=generator, **more)
+    monkeypatch.setattr(pvtune, "vq_fit", spy)
+    w = teacher.blocks[0].attn.wq.weight.double()
+    idx = trunk.batch(data.train, 0, 64, 32, 3, "cpu")[0]
+    x = teacher.blocks[0].attn_norm(teacher.embed(idx)).flatten(0, 1).double()     # wq reads it
+    student = pvtune.fit(teacher, data, args)
+    w_hat = student.blocks[0].attn.wq.weight.double()
+    lost = (x @ (w_hat - w).t()).square().sum() / (x @ w.t()).square().sum()
+    first = capsys.readouterr().out.splitlines()[0]
+    assert float(first.split("wq ")[1].split()[0]) == pytest.approx(100 * lost.item(), abs=0.06)
+    assert set(draws) == {3} and len(draws) == 14
 
 def test_the_tables_rtn_is_the_one_that_comes_closest_in_stored_bits():
     """Beside every grid, packed: bytes of codes, 4 of a scale, 1 of a zero point."""
@@ -759,15 +806,22 @@ def test_the_teacher_is_frozen_and_not_saved_and_evaluation_scores_the_text():
     assert trunk.evaluate(model, ids, 32) == trunk.evaluate(model.student, ids, 32)
 
 def test_the_student_is_evaluated_with_few_logits_at_a_time():
-    """No tensor of all tokens' logits is ever made: they come in parts of n tokens at most."""
+    """`evaluate` makes the student itself lean while it runs, and not only what wraps it."""
     model, seen = student(), []
-    model.student.head.register_forward_hook(lambda m, x, y: seen.append(y.numel() // y.size(-1)))
-    trunk.evaluate(model, np.arange(2049) % 64, 32)
-    assert sum(seen) == 2048
-    n = 2**26 // 64
-    assert max(seen) <= n and not model.lean
-    model.lean = True
-    assert model.student.lean
+    model.student.head.register_forward_hook(lambda *_: seen.append(model.student.lean))
+    trunk.evaluate(model, np.arange(129) % 64, 32)
+    assert seen and all(seen) and not model.student.lean and not model.lean
+
+def test_the_student_is_taught_by_the_divergence_from_its_teacher():
+    """KL(teacher || student), which a student that is too sure of itself pays most for."""
+    model, x = student(), torch.randint(64, (2, 16))
+    model.teacher[0].head.weight.mul_(30)
+    goal = model.teacher[0](x)[0].double().log_softmax(-1)
+    own = model.student(x)[0].double().log_softmax(-1)
+    loss = model(x, x)[1].item()
+    forward = (goal.exp() * (goal - own)).sum(-1).mean().item()
+    backward = (own.exp() * (own - goal)).sum(-1).mean().item()
+    assert loss == pytest.approx(forward, rel=1e-4) and abs(forward / backward - 1) > 0.1
 
 def test_norms_embedding_and_head_learn_and_tied_ones_stay_tied():
     model, args = student(tied=True), settings()
@@ -876,6 +930,7 @@ def test_changed_codes_change_the_weight():
 # ---- The script ---------------------------------------------------------------------------------
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RTN_BITS = {"pvtune-2x3g4": 2, "pvtune-affine-w2": 3}                    # closest to the fit
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
@@ -900,6 +955,9 @@ def test_main_job_compares_packs_and_resumes(work, capsys, flags, name, arms):
     _, out, row = script(work, capsys, flags)
     assert list(row["arms"]) == ["dense", "RTN", "as fitted", *arms]
     assert float(out.split("differs from live by ")[1].split()[0]) < 1e-3
+    assert row["w_bits"] == (2 if "affine" in name else 2 * 3 / 4)
+    scales = 2 * (4 * 32 + 3 * 32 + 2 * 16)            # rows: no group divides 48 inputs
+    assert row["arms"]["RTN"]["bpw"] == pytest.approx(RTN_BITS[name] + 40 * scales / 17408)
     n = [size // (1 if "affine" in name else 4) for size in 2 * (4 * [1024] + 3 * [1536])]
     may = {"STE": sum(n), "PV": sum(math.ceil(0.01 * k) for k in n)}       # change in one step
     for arm in arms[-2:]:                              # P only changes nothing

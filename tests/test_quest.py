@@ -277,6 +277,15 @@ def test_progress_reports_the_share_of_weights_that_get_a_gradient(how, share):
     assert status[:2] == ["trust", "w"] and abs(float(status[2][:-1]) / 100 - share) < 3e-3
     assert trust_status(*tiny(2, 2, quantizer="lsq")) == ""        # it has no trust mask
 
+def test_shares_are_of_all_values_however_large_their_layers_and_masks_are_not_kept():
+    """By hand: 4 of 4 weights and 2 of 12; of the inputs' 8, 6, and none where they are floats."""
+    def yes(n, of):
+        return torch.arange(of) < n
+    def forward(x):
+        quest.TRUST.extend([(yes(4, 4), yes(6, 8)), (yes(2, 12), None)])
+    assert trust_status(forward, None) == " trust w 37.5% a 75.0% |"
+    assert quest.TRUST is None                         # or training would keep all masks
+
 def frozen_lsq(v, step, v0, step0, bits):
     """LSQ near (v0, step0): what is clipped, and how far the rest is rounded, stays fixed."""
     u0, half = v0 / step0, 2**bits // 2
