@@ -42,10 +42,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (PRESETS, LLaMA, Parser, RMSNorm, UsageError, add_flags, arm_row,
-                   batch, block_hessians, check_groups, definite_hessian, evaluate, finish, header,
-                   keep_model, load_base, load_checkpoint, number, resolve, run, save_result, say,
-                   show, tensor_bytes, train_arm, train_step, world_size)
+from model import LLaMA, PRESETS, RMSNorm, UsageError
+from nanobit.checkpoint import load_checkpoint, tensor_bytes
+from nanobit.cli import add_flags, number, Parser, resolve, run
+from nanobit.data import batch
+from nanobit.ranks import say, world_size
+from nanobit.runs import (arm_row, block_hessians, check_groups, definite_hessian, finish,
+                          header, keep_model, load_base, save_result, show)
+from nanobit.train import evaluate, train_arm, train_step
 from quantizers import EPS, QuantLinear, bits_per_weight, dequantize, gptq, rtn, unpack
 
 ALPHA = 32.0                         # the paper: 1, for 10,000 steps

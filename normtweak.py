@@ -35,9 +35,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (Chooser, Parser, UsageError, add_flags, arm_row, batch, check_groups, decode,
-                   definite_hessian, evaluate, finish, header, keep_model, kl_loss, load_base,
-                   load_checkpoint, number, progress, resolve, run, save_result, say)
+from model import UsageError
+from nanobit.checkpoint import load_checkpoint
+from nanobit.cli import add_flags, number, Parser, resolve, run
+from nanobit.data import batch
+from nanobit.generate import Chooser, decode
+from nanobit.ranks import progress, say
+from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
+                          load_base, save_result)
+from nanobit.train import evaluate, kl_loss
 from quantizers import (QuantLinear, bits_per_weight, dequantize, fake_quant_tokens, full_float32,
                         gptq, output_error, rtn)
 

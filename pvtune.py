@@ -41,10 +41,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (Parser, UsageError, add_flags, arm_row, block_hessians, check_groups,
-                   definite_hessian, evaluate, finish, from_rank_0, header, keep_model, kl_loss,
-                   load_base, load_checkpoint, number, resolve, run, save_result, say, show,
-                   train_arm, world_size)
+from model import UsageError
+from nanobit.checkpoint import load_checkpoint
+from nanobit.cli import add_flags, number, Parser, resolve, run
+from nanobit.ranks import from_rank_0, say, world_size
+from nanobit.runs import (arm_row, block_hessians, check_groups, definite_hessian, finish,
+                          header, keep_model, load_base, save_result, show)
+from nanobit.train import evaluate, kl_loss, train_arm
 from quantizers import (EPS, QuantLinear, affine_codes, bits_per_weight, dequantize, full_float32,
                         gptq, output_error, rtn, unpack, vq_dequantize, vq_fit, vq_search, vq_sum)
 

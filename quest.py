@@ -30,9 +30,15 @@ import os
 import torch
 import torch.nn as nn
 
-from model import (Parser, UsageError, add_flags, batch, evaluate, header, keep_model,
-                   load_checkpoint, load_training_data, new_model, progress, read_rows, record,
-                   resolve, run, sample_text, save_result, say, show, tensor_bytes, train, whole)
+from model import UsageError
+from nanobit.checkpoint import load_checkpoint, tensor_bytes
+from nanobit.cli import add_flags, Parser, resolve, run
+from nanobit.data import batch
+from nanobit.generate import sample_text
+from nanobit.ranks import progress, say, whole
+from nanobit.runs import (header, keep_model, load_training_data, new_model, read_rows, record,
+                          save_result, show)
+from nanobit.train import evaluate, train
 from quantizers import (TRITON, QuantLinear, bits_per_weight, clip_limit, code_linear,
                         code_offset, hadamard_signs, keep_two_of_four, num_levels, quest_codes,
                         rotate, trust_limit)

@@ -20,7 +20,8 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from model import read_rows, run                       # as the scripts write and end
+from nanobit.cli import run                            # as the scripts end and write
+from nanobit.runs import read_rows
 COLORS = {"quest": "#0b6e4f", "trust": "#3a86c8", "clip": "#8d6cab", "lsq": "#d1495b",
           "ste": "#e69f00"}
 

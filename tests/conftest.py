@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import model
+import nanobit.checkpoint
+import nanobit.cli
+import nanobit.data
 
 TEXT = "".join(f"def f{i}(x): return {'self index value'.split()[i % 3]} + {i * i}\n"
                for i in range(800))
@@ -51,7 +54,9 @@ def call(capsys, command):
     status = 0
     capsys.readouterr()
     try:
-        model.run(importlib.import_module(sys.argv[0].removesuffix(".py")).main)
+        name = sys.argv[0].removesuffix(".py")
+        name = "nanobit.cli" if name == "model" else name
+        nanobit.cli.run(importlib.import_module(name).main)
     except SystemExit as e:
         status = e.code
     return status, *capsys.readouterr()
@@ -59,10 +64,10 @@ def call(capsys, command):
 def random_base(folder, n_layer):
     """Data of a text in the folder, and a checkpoint base.pt of random weights for it."""
     (folder / "text.txt").write_text(TEXT)
-    data = model.load_data(str(folder / "text.txt"), "300", 32)
+    data = nanobit.data.load_data(str(folder / "text.txt"), "300", 32)
     torch.manual_seed(0)
     base = model.LLaMA(model.LlamaConfig(data.tokenizer.n_vocab, n_layer, 32, 4, 4, 48, 32))
-    model.save_checkpoint(str(folder / "base.pt"), base, tokenizer=data.spec, data=data.digest,
+    nanobit.checkpoint.save_checkpoint(str(folder / "base.pt"), base, tokenizer=data.spec, data=data.digest,
                           method="dense", settings={"data": data.name, "vocab": "300"})
     return data
 

@@ -17,8 +17,14 @@ import numpy as np
 import pytest
 import torch
 
+import nanobit.cli
 import lrqat
 import model
+import nanobit.checkpoint
+import nanobit.data
+import nanobit.generate
+import nanobit.tokenizer
+import nanobit.train
 import normtweak
 import pvtune
 import quest
@@ -26,7 +32,7 @@ from conftest import TEXT, call, check_refused
 from quantizers import QuantLinear
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = {"model.py": model, "quest.py": quest}
+SCRIPTS = {"model.py": nanobit.cli, "quest.py": quest}
 TRAIN = "--data text.txt --vocab 300 --out out"
 KEYS = """method w_bits a_bits bpw group_size val_loss val_ppl bits_per_byte base_val_loss
           bytes_dense bytes_packed params tokens seconds device seed command""".split()
@@ -68,7 +74,7 @@ def made(tmp_path_factory):
         shutil.copy("cut.pt", "damaged/quest-w4a4.pt.state")
         torch.save({"state_dict": {"w": torch.zeros(3)}}, "foreign.pt")
         torch.save([1, 2, 3], "list.pt")
-        content = model.read_checkpoint("out/base.pt")
+        content = nanobit.checkpoint.read_checkpoint("out/base.pt")
         content["model"]["head.weight"] = torch.zeros(7, 64)
         torch.save(content, "shape.pt")
         yield path
@@ -175,19 +181,19 @@ def test_help_is_there_for_every_command(capsys, command):
 @pytest.mark.parametrize("script, what", [("model.py", "weight"), ("quest.py", "gradient")])
 def test_nan_stops_the_run_names_the_step_and_keeps_the_last_state(
         work, capsys, monkeypatch, script, what):
-    step = model.train_step
+    step = nanobit.train.train_step
     def poisoned(forward, optimizer, data, args, i):
         if what == "weight" and i == 5:
             forward.head.weight.data[0, 0] = torch.nan
         loss, gnorm = step(forward, optimizer, data, args, i)
         return loss, gnorm * (torch.inf if what == "gradient" and i == 5 else 1)
-    monkeypatch.setattr(model, "train_step", poisoned)
+    monkeypatch.setattr(nanobit.train, "train_step", poisoned)
     shutil.rmtree("out")
     result = call(capsys, f"{script} {TRAIN} --eval-every 4")
     check_refused(result, "step 6")
     left = [p for p in work.joinpath("out").iterdir() if p.name != "results.jsonl"]
     assert len(left) == 1 and str(left[0].name) in result[2]
-    assert len(model.read_checkpoint(str(left[0]))["losses"]) == 4
+    assert len(nanobit.checkpoint.read_checkpoint(str(left[0]))["losses"]) == 4
 
 @pytest.mark.parametrize("full", ["base.pt.state", "base.pt", "results.jsonl"])
 def test_a_full_disk_is_one_line_and_keeps_old_files(work, capsys, monkeypatch, full):
@@ -229,7 +235,7 @@ def test_main_job_packs_what_it_trained(work, capsys, flags, bpw):
     assert row["linear_params"] == 40960               # the scaling law's N: no embedding, no head
     assert row["params"] == 40960 + 2 * 300 * 64 + 3 * 64                  # those, and the norms
     assert row["val_ppl"] == pytest.approx(np.exp(row["val_loss"]), rel=1e-4)
-    val = model.load_data("text.txt", "300", 16).val
+    val = nanobit.data.load_data("text.txt", "300", 16).val
     held_out = TEXT[len(TEXT) * 19 // 20:].encode()
     bits = row["val_loss"] * (len(val) - 1) / np.log(2)
     # the first of its tokens, a few bytes, is never a target
@@ -257,7 +263,7 @@ def test_lsqs_first_steps_come_from_training_text(work, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(quest, "lsq_calibrate", lambda m, x: seen.extend(x.tolist()))
     assert call(capsys, f"quest.py {TRAIN} --quantizer lsq --steps 1")[0] == 0
-    ids = model.load_data("text.txt", "300", 16).train.tolist()
+    ids = nanobit.data.load_data("text.txt", "300", 16).train.tolist()
     text = "," + ",".join(map(str, ids)) + ","
     assert len(seen) == 4                              # windows of 16 tokens
     for window in seen:
@@ -281,10 +287,10 @@ def test_a_sample_repeats_the_text_that_the_run_printed(work, capsys):
     assert status == 0 and err == "" and text.startswith("def ")
     # That run sampled before linears were joined, which sum in another order: the same numbers
     # come only from the same computation. That both are one function is in test_decode.py.
-    m, content = model.load_checkpoint("out/quest-w4a4.pt")
-    enc = model.make_tokenizer(content["tokenizer"])
-    assert model.sample_text(m, enc, "def ", 200, 0) in (work / "printed").read_text()
-    assert text == model.sample_text(m.for_decoding(), enc, "def ", 200, 0) + "\n"
+    m, content = nanobit.checkpoint.load_checkpoint("out/quest-w4a4.pt")
+    enc = nanobit.tokenizer.make_tokenizer(content["tokenizer"])
+    assert nanobit.generate.sample_text(m, enc, "def ", 200, 0) in (work / "printed").read_text()
+    assert text == nanobit.generate.sample_text(nanobit.generate.prepare(m), enc, "def ", 200, 0) + "\n"
     assert call(capsys, f"{sample} --seed 1")[1] != text
 
 def test_dense_pretraining_then_quest_from_its_checkpoint(work, capsys):
@@ -294,16 +300,16 @@ def test_dense_pretraining_then_quest_from_its_checkpoint(work, capsys):
     status, out, _ = call(capsys, f"quest.py {TRAIN} --model out/base.pt --steps 1 --lr 1e-9")
     row = json.loads(out.splitlines()[-1])
     assert status == 0 and row["base_val_loss"] == pytest.approx(base["val_loss"], abs=1e-4)
-    m, _ = model.load_checkpoint("out/base.pt")        # the base, rounded
+    m, _ = nanobit.checkpoint.load_checkpoint("out/base.pt")        # the base, rounded
     m.replace_linears(lambda _, w: QuantLinear.quest(w.weight.detach(), 4, 4))
-    loss = model.evaluate(m, model.load_data("text.txt", "300", 16).val, 16)["loss"]
+    loss = nanobit.train.evaluate(m, nanobit.data.load_data("text.txt", "300", 16).val, 16)["loss"]
     assert row["val_loss"] == pytest.approx(loss, abs=1e-3)
     assert abs(row["val_loss"] - base["val_loss"]) > 2e-3
 
 def test_a_resumed_run_ends_in_the_same_file_and_row(work, capsys):
-    whole = model.read_checkpoint("out/quest-w4a4.pt")
+    whole = nanobit.checkpoint.read_checkpoint("out/quest-w4a4.pt")
     status, out, _ = call(capsys, f"quest.py {TRAIN} --resume")
-    again = model.read_checkpoint("out/quest-w4a4.pt")
+    again = nanobit.checkpoint.read_checkpoint("out/quest-w4a4.pt")
     assert status == 0 and "resumed" in out
     assert all(torch.equal(whole["model"][n], again["model"][n]) for n in whole["model"])
     first, second = map(json.loads, pathlib.Path("out/results.jsonl").read_text().splitlines()[-2:])
@@ -324,9 +330,9 @@ def test_pythons_own_tests_and_installed_packages_are_no_default_data(tmp_path, 
     for name in kept + out:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    monkeypatch.setattr(model.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert sorted(model.read_documents(None)[0]) == sorted(kept)
-    assert sorted(model.read_documents(str(tmp_path))[0]) == sorted(kept + out)
+    monkeypatch.setattr(nanobit.data.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert sorted(nanobit.data.read_documents(None)[0]) == sorted(kept)
+    assert sorted(nanobit.data.read_documents(str(tmp_path))[0]) == sorted(kept + out)
 
 # ---- README -----------------------------------------------------------------------------------
 
@@ -342,7 +348,7 @@ def test_every_command_of_the_readme_parses(readme, monkeypatch):
     scripts = SCRIPTS | {"normtweak.py": normtweak, "lrqat.py": lrqat, "pvtune.py": pvtune}
     for module in scripts.values():
         monkeypatch.setattr(module, "resolve", stop)   # parse, then go no further
-    monkeypatch.setattr(model, "load_checkpoint", stop)                    # model.py export
+    monkeypatch.setattr(nanobit.cli, "load_checkpoint", stop)                    # model.py export
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, re.M | re.S)
     commands = [line.strip() for block in blocks for line in block.replace("\\\n", "").splitlines()]
     commands = [shlex.split(c.removeprefix("$ "), comments=True) for c in commands

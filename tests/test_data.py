@@ -27,7 +27,13 @@ import pytest
 import regex
 import torch
 
+import nanobit.cli
+import nanobit.ranks
 import model
+import nanobit.checkpoint
+import nanobit.data
+import nanobit.tokenizer
+import nanobit.train
 from conftest import call, check_refused, random_base
 from model import UsageError
 
@@ -54,10 +60,10 @@ class Uniform(torch.nn.Module):
         return None, torch.tensor(math.log(512))
 
 def test_bits_per_byte_by_hand():
-    enc = model.make_tokenizer(byte_tokens())
+    enc = nanobit.tokenizer.make_tokenizer(byte_tokens())
     first, second = enc.encode_ordinary("aé\n"), enc.encode_ordinary("€")    # 1 + 2 + 1, 3 bytes
     tokens = first + [enc.eot_token] + second
-    scores = model.evaluate(Uniform(), np.array(tokens), 4, enc)
+    scores = nanobit.train.evaluate(Uniform(), np.array(tokens), 4, enc)
     assert scores["bits_per_byte"] == pytest.approx(7 * 9 / 6)             # "a" is not predicted
 
 # ---- Bits per byte, for each kind of tokenizer ------------------------------------------------
@@ -108,24 +114,24 @@ def test_bits_per_byte_are_those_of_the_text_that_was_tokenized(tmp_path, name):
     (tmp_path / "docs").mkdir()
     for i, doc in enumerate(texts):
         (tmp_path / "docs" / f"{i:03}.txt").write_text(doc, encoding="utf-8")
-    data = model.load_data(str(tmp_path / "docs"), "300", 16, spec=spec_of(name))
+    data = nanobit.data.load_data(str(tmp_path / "docs"), "300", 16, spec=spec_of(name))
     val = [doc.encode() for doc in (texts[39], texts[79])]
     assert data.text_bytes["val"] == len(val[0]) + len(val[1])
     assert sum(data.text_bytes.values()) == sum(len(doc.encode()) for doc in texts)
     first = int(np.flatnonzero(data.val == data.tokenizer.eot_token)[0]) + 1
     for tokens, n_bytes in ((data.val, len(val[0] + val[1])), (data.val[first:], len(val[1]))):
         bits = 9 * (len(tokens) - 1)                   # of all but the first, "#" or " "
-        used = bits / model.evaluate(Uniform(), tokens, 16, data.tokenizer)["bits_per_byte"]
+        used = bits / nanobit.train.evaluate(Uniform(), tokens, 16, data.tokenizer)["bits_per_byte"]
         assert n_bytes - 1.1 <= used <= n_bytes + 0.1
 
 def test_no_byte_at_all_is_no_division_by_zero():
-    enc = model.make_tokenizer(byte_tokens())
+    enc = nanobit.tokenizer.make_tokenizer(byte_tokens())
     tokens = np.array([97, enc.eot_token, enc.eot_token])
-    assert math.isfinite(model.evaluate(Uniform(), tokens, 4, enc)["bits_per_byte"])
+    assert math.isfinite(nanobit.train.evaluate(Uniform(), tokens, 4, enc)["bits_per_byte"])
 
 @pytest.mark.parametrize("name", ["our own", "byte-level", "Llama 2"])
 def test_a_tokenizer_alone_counts_the_bytes_of_any_documents(name):
-    enc = model.make_tokenizer(spec_of(name))
+    enc = nanobit.tokenizer.make_tokenizer(spec_of(name))
     docs = ["a\u00e9 b", " in", "\u65e5\u672c def\n", "", "x", text(300)]
     ids = [np.array([*enc.encode_ordinary(doc), enc.eot_token]) for doc in docs]
     for n in range(1, len(docs) + 1):
@@ -149,11 +155,11 @@ def tiktoken_patterns(monkeypatch):
     return {make()["pat_str"] for make in public.ENCODING_CONSTRUCTORS.values()}
 
 def test_a_cut_changes_no_token_of_any_pattern(monkeypatch):
-    patterns = [regex.compile(p) for p in (model.PATTERN, *tiktoken_patterns(monkeypatch))]
+    patterns = [regex.compile(p) for p in (nanobit.tokenizer.PATTERN, *tiktoken_patterns(monkeypatch))]
     assert len(patterns) >= 4
     for seed in range(400):
         sample = nasty(12, seed)
-        for at in {m.start() for m in model.CUT.finditer(sample)}:
+        for at in {m.start() for m in nanobit.tokenizer.CUT.finditer(sample)}:
             for pattern in patterns:
                 cut = pattern.findall(sample[:at]) + pattern.findall(sample[at:])
                 whole = [m.group() for m in pattern.finditer(sample)]
@@ -161,34 +167,34 @@ def test_a_cut_changes_no_token_of_any_pattern(monkeypatch):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokens_of_pieces_are_those_of_the_whole(name, monkeypatch):
-    monkeypatch.setattr(model, "PIECE", 50)
-    enc, long = model.make_tokenizer(spec_of(name)), text(4000) + nasty(3000, 1) + text(4000)
+    monkeypatch.setattr(nanobit.tokenizer, "PIECE", 50)
+    enc, long = nanobit.tokenizer.make_tokenizer(spec_of(name)), text(4000) + nasty(3000, 1) + text(4000)
     encode = enc.inner.encode_ordinary if name == "our own" else (
         lambda text: enc.inner.encode(text, add_special_tokens=False).ids)
     assert len(list(enc.spans(long))) > 90
     assert enc.encode_ordinary(long) == encode(long)
-    assert model.tokenize({"all": [long, "a"]}, spec_of(name))["all"].tolist() == (
+    assert nanobit.data.tokenize({"all": [long, "a"]}, spec_of(name))["all"].tolist() == (
         [*encode(long), enc.eot_token, *encode("a"), enc.eot_token])
 
 def test_a_tokenizer_whose_pieces_would_differ_gets_whole_documents(monkeypatch):
     t = pytest.importorskip("tokenizers")
     inner = t.Tokenizer.from_str(byte_level())
     inner.normalizer = t.normalizers.Replace(t.Regex("$"), "!")        # each text gets an end
-    monkeypatch.setattr(model, "PIECE", 50)
-    enc = model.make_tokenizer(spec_of("byte-level") | {"tokenizer.json": inner.to_str()})
+    monkeypatch.setattr(nanobit.tokenizer, "PIECE", 50)
+    enc = nanobit.tokenizer.make_tokenizer(spec_of("byte-level") | {"tokenizer.json": inner.to_str()})
     whole = enc.inner.encode(text(1000), add_special_tokens=False).ids
     assert enc.encode_ordinary(text(1000)) == whole
 
 @pytest.mark.parametrize("name, run", [("our own", run) for run in (" ", "\n", "b", "=")]
                          + [("byte-level", " "), ("Llama 2", " ")])
 def test_a_run_of_a_million_characters_is_tokenized(name, run):
-    enc, long = model.make_tokenizer(spec_of(name)), "x" + run * 1_200_000 + "y"
+    enc, long = nanobit.tokenizer.make_tokenizer(spec_of(name)), "x" + run * 1_200_000 + "y"
     assert enc.decode(enc.encode_ordinary(long)) == long
 
 def test_a_text_with_a_million_spaces_can_be_trained_on(tmp_path):
     content = text(40_000) + " " * 1_200_000 + text(40_000, 1)
     (tmp_path / "a.txt").write_text(content)
-    data = model.load_data(str(tmp_path / "a.txt"), "300", 16)
+    data = nanobit.data.load_data(str(tmp_path / "a.txt"), "300", 16)
     parts = [data.tokenizer.decode(p[:-1].tolist()) for p in (data.train, data.dev, data.val)]
     assert "".join(parts) == content
 
@@ -196,27 +202,28 @@ def test_time_to_train_a_tokenizer_hardly_depends_on_where_words_end():
     letters = "".join(random.Random(0).choices("ACDEFGHIKLMNPQRSTVWY", k=20_000))
     def seconds(corpus):
         start = time.process_time()
-        model.train_bpe([corpus], 1024)
+        nanobit.tokenizer.train_bpe([corpus], 1024)
         return time.process_time() - start
     lines = seconds("\n".join(letters[i:i + 60] for i in range(0, len(letters), 60)))
     assert seconds(letters) < 4 * lines + 2            # by words it was a hundred times `lines`
 
 def test_long_work_on_a_text_says_how_long_it_takes(monkeypatch, capsys):
     clock = iter(range(0, 10**9, 11))                  # 11 s pass between two looks at it
-    monkeypatch.setattr(model, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(model, "PIECE", 50)
-    spec = [t.decode("latin-1") for t in model.train_bpe([text(4000)], 300)]
-    model.tokenize({"all": [text(20000)]}, spec)
+    monkeypatch.setattr(nanobit.ranks, "time",
+                        types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(nanobit.tokenizer, "PIECE", 50)
+    spec = [t.decode("latin-1") for t in nanobit.tokenizer.train_bpe([text(4000)], 300)]
+    nanobit.data.tokenize({"all": [text(20000)]}, spec)
     out = capsys.readouterr().out
     for step in ("counting words", "training a tokenizer, merge", "tokenizing"):
         assert re.search(rf"data: {step} \d+/\d+ \| eta \d+s", out), step
 
 def test_memory_of_one_file_is_a_few_times_its_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "PIECE", 2**10)         # 64 of them at a time, whatever the size
+    monkeypatch.setattr(nanobit.tokenizer, "PIECE", 2**10)         # 64 of them at a time, whatever the size
     lines = [" ".join(random.Random(i).choices(WORDS, k=8)) for i in range(1000)]
     n = (tmp_path / "a.txt").write_text("\n".join(lines * 70) + "\n")
     tracemalloc.start()
-    model.load_data(str(tmp_path / "a.txt"), "300", 16)
+    nanobit.data.load_data(str(tmp_path / "a.txt"), "300", 16)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert n > 2_000_000 and peak < 5 * n
@@ -224,7 +231,7 @@ def test_memory_of_one_file_is_a_few_times_its_size(tmp_path, monkeypatch):
 # ---- The tokenizer ----------------------------------------------------------------------------
 
 def byte_tokens(corpus=(), size=257):
-    return [t.decode("latin-1") for t in model.train_bpe(corpus, size)]
+    return [t.decode("latin-1") for t in nanobit.tokenizer.train_bpe(corpus, size)]
 
 ODD = ["", " ", "\n", "a", "  a  b\t\tc\r\n\r\n  ", "x" * 300, "1234567890 12.5e-3",
        "d\u00e9j\u00e0 vu \u00df \ufb01 \u0130", "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9",
@@ -234,7 +241,7 @@ ODD = ["", " ", "\n", "a", "  a  b\t\tc\r\n\r\n  ", "x" * 300, "1234567890 12.5e
 @pytest.mark.parametrize("sample", ODD, ids=ascii)
 @pytest.mark.parametrize("size", [257, 320])
 def test_tokenizer_gives_back_any_text(sample, size):
-    enc = model.make_tokenizer(byte_tokens(ODD + [text(2000)], size))
+    enc = nanobit.tokenizer.make_tokenizer(byte_tokens(ODD + [text(2000)], size))
     assert enc.decode(enc.encode_ordinary(sample)) == sample
     assert enc.n_vocab == size and enc.eot_token == size - 1
 
@@ -243,15 +250,15 @@ CORPORA = [[text(4000)], ["aaaaaaa aaa aa aaaa bbbaaabbb"] * 3, ODD + [text(500,
            [LONG_WORD, LONG_WORD[:300]]]
 
 def test_a_known_text_has_the_tokens_that_it_always_had():
-    tokens = model.train_bpe([text(20000), *ODD, LONG_WORD], 600)
+    tokens = nanobit.tokenizer.train_bpe([text(20000), *ODD, LONG_WORD], 600)
     digest = hashlib.sha256(b"\xff".join(tokens)).hexdigest()
     assert digest[:16] == "09f2f8039827b5fc" # committed results depend on it
 
 @pytest.mark.parametrize("corpus", CORPORA, ids=("words", "runs", "odd", "tiny", "long word"))
 def test_bpe_merges_the_most_frequent_pair_at_every_step(corpus):
-    words = collections.Counter(w for doc in corpus for w in regex.findall(model.PATTERN, doc))
+    words = collections.Counter(w for doc in corpus for w in regex.findall(nanobit.tokenizer.PATTERN, doc))
     counts, words = words, {w: [bytes([b]) for b in w.encode()] for w in words}
-    tokens = model.train_bpe(corpus, 330)
+    tokens = nanobit.tokenizer.train_bpe(corpus, 330)
     assert tokens[:256] == [bytes([i]) for i in range(256)] and len(set(tokens)) == len(tokens)
     for token in tokens[256:]:
         pairs = collections.Counter()
@@ -276,7 +283,7 @@ def folder(path, n, size=400):
     return str(path)
 
 def test_splits_share_no_file_and_lose_none(tmp_path):
-    data = model.load_data(folder(tmp_path / "docs", 80), "300", 16)
+    data = nanobit.data.load_data(folder(tmp_path / "docs", 80), "300", 16)
     found = {part: set(re.findall(r"file\d+", data.tokenizer.decode(getattr(data, part).tolist())))
              for part in ("train", "dev", "val")}
     assert [len(found[part]) for part in found] == [76, 2, 2]
@@ -294,19 +301,19 @@ def test_the_tokenizer_learns_from_the_training_part_alone(tmp_path, files):
         part = text(400, i) if files > 1 else text(18000)
         held_out = "QZ" * 900 if files == 1 or i % 20 == 19 else ""        # 1800 letters
         (tmp_path / "docs" / f"{i:03}.txt").write_text(part + held_out)
-    data = model.load_data(str(tmp_path / "docs"), "300", 16)
+    data = nanobit.data.load_data(str(tmp_path / "docs"), "300", 16)
     assert "QZQZ" in data.tokenizer.decode(data.val.tolist())
     assert len(data.spec) > 257 and not any("QZ" in token for token in data.spec)
 
 def test_one_file_is_split_by_position(tmp_path):
     (tmp_path / "a.txt").write_text(text(20000))
-    data = model.load_data(str(tmp_path / "a.txt"), "300", 16)
+    data = nanobit.data.load_data(str(tmp_path / "a.txt"), "300", 16)
     parts = [data.tokenizer.decode(p[:-1].tolist()) for p in (data.train, data.dev, data.val)]
     assert "".join(parts) == text(20000)
     assert [len(p) / len(text(20000)) for p in parts] == pytest.approx([0.9, 0.05, 0.05], abs=1e-3)
 
 def test_end_token_stands_between_a_few_files_too(tmp_path):
-    data = model.load_data(folder(tmp_path / "docs", 8, 4000), "300", 16)
+    data = nanobit.data.load_data(folder(tmp_path / "docs", 8, 4000), "300", 16)
     for part in (data.train, data.dev, data.val):      # each file has a piece in each part
         assert (part == data.tokenizer.eot_token).sum() == 8
         assert part[-1] == data.tokenizer.eot_token
@@ -314,25 +321,25 @@ def test_end_token_stands_between_a_few_files_too(tmp_path):
 def test_cached_tokens_are_the_same_and_follow_content_and_settings(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text(text(20000))
-    first = model.load_data(str(path), "300", 16)
-    calls, tokenize = [], model.tokenize
-    monkeypatch.setattr(model, "tokenize", lambda *a: calls.append(a) or tokenize(*a))
-    again = model.load_data(str(path), "300", 16)
+    first = nanobit.data.load_data(str(path), "300", 16)
+    calls, tokenize = [], nanobit.data.tokenize
+    monkeypatch.setattr(nanobit.data, "tokenize", lambda *a: calls.append(a) or tokenize(*a))
+    again = nanobit.data.load_data(str(path), "300", 16)
     assert not calls and again.spec == first.spec and again.digest == first.digest
     assert all((getattr(again, p) == getattr(first, p)).all() for p in ("train", "dev", "val"))
-    model.load_data(str(path), "1024", 16, spec=first.spec)        # as a checkpoint's data is read
+    nanobit.data.load_data(str(path), "1024", 16, spec=first.spec)        # as a checkpoint's data is read
     assert not calls
-    model.load_data(str(path), "301", 16)
+    nanobit.data.load_data(str(path), "301", 16)
     path.write_text(text(20000) + "!")
-    model.load_data(str(path), "300", 16)
+    nanobit.data.load_data(str(path), "300", 16)
     assert len(calls) == 2
 
 def test_a_damaged_cache_is_made_again(tmp_path):
     source = folder(tmp_path / "docs", 50)
-    first = model.load_data(source, "300", 16)
+    first = nanobit.data.load_data(source, "300", 16)
     for cached in (tmp_path / "cache" / "nanobit").iterdir():
         cached.write_bytes(cached.read_bytes()[:100])
-    assert (model.load_data(source, "300", 16).train == first.train).all()
+    assert (nanobit.data.load_data(source, "300", 16).train == first.train).all()
 
 def foreign(kind):
     """Bytes of a file that is no cache of ours."""
@@ -354,12 +361,12 @@ class Harm:
 def test_a_foreign_file_in_the_cache_is_replaced_and_never_unpickled(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     source = folder(tmp_path / "docs", 50)
-    first = model.load_data(source, "300", 16)
+    first = nanobit.data.load_data(source, "300", 16)
     cache = list((tmp_path / "cache" / "nanobit").iterdir())
     good = [path.read_bytes() for path in cache]
     for path in cache:
         path.write_bytes(foreign(kind))
-    again = model.load_data(source, "300", 16)
+    again = nanobit.data.load_data(source, "300", 16)
     assert (again.train == first.train).all() and again.spec == first.spec
     assert not os.path.exists("harm")
     if kind == "pickles":                              # they would have done harm
@@ -369,18 +376,18 @@ def test_a_foreign_file_in_the_cache_is_replaced_and_never_unpickled(tmp_path, m
 
 def test_without_a_home_a_run_goes_on_with_one_note(tmp_path, monkeypatch, capsys):
     source = folder(tmp_path / "docs", 50)
-    first = model.load_data(source, "300", 16)
+    first = nanobit.data.load_data(source, "300", 16)
     monkeypatch.delenv("XDG_CACHE_HOME")
     def no_home():
         raise RuntimeError("Could not determine home directory.")
     monkeypatch.setattr(pathlib.Path, "home", no_home)
-    model.temporary_cache.cache_clear()
+    nanobit.data.temporary_cache.cache_clear()
     capsys.readouterr()
     for _ in range(2):
-        assert (model.load_data(source, "300", 16).train == first.train).all()
+        assert (nanobit.data.load_data(source, "300", 16).train == first.train).all()
     assert capsys.readouterr().out.count("XDG_CACHE_HOME") == 1
-    model.temporary_cache().cleanup()
-    model.temporary_cache.cache_clear()
+    nanobit.data.temporary_cache().cleanup()
+    nanobit.data.temporary_cache.cache_clear()
 
 # ---- Names and bytes that are not UTF-8; files that are no files ------------------------------
 
@@ -392,12 +399,12 @@ def test_a_file_name_that_is_not_utf8_is_like_any_other(tmp_path, monkeypatch):
     except OSError:
         pytest.skip("this file system has no such names")
     pathlib.Path("b.txt").write_text(text(20000))
-    data, same = (model.load_data(n, "300", 16) for n in (name, "b.txt"))
+    data, same = (nanobit.data.load_data(n, "300", 16) for n in (name, "b.txt"))
     assert data.digest == same.digest and (data.train == same.train).all()
     base = model.LLaMA(model.LlamaConfig(data.tokenizer.n_vocab, 1, 16, 2, 2, 16, 16))
-    model.save_checkpoint("a.pt", base, tokenizer=data.spec, data=data.digest, method="dense",
+    nanobit.checkpoint.save_checkpoint("a.pt", base, tokenizer=data.spec, data=data.digest, method="dense",
                           settings={"data": data.name})
-    assert model.load_checkpoint("a.pt")[1]["settings"]["data"] == name
+    assert nanobit.checkpoint.load_checkpoint("a.pt")[1]["settings"]["data"] == name
     assert json.loads(json.dumps({"command": name}))["command"] == name
 
 def test_a_prompt_that_is_not_utf8_is_refused(tmp_path, monkeypatch, capsys):
@@ -412,17 +419,17 @@ def test_a_prompt_that_is_not_utf8_is_refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
 def test_what_is_neither_a_file_nor_a_folder_is_refused(tmp_path):
     source = folder(tmp_path / "docs", 50)
-    clean = model.load_data(source, "300", 16)
+    clean = nanobit.data.load_data(source, "300", 16)
     os.mkfifo(tmp_path / "docs" / "pipe.txt")          # nobody writes into it: reading would hang
     with pytest.raises(UsageError, match="neither a file nor a folder"):
-        model.load_data(str(tmp_path / "docs" / "pipe.txt"), "300", 16)
+        nanobit.data.load_data(str(tmp_path / "docs" / "pipe.txt"), "300", 16)
     os.symlink("loop.txt", tmp_path / "docs" / "loop.txt")
     os.symlink(".", tmp_path / "docs" / "itself")
     (tmp_path / "docs" / "folder.txt").mkdir()
-    assert model.load_data(source, "300", 16).digest == clean.digest   # each text once
+    assert nanobit.data.load_data(source, "300", 16).digest == clean.digest   # each text once
     for missing in ("loop.txt", "n" * 5000, "no.txt"):
         with pytest.raises(UsageError, match="no such file"):
-            model.load_data(str(tmp_path / "docs" / missing), "300", 16)
+            nanobit.data.load_data(str(tmp_path / "docs" / missing), "300", 16)
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     source = folder(tmp_path / "docs", 50)
@@ -434,24 +441,24 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return scandir(path)
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UsageError, match="secret: Permission denied"):
-        model.load_data(source, "300", 16)
+        nanobit.data.load_data(source, "300", 16)
 
 def test_line_ends_and_marks_stay_as_they_are(tmp_path):
-    content = ("\ufeff" + text(20000)).replace("\n", "\r\n") + model.END
+    content = ("\ufeff" + text(20000)).replace("\n", "\r\n") + nanobit.tokenizer.END
     (tmp_path / "a.txt").write_bytes(content.encode())
-    data = model.load_data(str(tmp_path / "a.txt"), "300", 16)
+    data = nanobit.data.load_data(str(tmp_path / "a.txt"), "300", 16)
     parts = [data.tokenizer.decode(p[:-1].tolist()) for p in (data.train, data.dev, data.val)]
     assert "".join(parts) == content                   # also an END that the text spells out
     assert (data.val == data.tokenizer.eot_token).sum() == 1
 
 def test_folder_leaves_out_what_is_not_text(tmp_path, capsys):
     source = folder(tmp_path / "docs", 50)
-    clean = model.load_data(source, "300", 16)
+    clean = nanobit.data.load_data(source, "300", 16)
     (tmp_path / "docs" / "latin.txt").write_bytes("é".encode("latin-1") * 9)
     (tmp_path / "docs" / "binary.py").write_bytes(b"a\0b")
     (tmp_path / "docs" / "picture.png").write_bytes(b"text, but not by its name")
     capsys.readouterr()
-    assert model.load_data(source, "300", 16).digest == clean.digest
+    assert nanobit.data.load_data(source, "300", 16).digest == clean.digest
     assert "left out 2 of 52 files" in capsys.readouterr().out
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -470,20 +477,20 @@ def test_download_is_fetched_once_and_never_kept_in_part(tmp_path):
         server.paths = []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        assert [model.download(f"{url}/whole").read_text() for _ in range(2)] == ["hello"] * 2
+        assert [nanobit.data.download(f"{url}/whole").read_text() for _ in range(2)] == ["hello"] * 2
         assert server.paths == ["/whole"]
         for path in ("/missing", "/cut-short", "/packed"):
             with pytest.raises(UsageError, match=path):
-                model.download(url + path)
+                nanobit.data.download(url + path)
         server.shutdown()
     assert len(list((tmp_path / "cache" / "nanobit").iterdir())) == 1
 
 def test_a_server_that_does_not_answer_is_named(monkeypatch):
     def open_late(url, timeout):
         raise TimeoutError("timed out")
-    monkeypatch.setattr(model.urllib.request, "urlopen", open_late)
+    monkeypatch.setattr(nanobit.data.urllib.request, "urlopen", open_late)
     with pytest.raises(UsageError, match="http://127.0.0.1/a: timed out"):
-        model.download("http://127.0.0.1/a")
+        nanobit.data.download("http://127.0.0.1/a")
 
 CLOCKS = {"stands still": lambda n: 7.0, "goes back": lambda n: 1e9 - 3600 * (n > 20)}
 
@@ -496,8 +503,9 @@ def test_a_clock_that_is_no_good_ends_no_run(tmp_path, monkeypatch, capsys, cloc
         calls.append(1)
         return CLOCKS[clock](len(calls))
     fine = time.perf_counter if clock == "goes back" else bad_clock    # this one never goes back
-    monkeypatch.setattr(model, "time", types.SimpleNamespace(time=bad_clock, perf_counter=fine,
-                                                             sleep=time.sleep))
+    bad_time = types.SimpleNamespace(time=bad_clock, perf_counter=fine, sleep=time.sleep)
+    for room in (nanobit.cli, nanobit.data, nanobit.ranks, nanobit.train):
+        monkeypatch.setattr(room, "time", bad_time)
     status, out, err = call(capsys, "model.py --data text.txt --vocab 300 --seq-len 16 --steps 10 "
                                     "--batch-size 1 --accumulate 1 --eval-every 5 --device cpu")
     assert status == 0, err
@@ -506,8 +514,8 @@ def test_a_clock_that_is_no_good_ends_no_run(tmp_path, monkeypatch, capsys, cloc
 def test_batches_depend_on_seed_and_step_alone():
     tokens = np.arange(100)
     def draw(step, seed):
-        return model.batch(tokens, step, 6, 10, seed, "cpu")[0]
-    x, y = model.batch(tokens, 5, 6, 10, 7, "cpu")
+        return nanobit.data.batch(tokens, step, 6, 10, seed, "cpu")[0]
+    x, y = nanobit.data.batch(tokens, 5, 6, 10, 7, "cpu")
     np.random.seed(1), torch.manual_seed(1)
     assert torch.equal(draw(5, 7), x) and torch.equal(y, x + 1)
     assert not torch.equal(draw(6, 7), x) and not torch.equal(draw(5, 8), x)

@@ -17,6 +17,11 @@ import torch
 
 import lrqat
 import model
+import nanobit.checkpoint
+import nanobit.cli
+import nanobit.data
+import nanobit.ranks
+import nanobit.train
 import pvtune
 import quest
 from model import UsageError
@@ -53,7 +58,7 @@ def command(script, flags, out):
 def child():
     """All that one rank does; what it saw goes to rank<r>.json."""
     model.PRESETS["tiny"] = TINY
-    rank, seen, tokenize, step = model.rank(), {"tokenized": 0}, model.tokenize, model.train_step
+    rank, seen, tokenize, step = nanobit.ranks.rank(), {"tokenized": 0}, nanobit.data.tokenize, nanobit.train.train_step
     def counted(*args):
         seen["tokenized"] += 1
         return tokenize(*args)
@@ -70,21 +75,21 @@ def child():
                               for form, _ in optimizer.stacks])
         seen["changed"] = optimizer.changed()
     seen["codes"], pv_step, pvtune.PVOptimizer.step = [], pvtune.PVOptimizer.step, noted
-    model.tokenize, STOP = counted, model.STOP
+    nanobit.data.tokenize, STOP = counted, nanobit.train.STOP
     for name, (script, flags) in JOBS.items():
         command(script, flags, name)
     for name, first in (("stop", ["--fsdp"]), ("stop-fsdp", [])):          # stop as one, resume
-        model.train_step = interrupted                 # as the other
+        nanobit.train.train_step = interrupted                 # as the other
         try:
             command("model", ["--steps", "5", *first], name)
         except SystemExit as e:
             seen[name] = e.code
-        model.train_step = step
-        held = model.read_checkpoint(f"{name}/base.pt.state")
+        nanobit.train.train_step = step
+        held = nanobit.checkpoint.read_checkpoint(f"{name}/base.pt.state")
         seen[f"{name}-held"] = len(held["losses"])
         fsdp = [] if first else ["--fsdp"]
         command("model", ["--steps", "5", "--resume", *fsdp], name)
-    model.train_step = poisoned
+    nanobit.train.train_step = poisoned
     try:
         command("model", ["--steps", "5"], "nan")
     except UsageError as e:
@@ -131,7 +136,7 @@ def rows(folder, name):
 def test_two_processes_train_as_one_does(folder, job, file):
     """Also after Ctrl-C in one of them, and a --resume that adds or drops --fsdp."""
     alone = {"tied-fsdp": "tied-fsdp", "quest": "quest", "quest-fsdp": "quest"}.get(job, "dense")
-    two, one = (model.read_checkpoint(folder / home / name / f"{file}.state")
+    two, one = (nanobit.checkpoint.read_checkpoint(folder / home / name / f"{file}.state")
                 for home, name in (("a", job), ("b", alone)))
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-4) and len(one["losses"]) >= 3
     assert one["losses"][0] - one["losses"][-1] > 0.01                     # it learns
@@ -139,8 +144,8 @@ def test_two_processes_train_as_one_does(folder, job, file):
         assert torch.allclose(two["model"][name], w, atol=1e-3), name
     got, want = rows(folder / "a", job), rows(folder / "b", alone)
     assert len(got) == 1 and got[0]["val_loss"] == pytest.approx(want[0]["val_loss"], abs=1e-4)
-    loaded = model.load_checkpoint(folder / "a" / job / file)[0].state_dict()
-    packed = model.load_checkpoint(folder / "b" / alone / file)[0].state_dict()
+    loaded = nanobit.checkpoint.load_checkpoint(folder / "a" / job / file)[0].state_dict()
+    packed = nanobit.checkpoint.load_checkpoint(folder / "b" / alone / file)[0].state_dict()
     assert {n: w.shape for n, w in loaded.items()} == {n: w.shape for n, w in packed.items()}
 
 def test_every_arm_of_lrqat_is_the_same_with_two_processes(folder):
@@ -152,7 +157,7 @@ def test_every_arm_of_lrqat_is_the_same_with_two_processes(folder):
 def test_codes_are_the_same_on_every_rank_after_every_pv_step(folder):
     one, two = notes(folder)
     assert one["codes"] == two["codes"] and len(one["codes"]) == 4 and one["changed"] > 100
-    two, one = (model.read_checkpoint(folder / home / "pvtune" / "pvtune-2x4g4-pv.state")
+    two, one = (nanobit.checkpoint.read_checkpoint(folder / home / "pvtune" / "pvtune-2x4g4-pv.state")
                 for home in "ab")
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
 
@@ -171,7 +176,7 @@ def test_one_process_prints_writes_and_tokenizes(folder):
     assert not list(folder.rglob("*.tmp"))
 
 def test_what_processes_cannot_share_is_one_error(monkeypatch):
-    def error(*flags, script=model.pretrain):
+    def error(*flags, script=nanobit.cli.pretrain):
         with pytest.raises(UsageError) as e:
             script([*flags, "--device", "cpu"])
         assert "\n" not in str(e.value)
@@ -180,7 +185,7 @@ def test_what_processes_cannot_share_is_one_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert "--batch-size 16 is not a multiple of torchrun's 3 processes" in error()
-    assert "torchrun" in error("base.pt", script=model.eval_checkpoint)
+    assert "torchrun" in error("base.pt", script=nanobit.cli.eval_checkpoint)
     assert "--quantizer lsq" in error("--quantizer", "lsq", "--fsdp", script=quest.parse_args)
     for flags in (["--init", "random"], ["--memory-report"]):
         assert "plain python" in error(*flags, script=lrqat.parse_args)
@@ -189,4 +194,4 @@ def test_what_processes_cannot_share_is_one_error(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     for device, wrong in (("cuda", "more than the 1 GPUs"), ("cuda:0", "--device cuda:0")):
         with pytest.raises(UsageError, match=wrong):
-            model.pretrain(["--device", device])
+            nanobit.cli.pretrain(["--device", device])

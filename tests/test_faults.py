@@ -24,13 +24,17 @@ import torch
 
 import lrqat
 import model
+import nanobit.checkpoint
+import nanobit.cli
+import nanobit.runs
+import nanobit.train
 import normtweak
 import quest
 from conftest import TEXT, call, check_refused, random_base
 from quantizers import QuantLinear
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = {"model.py": model, "quest.py": quest, "normtweak.py": normtweak, "lrqat.py": lrqat}
+SCRIPTS = {"model.py": nanobit.cli, "quest.py": quest, "normtweak.py": normtweak, "lrqat.py": lrqat}
 TRAIN = "--data text.txt --vocab 300 --out out --eval-every 1"
 PRESET = model.Preset(2, 128, 2, 256, 4e-3, 12, 4, 2, 16)      # its state file has 4 MB
 CHILD = f"""
@@ -48,7 +52,7 @@ def work(tmp_path, monkeypatch):
     torch.set_num_threads(1)                           # as in the child: the same sums
     monkeypatch.setitem(model.PRESETS, "tiny", PRESET)
     monkeypatch.setitem(model.PRESETS, "30M", PRESET._replace(n_layer=1))
-    monkeypatch.setattr(model, "HELD", {})
+    monkeypatch.setattr(nanobit.runs, "HELD", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     pathlib.Path("text.txt").write_text(TEXT)
@@ -60,8 +64,8 @@ def work(tmp_path, monkeypatch):
 
 def new_process():
     """After this, model.py no longer counts the locks of earlier calls as its own."""
-    held = list(model.HELD.values())
-    model.HELD.clear()
+    held = list(nanobit.runs.HELD.values())
+    nanobit.runs.HELD.clear()
     for descriptor in filter(None, held):
         os.close(descriptor)
 
@@ -85,7 +89,7 @@ def kill(child):
     assert child.wait() == -signal.SIGKILL
 
 def steps_saved(path="out/base.pt.state"):
-    return len(model.read_checkpoint(path)["losses"]) if os.path.exists(path) else 0
+    return len(nanobit.checkpoint.read_checkpoint(path)["losses"]) if os.path.exists(path) else 0
 
 def unfinished():
     return list(pathlib.Path("out").glob("*.tmp"))
@@ -120,7 +124,7 @@ def test_killed_again_and_again_the_weights_end_bit_identical(capsys):
     assert status == 0 and f"resumed out/base.pt.state at step {second}/40" in out, err
     assert not unfinished()                            # what a killed run left is gone
     for name in ("base.pt", "base.pt.state"):
-        a, b = (model.read_checkpoint(f"{folder}/{name}") for folder in ("whole", "out"))
+        a, b = (nanobit.checkpoint.read_checkpoint(f"{folder}/{name}") for folder in ("whole", "out"))
         for key in {"model", "optimizer", "losses", "tokenizer"} & set(a):
             assert equal(a[key], b[key]), (name, key)
 
@@ -145,16 +149,17 @@ class Clock:
 def test_the_state_is_saved_once_a_minute(capsys, monkeypatch):
     """Steps of 25 s, no look at the dev split: after 75, 150, 225 s and so on, and at the end."""
     clock, saved = Clock(), []
-    step, save = model.train_step, model.save_checkpoint
+    step, save = nanobit.train.train_step, nanobit.checkpoint.save_checkpoint
     def slow_step(*args):
         clock.now += 25
         return step(*args)
     def note(path, *args, **content):
         saved.append(len(content["losses"]) if "losses" in content else "result")
         save(path, *args, **content)
-    monkeypatch.setattr(model, "time", clock)
-    monkeypatch.setattr(model, "train_step", slow_step)
-    monkeypatch.setattr(model, "save_checkpoint", note)
+    monkeypatch.setattr(nanobit.train, "time", clock)
+    monkeypatch.setattr(nanobit.train, "train_step", slow_step)
+    for room in (nanobit.train, nanobit.runs):
+        monkeypatch.setattr(room, "save_checkpoint", note)
     flags = TRAIN.replace("--eval-every 1", "--eval-every 0")
     assert call(capsys, f"model.py {flags} --steps 10")[0] == 0
     assert saved == [3, 6, 9, 10, "result"]
@@ -162,19 +167,19 @@ def test_the_state_is_saved_once_a_minute(capsys, monkeypatch):
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_steps(capsys, monkeypatch):
     """Ten steps of 25 s, Ctrl-C in the fourth and the eighth; hours between commands do not
     count."""
-    clock, step, stops = Clock(), model.train_step, [3, 7]
+    clock, step, stops = Clock(), nanobit.train.train_step, [3, 7]
     def slow_step(forward, optimizer, data, args, i):
         clock.now += 25
         if i in stops:
             stops.remove(i)
             os.kill(os.getpid(), signal.SIGINT)
         return step(forward, optimizer, data, args, i)
-    monkeypatch.setattr(model, "time", clock)
-    monkeypatch.setattr(model, "train_step", slow_step)
+    monkeypatch.setattr(nanobit.train, "time", clock)
+    monkeypatch.setattr(nanobit.train, "train_step", slow_step)
     train = f"model.py {TRAIN} --steps 10"
     for more, seconds in (("", 100), (" --resume", 200)):
         assert call(capsys, train + more)[0] == 130
-        assert model.read_checkpoint("out/base.pt.state")["seconds"] == pytest.approx(seconds)
+        assert nanobit.checkpoint.read_checkpoint("out/base.pt.state")["seconds"] == pytest.approx(seconds)
         clock.now += 9999
     status, out, err = call(capsys, f"{train} --resume")
     assert status == 0, err
@@ -184,19 +189,19 @@ def test_a_base_interrupted_inside_another_script_goes_on_with_resume(capsys, mo
     """normtweak.py keeps no state of its own, but the base that it trains first does."""
     flags = "--data text.txt --vocab 300 --bits 3 --calib data"
     assert call(capsys, f"normtweak.py {flags} --out whole --steps 2")[0] == 0
-    step = model.train_step
+    step = nanobit.train.train_step
     def interrupted(forward, optimizer, data, args, i):
         if i == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return step(forward, optimizer, data, args, i)
-    monkeypatch.setattr(model, "train_step", interrupted)
+    monkeypatch.setattr(nanobit.train, "train_step", interrupted)
     status, out, _ = call(capsys, f"normtweak.py {flags} --out out --steps 2")
     assert status == 130 and "holds step 5; go on with the same command and --resume" in out
-    monkeypatch.setattr(model, "train_step", step)
+    monkeypatch.setattr(nanobit.train, "train_step", step)
     status, out, err = call(capsys, f"normtweak.py {flags} --out out --steps 2 --resume")
     assert status == 0 and "at step 5/12" in out, err
     for name in ("base.pt", "gptq-tweak-w3.pt"):
-        a, b = (model.read_checkpoint(f"{folder}/{name}")["model"] for folder in ("whole", "out"))
+        a, b = (nanobit.checkpoint.read_checkpoint(f"{folder}/{name}")["model"] for folder in ("whole", "out"))
         assert equal(a, b)
     check_refused(call(capsys, f"normtweak.py {flags} --out out --resume"), "--resume")
 
@@ -231,13 +236,13 @@ def test_one_process_may_use_out_many_times(capsys):
 def test_without_locks_a_run_goes_on_and_says_so(capsys, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.EBADF, "Bad file descriptor")
-    monkeypatch.setattr(model.fcntl, "flock", no_locks)
+    monkeypatch.setattr(nanobit.runs.fcntl, "flock", no_locks)
     status, out, _ = call(capsys, f"model.py {TRAIN} --steps 1")
     assert status == 0 and "start no second run into it" in out
     new_process()
-    monkeypatch.setattr(model, "fcntl", None)          # Windows
+    monkeypatch.setattr(nanobit.runs, "fcntl", None)          # Windows
     assert call(capsys, f"model.py {TRAIN} --steps 1")[0] == 0
-    model.HELD.clear()
+    nanobit.runs.HELD.clear()
 
 # ---- Files of other runs, damaged files -------------------------------------------------------
 
@@ -289,7 +294,7 @@ def test_a_state_that_was_cut_anywhere_is_refused_and_kept(state, capsys):
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that nobody can fill")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_unwritable_folder_is_refused_before_any_step(state, capsys, monkeypatch, script):
-    monkeypatch.setattr(model, "train_step", None)     # calling it would fail otherwise
+    monkeypatch.setattr(nanobit.train, "train_step", None)     # calling it would fail otherwise
     model_flag = "--model out/base.pt " if script in ("normtweak.py", "lrqat.py") else ""
     flags = TRAIN.replace("--out out", "--out /proc/nanobit")
     check_refused(call(capsys, f"{script} {model_flag}{flags}"), "--out /proc/nanobit")
@@ -298,9 +303,9 @@ def test_an_unwritable_folder_is_refused_before_any_step(state, capsys, monkeypa
 
 def test_eval_refuses_a_loss_that_is_no_number(capsys, tmp_path):
     random_base(tmp_path, 1)
-    m, content = model.load_checkpoint("base.pt")
+    m, content = nanobit.checkpoint.load_checkpoint("base.pt")
     m.head.weight.data.fill_(3e38)                     # every logit is infinite
-    model.save_checkpoint("large.pt", m, **{k: v for k, v in content.items() if k not in (
+    nanobit.checkpoint.save_checkpoint("large.pt", m, **{k: v for k, v in content.items() if k not in (
         "format", "config", "linears", "model")})
     check_refused(call(capsys, "model.py eval large.pt --data text.txt"), "val_loss", "not finite")
 
@@ -312,7 +317,7 @@ def cuda_error():
 @pytest.mark.parametrize("fail", [lambda: torch.empty(2**50), lambda: np.empty(2**50), cuda_error],
                          ids=["torch on a CPU", "numpy", "a GPU"])
 def test_too_little_memory_says_the_peak_the_batch_and_the_flag(capsys, monkeypatch, fail):
-    monkeypatch.setattr(model, "train_step", lambda *_: fail())
+    monkeypatch.setattr(nanobit.train, "train_step", lambda *_: fail())
     result = call(capsys, f"model.py {TRAIN} --batch-size 12 --accumulate 3")
     check_refused(result, "out of memory after a peak of ", " GiB ", "--batch-size 12",
                   "4 windows of 16 tokens at a time", "raise --accumulate 3", "lower --batch-size")
@@ -322,21 +327,21 @@ def test_too_little_memory_says_the_peak_the_batch_and_the_flag(capsys, monkeypa
                   "1 windows of 16 tokens", "; lower --batch-size")
 
 def test_too_little_memory_in_eval_names_its_flag(state, capsys, monkeypatch):
-    monkeypatch.setattr(model, "evaluate", lambda *_: torch.empty(2**50))
+    monkeypatch.setattr(nanobit.cli, "evaluate", lambda *_: torch.empty(2**50))
     check_refused(call(capsys, "model.py eval out/base.pt"), "out of memory", "lower --batch-size")
 
 def test_any_other_error_keeps_its_traceback():
     def fail():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="mat1"):
-        model.run(fail)
+        nanobit.cli.run(fail)
 
 @pytest.mark.parametrize("errno_, one_line", [(errno.ENOSPC, True), (None, False)])
 def test_an_error_of_the_system_is_one_line_but_no_other_is(capsys, errno_, one_line):
     def fail():
         raise OSError(errno_, "No space left on device", "a/file") if errno_ else OSError("a bug")
     with pytest.raises(SystemExit if one_line else OSError) as raised:
-        model.run(fail)
+        nanobit.cli.run(fail)
     if one_line:
         check_refused((raised.value.code, *capsys.readouterr()), "No space left", "a/file")
 
@@ -349,7 +354,7 @@ def run_into(monkeypatch, stream, command):
     with monkeypatch.context() as m:
         m.setattr(sys, "argv", shlex.split(command))
         m.setattr(sys, "stdout", stream)
-        model.run(SCRIPTS[sys.argv[0]].main)
+        nanobit.cli.run(SCRIPTS[sys.argv[0]].main)
 
 def rows(path="out/results.jsonl"):
     return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
@@ -413,11 +418,11 @@ def test_a_row_after_a_torn_one_stands_on_a_line_of_its_own(capsys):
     assert status == 2 and "3 usable rows" in err and "line 3, not a row" in err
 
 def test_the_row_is_written_where_the_folder_is_gone(capsys, monkeypatch):
-    evaluate = model.evaluate
+    evaluate = nanobit.train.evaluate
     def and_remove(*args):
         shutil.rmtree("out")
         return evaluate(*args)
-    monkeypatch.setattr(model, "evaluate", and_remove)
+    monkeypatch.setattr(nanobit.cli, "evaluate", and_remove)
     assert call(capsys, f"model.py {SHORT}")[0] == 0
     assert len(rows()) == 1
 
@@ -439,7 +444,7 @@ def test_out_may_be_a_link(capsys, link):
 def test_ctrl_c_after_the_training_names_the_file_that_is_there(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(model, "evaluate", interrupt)
+    monkeypatch.setattr(nanobit.cli, "evaluate", interrupt)
     status, _, err = call(capsys, f"model.py {SHORT}")
     assert status == 130 and err.count("\n") == 1 and "out/base.pt is saved" in err
     monkeypatch.setattr(quest, "evaluate", interrupt)
@@ -462,7 +467,7 @@ def test_the_recorded_command_starts_as_many_processes(monkeypatch, world, local
     monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     monkeypatch.setattr(sys, "argv", ["quest.py", "--bits", "4"])
-    assert model.command_line() == f"{start} quest.py --bits 4"
+    assert nanobit.runs.command_line() == f"{start} quest.py --bits 4"
 
 def test_a_resumed_path_may_be_spelled_otherwise(capsys):
     assert call(capsys, f"model.py {SHORT} --out base")[0] == 0
@@ -511,7 +516,7 @@ def test_a_row_counts_the_codes_that_the_file_has_otherwise_than_training(
         for m in net.modules():
             if isinstance(m, QuantLinear):
                 m.packed[0, 0] ^= 1
-        model.save_result(path, net, *rest)
+        nanobit.runs.save_result(path, net, *rest)
     shutil.copytree(finished, "out")
     for flipped in (False, True):
         if flipped:
@@ -543,7 +548,7 @@ def test_a_hessian_that_is_not_positive_definite_is_one_line(
         capsys, monkeypatch, finished, script):
     shutil.copytree(finished, "out")
     module, negative = importlib.import_module(script), lambda *args: (
-        [(name, m, -h) for name, m, h in block] for block in model.block_hessians(*args))
+        [(name, m, -h) for name, m, h in block] for block in nanobit.runs.block_hessians(*args))
     monkeypatch.setattr(module, "block_hessians", negative)
     flags = "--scheme affine --variant p" if script == "pvtune" else ""
     result = call(capsys, f"{script}.py {SHORT} {flags}")
@@ -565,7 +570,7 @@ def test_one_bit_without_a_zero_point_is_refused(capsys):
 
 def test_the_sparse_grid_refuses_a_width_that_eight_does_not_divide(capsys, monkeypatch):
     monkeypatch.setitem(model.PRESETS, "tiny", PRESET._replace(n_hidden=172))
-    monkeypatch.setattr(model, "train_step", None)     # calling it would fail otherwise
+    monkeypatch.setattr(nanobit.train, "train_step", None)     # calling it would fail otherwise
     check_refused(call(capsys, f"quest.py {SHORT} --grid sparse"), "sparse", "172", "w_down")
     assert not os.path.exists("out")
 
@@ -573,7 +578,7 @@ def test_the_sparse_grid_refuses_a_width_that_eight_does_not_divide(capsys, monk
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 def test_no_schedule_makes_a_run_learn_nothing(steps):
-    for schedule in (lrqat.linear_schedule, model.learning_rate):
+    for schedule in (lrqat.linear_schedule, nanobit.train.learning_rate):
         rates = [schedule(step, steps, 1.0) for step in range(steps)]
         assert max(rates) > 0 and min(rates) >= 0 and max(rates) <= 1
     assert lrqat.linear_schedule(0, 1, 3.0) == 3.0

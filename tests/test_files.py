@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 
 import model
+import nanobit.checkpoint
+import nanobit.data
+import nanobit.tokenizer
 from conftest import call, random_base
 from quantizers import QuantLinear
 
@@ -84,14 +87,14 @@ def mean_loss(m, tokens, T):
 @pytest.mark.parametrize("name", WRITES)
 def test_every_file_is_evaluated_sampled_and_loaded(name, folder, capsys, monkeypatch):
     path = make(name, folder, capsys, monkeypatch)
-    m, content = model.load_checkpoint(path)
-    tokenizer = model.make_tokenizer(content["tokenizer"])
+    m, content = nanobit.checkpoint.load_checkpoint(path)
+    tokenizer = nanobit.tokenizer.make_tokenizer(content["tokenizer"])
     packed = [q for q in m.modules() if isinstance(q, QuantLinear)]
     assert len(packed) == (0 if name == "base.pt" else 7)
 
     status, out, err = call(capsys, f"model.py eval {path} --seq-len 32 --device cpu")
     assert status == 0, err
-    data = model.load_data("text.txt", "300", 32)
+    data = nanobit.data.load_data("text.txt", "300", 32)
     assert abs(float(out.split("loss ")[-1]) - mean_loss(m, data.val, 32)) < 1e-4
 
     status, out, err = call(capsys, f"model.py sample {path} --prompt 'def f' --tokens 20 "
@@ -112,7 +115,7 @@ def test_every_file_is_exported_with_the_weights_that_its_codes_stand_for(
     status, out, err = call(capsys, f"model.py export {path} {tmp_path / 'hf'}")
     assert status == 0, err
     tensors = safetensors.load_file(tmp_path / "hf/model.safetensors")
-    m, _ = model.load_checkpoint(path)
+    m, _ = nanobit.checkpoint.load_checkpoint(path)
     eye = torch.eye(32)
     for q, hf in (("attn.wq", "self_attn.q_proj"), ("mlp.w_up", "mlp.up_proj")):
         layer = m.get_submodule(f"blocks.0.{q}")

@@ -16,7 +16,13 @@ import sys
 import pytest
 import torch
 
+import nanobit.runs
 import model
+import nanobit.checkpoint
+import nanobit.data
+import nanobit.export
+import nanobit.hf
+import nanobit.tokenizer
 import normtweak
 from conftest import TEXT, call, check_refused
 from model import LLaMA, UsageError
@@ -76,7 +82,7 @@ def bpe(text):
 def work(tmp_path, monkeypatch, text):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model, "HELD", {})
+    monkeypatch.setattr(nanobit.runs, "HELD", {})
     pathlib.Path("text.txt").write_text(text)
     return tmp_path
 
@@ -228,7 +234,7 @@ def test_a_folder_of_an_unusual_form_gives_transformers_logits_also_after_an_exp
     x = ids(m, 2, 96)
     logits = want(x).logits
     close(m(x)[0], logits)
-    model.write_hf("new", m, [chr(i) for i in range(256)])
+    nanobit.export.write_hf("new", m, [chr(i) for i in range(256)])
     again = LLaMA.from_pretrained("new")
     close(again(x)[0], logits, 0.1)                    # weights in bfloat16
     close(auto("new", dtype=torch.float32)(x).logits, again(x)[0])
@@ -245,16 +251,16 @@ def test_a_window_of_mistral_limits_the_length(window, longest):
     """Missing means 4096 there, null means none; the model's 128 positions are less."""
     saved(reference("mistral"))
     config(sliding_window=window)
-    assert model.read_hf_config("hf").seq_len == longest
+    assert nanobit.hf.read_hf_config("hf").seq_len == longest
     config(sliding_window=window, max_position_embeddings=...)
-    assert model.read_hf_config("hf").seq_len == {8: 8, None: 2**17, ...: 4096}[window]
+    assert nanobit.hf.read_hf_config("hf").seq_len == {8: 8, None: 2**17, ...: 4096}[window]
 
 # ---- The tokenizer ----------------------------------------------------------------------------
 
 def test_tokens_are_those_of_the_tokenizers_library(folder, bpe, text):
-    spec = model.read_hf_tokenizer(folder)
+    spec = nanobit.hf.read_hf_tokenizer(folder)
     assert json.loads(json.dumps(spec)) == spec        # plain values
-    enc, want = model.make_tokenizer(spec), tokenizers.Tokenizer.from_str(bpe)
+    enc, want = nanobit.tokenizer.make_tokenizer(spec), tokenizers.Tokenizer.from_str(bpe)
     want.no_truncation()
     sample = text[:500]
     assert enc.encode_ordinary(sample) == want.encode(sample, add_special_tokens=False).ids
@@ -264,14 +270,14 @@ def test_tokens_are_those_of_the_tokenizers_library(folder, bpe, text):
     assert (enc.n_vocab, enc.eot_token, enc.start_token) == (300, 0, 1)
 
 def test_special_tokens_in_a_text_stay_text(folder):
-    enc = model.make_tokenizer(model.read_hf_tokenizer(folder))
+    enc = nanobit.tokenizer.make_tokenizer(nanobit.hf.read_hf_tokenizer(folder))
     assert not {0, 1} & set(enc.encode_ordinary("a<|end|>b<s>"))
     assert enc.decode(enc.encode_ordinary("a<|end|>b<s>")) == "a<|end|>b<s>"
 
 def test_data_has_the_end_token_after_every_document(folder, text):
-    spec = model.read_hf_tokenizer(folder)
+    spec = nanobit.hf.read_hf_tokenizer(folder)
     for _ in range(2):                                 # tokenized, then from the cache
-        data = model.load_data("text.txt", "1024", 16, spec=spec)
+        data = nanobit.data.load_data("text.txt", "1024", 16, spec=spec)
         assert data.spec == spec and data.val[-1] == 0 and (data.val[:-1] != 0).all()
         parts = [data.tokenizer.decode(part[:-1].tolist())
                  for part in (data.train, data.dev, data.val)]
@@ -280,7 +286,7 @@ def test_data_has_the_end_token_after_every_document(folder, text):
 def test_several_end_tokens_take_the_first(folder):
     pathlib.Path("hf/generation_config.json").unlink()
     edit("hf/config.json", eos_token_id=[5, 0], bos_token_id=None)
-    spec = model.read_hf_tokenizer("hf")
+    spec = nanobit.hf.read_hf_tokenizer("hf")
     assert (spec["end"], spec["start"], spec["ends"]) == (5, 5, [5, 0])
 
 @pytest.mark.parametrize("config, generation, tokenizer, ends, start", [
@@ -294,7 +300,7 @@ def test_special_tokens_come_from_the_first_file_that_names_them(folder, bpe, co
     edit("hf/config.json", **dict(eos_token_id=None, bos_token_id=None) | config)
     pathlib.Path("hf/generation_config.json").write_text(json.dumps(generation))
     pathlib.Path("hf/tokenizer_config.json").write_text(json.dumps(tokenizer))
-    spec = model.read_hf_tokenizer("hf")
+    spec = nanobit.hf.read_hf_tokenizer("hf")
     if isinstance(start, str):
         start = tokenizers.Tokenizer.from_str(bpe).token_to_id(start)
     assert (spec["ends"], spec["end"], spec["start"]) == (ends, ends[0], start)
@@ -306,12 +312,12 @@ def test_special_tokens_beyond_the_vocabulary_are_no_trouble(folder, bpe):
     t.add_special_tokens(["[PAD]"])
     assert t.token_to_id("[PAD]") == 300
     pathlib.Path("hf/tokenizer.json").write_text(t.to_str())
-    enc = model.make_tokenizer(model.read_hf_tokenizer("hf"))
+    enc = nanobit.tokenizer.make_tokenizer(nanobit.hf.read_hf_tokenizer("hf"))
     assert max(enc.encode_ordinary("a [PAD] added0")) < 300
     t.add_tokens(["one more"])
     pathlib.Path("hf/tokenizer.json").write_text(t.to_str())
     with pytest.raises(UsageError, match="id 301"):
-        model.read_hf_tokenizer("hf")
+        nanobit.hf.read_hf_tokenizer("hf")
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 NAMES = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|end|>",
@@ -332,8 +338,8 @@ def test_an_export_keeps_end_tokens_and_the_chat_template(folder, capsys, where,
         path = pathlib.Path("hf", path)
         path.parent.mkdir(exist_ok=True)
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-    m, content = model.load_checkpoint("hf")
-    model.save_checkpoint("m.pt", m, tokenizer=content["tokenizer"], method="test")
+    m, content = nanobit.checkpoint.load_checkpoint("hf")
+    nanobit.checkpoint.save_checkpoint("m.pt", m, tokenizer=content["tokenizer"], method="test")
     status, out, err = call(capsys, "model.py export m.pt new")
     assert status == 0, err
     tokenizer, model_ = (cls.from_pretrained("new") for cls in (
@@ -346,13 +352,13 @@ def test_an_export_keeps_end_tokens_and_the_chat_template(folder, capsys, where,
     assert model_.generation_config.temperature == 0.6
 
 def test_a_spec_of_before_the_end_tokens_is_exported(folder, capsys):
-    m, content = model.load_checkpoint("hf")
+    m, content = nanobit.checkpoint.load_checkpoint("hf")
     old = {k: v for k, v in content["tokenizer"].items() if k not in ("ends", "texts")}
-    model.save_checkpoint("m.pt", m, tokenizer=old, method="test")
+    nanobit.checkpoint.save_checkpoint("m.pt", m, tokenizer=old, method="test")
     assert call(capsys, "model.py export m.pt new")[0] == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained("new")
     assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1)
-    assert model.load_checkpoint("new")[1]["tokenizer"]["ends"] == [0]
+    assert nanobit.checkpoint.load_checkpoint("new")[1]["tokenizer"]["ends"] == [0]
 
 # ---- Bad folders ------------------------------------------------------------------------------
 
@@ -473,18 +479,18 @@ def test_a_setting_of_the_wrong_kind_is_one_line_that_names_it(folder):
             own["rope_parameters"] = None
         write("config.json", base | own)
         with pytest.raises(UsageError) as e:
-            model.load_checkpoint("hf")
+            nanobit.checkpoint.load_checkpoint("hf")
         assert name in str(e.value) and "\n" not in str(e.value), (name, value)
     for name in ("factor", "low_freq_factor", "high_freq_factor", "rope_theta",
                  "original_max_position_embeddings"):
         for value in ("8", True, [], 0, -1.0, math.nan, {}):
             write("config.json", base | {"rope_parameters": LLAMA3 | {name: value}})
             with pytest.raises(UsageError, match=name):
-                model.load_checkpoint("hf")
+                nanobit.checkpoint.load_checkpoint("hf")
     for value in ("64", 0, -1, 1.5, True, [], {}):
         write("config.json", base | {"model_type": "mistral", "sliding_window": value})
         with pytest.raises(UsageError, match="sliding_window"):
-            model.load_checkpoint("hf")
+            nanobit.checkpoint.load_checkpoint("hf")
 
 # ---- Weights that are no numbers --------------------------------------------------------------
 
@@ -507,8 +513,8 @@ def test_a_weight_that_is_no_number_is_refused_by_its_name(folder, value, dtype,
     "normtweak.py --model hf --host rtn", "normtweak.py --model hf --host gptq --calib data",
     "pvtune.py --model hf --scheme affine", "normtweak.py --model out.pt --teacher hf"])
 def test_every_script_refuses_a_weight_that_is_no_number(folder, capsys, command):
-    m, content = model.load_checkpoint("hf")
-    model.save_checkpoint("out.pt", pack(m, "affine"), method="rtn", settings={"data": "text.txt"},
+    m, content = nanobit.checkpoint.load_checkpoint("hf")
+    nanobit.checkpoint.save_checkpoint("out.pt", pack(m, "affine"), method="rtn", settings={"data": "text.txt"},
                           tokenizer=content["tokenizer"], data=None)
     up = "model.layers.0.mlp.up_proj.weight"
     store(**{up: stored(up).index_fill(0, torch.tensor([3]), math.nan)})
@@ -527,7 +533,7 @@ def test_a_mapped_file_is_checked_in_little_memory(work):
     sizes, isfinite = [], torch.Tensor.isfinite
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UsageError, match="t is not finite"):
         patch.setattr(torch.Tensor, "isfinite", lambda t: sizes.append(t.numel()) or isfinite(t))
-        model.check_weights([("t", mapped)], "t.safetensors")
+        nanobit.checkpoint.check_weights([("t", mapped)], "t.safetensors")
     assert sum(sizes) == 2**26 and max(sizes) <= 2**24
 
 @pytest.mark.parametrize("command", [
@@ -548,7 +554,7 @@ def test_a_missing_package_is_named_with_the_command(folder, capsys, monkeypatch
 def test_eval_scores_what_transformers_scores(folder, capsys):
     status, out, err = call(capsys, "model.py eval hf --data text.txt --seq-len 16")
     assert status == 0, err
-    data = model.load_data("text.txt", "1024", 16, spec=model.read_hf_tokenizer("hf"))
+    data = nanobit.data.load_data("text.txt", "1024", 16, spec=nanobit.hf.read_hf_tokenizer("hf"))
     want = transformers.AutoModelForCausalLM.from_pretrained("hf", dtype=torch.float32)
     nll, tokens = 0.0, torch.from_numpy(data.val.astype("int64"))
     for i in range(0, len(tokens) - 1, 16):
@@ -656,13 +662,13 @@ def pack(m, kind):
 def test_an_exported_model_gives_the_same_logits_in_transformers(bpe, capsys, kind, form):
     saved(reference(form))
     pathlib.Path("hf/tokenizer.json").write_text(bpe)
-    m, content = model.load_checkpoint("hf")
+    m, content = nanobit.checkpoint.load_checkpoint("hf")
     m = pack(m, kind)
-    model.save_checkpoint("m.pt", m, tokenizer=content["tokenizer"], method="test")
+    nanobit.checkpoint.save_checkpoint("m.pt", m, tokenizer=content["tokenizer"], method="test")
     pathlib.Path("new/dir").mkdir(parents=True)        # there, and empty
     status, out, err = call(capsys, "model.py export m.pt new/dir")
     assert status == 0 and "note" not in out and err == ""
-    x, (again, spec) = ids(m, 2, 96), model.load_checkpoint("new/dir")
+    x, (again, spec) = ids(m, 2, 96), nanobit.checkpoint.load_checkpoint("new/dir")
     close(spelled_out(m, torch.float32)(x)[0], m(x)[0])
     ours = spelled_out(m, torch.bfloat16)(x)[0]
     close(again(x)[0], ours, 1e-5)
@@ -673,7 +679,7 @@ def test_an_exported_model_gives_the_same_logits_in_transformers(bpe, capsys, ki
     tokenizer = transformers.AutoTokenizer.from_pretrained("new/dir")
     sample = "def f7(x): return self"
     assert (tokenizer(sample, add_special_tokens=False)["input_ids"]
-            == model.make_tokenizer(spec["tokenizer"]).encode_ordinary(sample))
+            == nanobit.tokenizer.make_tokenizer(spec["tokenizer"]).encode_ordinary(sample))
     assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1)
 
 @torch.no_grad()
@@ -690,7 +696,7 @@ def test_what_a_folder_cannot_say_is_said(capsys):
     m = LLaMA(model.LlamaConfig(257, 1, 64, 2, 2, 128, 16)).eval()
     m.replace_linears(lambda n, w: QuantLinear.quest(w.weight.detach(), 4, 4))
     spec = [chr(i) for i in range(256)]
-    model.save_checkpoint("m.pt", m, tokenizer=spec, method="quest")
+    nanobit.checkpoint.save_checkpoint("m.pt", m, tokenizer=spec, method="quest")
     status, out, _ = call(capsys, "model.py export m.pt dir")
     notes = [line for line in out.splitlines() if line.startswith("note: ")]
     assert status == 0 and len(notes) == 2
@@ -700,7 +706,7 @@ def test_what_a_folder_cannot_say_is_said(capsys):
 
 def small_checkpoint(path="m.pt"):
     m = LLaMA(model.LlamaConfig(257, 1, 32, 2, 2, 48, 16))
-    model.save_checkpoint(path, m, tokenizer=[chr(i) for i in range(256)], method="dense")
+    nanobit.checkpoint.save_checkpoint(path, m, tokenizer=[chr(i) for i in range(256)], method="dense")
 
 def files_below(path="."):
     return {p: p.read_bytes() if p.is_file() else None for p in pathlib.Path(path).rglob("*")}
@@ -777,9 +783,9 @@ def test_an_export_into_a_mount_needs_no_rename_of_it(capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["../out", "/tmp/nanobit-out", "a/../../out"])
 def test_a_checkpoint_cannot_write_beside_the_export(folder, capsys, name):
-    m, content = model.load_checkpoint("hf")
+    m, content = nanobit.checkpoint.load_checkpoint("hf")
     content["tokenizer"]["texts"][name] = "mine"
-    model.save_checkpoint("m.pt", m, tokenizer=content["tokenizer"], method="test")
+    nanobit.checkpoint.save_checkpoint("m.pt", m, tokenizer=content["tokenizer"], method="test")
     before = files_below()
     check_refused(call(capsys, "model.py export m.pt new"), name)
     assert files_below() == before
@@ -804,19 +810,19 @@ def test_the_project_states_the_oldest_packages():
     tomllib = pytest.importorskip("tomllib")
     path = pathlib.Path(model.__file__).parent / "pyproject.toml"
     extras = tomllib.loads(path.read_text())["project"]["optional-dependencies"]
-    assert extras["hf"] == [f"{name}>={version}" for name, version in model.HF_PACKAGES.items()]
+    assert extras["hf"] == [f"{name}>={version}" for name, version in nanobit.hf.HF_PACKAGES.items()]
 
 # ---- Older checkpoints ------------------------------------------------------------------------
 
 def test_checkpoints_from_before_the_new_fields_load_and_unknown_fields_do_not():
     m = LLaMA(model.LlamaConfig(257, 1, 64, 2, 2, 128, 16))
-    model.save_checkpoint("m.pt", m, tokenizer=["a"])
+    nanobit.checkpoint.save_checkpoint("m.pt", m, tokenizer=["a"])
     content = torch.load("m.pt", weights_only=True)
     for name in ("head_dim", "rope_scaling"):
         del content["config"][name]
     torch.save(content, "old.pt")
-    assert model.load_checkpoint("old.pt")[0].config == m.config
+    assert nanobit.checkpoint.load_checkpoint("old.pt")[0].config == m.config
     content["config"]["new_field"] = 1
     torch.save(content, "newer.pt")
     with pytest.raises(UsageError, match="newer.pt"):
-        model.load_checkpoint("newer.pt")
+        nanobit.checkpoint.load_checkpoint("newer.pt")

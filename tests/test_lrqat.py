@@ -19,6 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 import lrqat
 import model as trunk
+import nanobit.checkpoint
+import nanobit.data
+import nanobit.runs
+import nanobit.train
 import quantizers
 from conftest import TrainingTextOnly, call, check_refused, double, random_base
 from lrqat import (ALPHA, PHI, FullQATLinear, LRQATFunction, LRQATLinear, convert, downcast,
@@ -85,7 +89,7 @@ def tokens(n=4000, vocab=64):
 def take_steps(m, args, data, steps):
     optimizer, losses = make_optimizer(m, args.lr), []
     for step in range(steps):
-        losses.append(trunk.train_step(m, optimizer, data, args, step)[0].item())
+        losses.append(nanobit.train.train_step(m, optimizer, data, args, step)[0].item())
     return losses
 
 # ---- The formula and its gradients --------------------------------------------------------------
@@ -404,8 +408,8 @@ def test_merged_checkpoint_has_the_integers_and_logits_of_training(bits, phi, a_
     trained = {n: reference_integers(linear) for n, linear in m.linears()}
     m.replace_linears(lambda _, linear: QuantLinear.affine(*linear.merge(), bits))
     path = str(tmp_path / "merged.pt")
-    trunk.save_checkpoint(path, m, tokenizer=["a"], method="lrqat")
-    loaded, content = trunk.load_checkpoint(path)
+    nanobit.checkpoint.save_checkpoint(path, m, tokenizer=["a"], method="lrqat")
+    loaded, content = nanobit.checkpoint.load_checkpoint(path)
     differ = 0
     for n, linear in loaded.linears():
         q = unpack(linear.packed, bits, linear.spec["in_features"], linear.spec["signed"]).int()
@@ -581,7 +585,7 @@ def test_hessians_are_of_all_windows_behind_the_blocks_that_are_quantized_alread
     """Up to a unit: 64 windows of the training text, run here one by one, summed in float64."""
     m, args, _ = small_model(arm="GPTQ", seed=5, seq_len=16)
     data = TrainingTextOnly(tokens().train)
-    idx, blocks = trunk.batch(data.train, 0, 64, 16, args.seed, "cpu")[0], 0
+    idx, blocks = nanobit.data.batch(data.train, 0, 64, 16, args.seed, "cpu")[0], 0
     assert len(idx) == 64
     def second_moment(linear):
         seen = []
@@ -590,7 +594,7 @@ def test_hessians_are_of_all_windows_behind_the_blocks_that_are_quantized_alread
             m(window[None])
         hook.remove()
         return sum(x.double().t() @ x.double() for x in seen)
-    for block in trunk.block_hessians(m, data, args):
+    for block in nanobit.runs.block_hessians(m, data, args):
         for name, linear, h in block:
             want = second_moment(linear)
             error = h.double() / h.double().trace() - want / want.trace()
@@ -677,7 +681,7 @@ def test_schedule_is_linear_up_and_down():
     assert math.isclose(linear_schedule(500, 1000, 1.0), 5 / 9)
     m, args, _ = small_model()
     optimizer = make_optimizer(m, 1e-2)
-    trunk.train_step(m, optimizer, tokens(), args, 1)     # steps = 3: the peak
+    nanobit.train.train_step(m, optimizer, tokens(), args, 1)     # steps = 3: the peak
     assert [g["lr"] for g in optimizer.param_groups] == [g["peak"] for g in optimizer.param_groups]
 
 def test_same_seed_same_bits():
@@ -762,8 +766,8 @@ def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, monkeyp
         rows.append(json.loads(out.strip().splitlines()[-1]))
     first, again = ({arm: row["val_loss"] for arm, row in r["arms"].items()} for r in rows)
     assert list(first) == list(lrqat.ARMS) and first == again
-    base = trunk.load_checkpoint(str(tmp_path / "base.pt"))[0]             # floats, also inside
-    dense = trunk.evaluate(base, data.val, 32)["loss"]
+    base = nanobit.checkpoint.load_checkpoint(str(tmp_path / "base.pt"))[0]             # floats, also inside
+    dense = nanobit.train.evaluate(base, data.val, 32)["loss"]
     assert rows[0]["base_val_loss"] == pytest.approx(dense, abs=1e-5)
     assert first["dense"] == pytest.approx(dense, abs=1e-5) and first["RTN"] != first["dense"]
     scales, sides = 17408 // 16, 2 * (4 * 64 + 3 * 80)                     # of a scale; O + C
@@ -775,8 +779,8 @@ def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, monkeyp
     assert packed == {rows[0]["bpw"]}
     assert len(hessians) == 2 * 14 and set(hessians) == {((32, 32), True), ((48, 48), True)}
     assert "resumed" in out and out.count("predicted") == 6
-    m, content = trunk.load_checkpoint(str(tmp_path / "lrqat-w2a8.pt"))
-    loss = trunk.evaluate(m, data.val, 32)["loss"]
+    m, content = nanobit.checkpoint.load_checkpoint(str(tmp_path / "lrqat-w2a8.pt"))
+    loss = nanobit.train.evaluate(m, data.val, 32)["loss"]
     assert abs(loss - rows[0]["val_loss"]) < 1e-6 and content["config"]["kv_bits"] == 4
 
 @pytest.mark.parametrize("arm", ["full", "scales", "lr-qat"])
@@ -793,8 +797,8 @@ def test_one_arm_alone_ends_as_beside_the_others_and_is_packed(arm, own_cache, t
     assert list(rows[1]["arms"]) == ["dense", "RTN", name] and rows[1]["arm"] == arm
     assert rows[1]["arms"][name]["val_loss"] == rows[0]["arms"][name]["val_loss"]
     assert rows[1]["val_loss"] == pytest.approx(rows[1]["arms"][name]["val_loss"], abs=1e-5)
-    m, _ = trunk.load_checkpoint(str(tmp_path / f"lrqat-w3-{arm}.pt"))
-    assert trunk.evaluate(m, data.val, 32)["loss"] == pytest.approx(rows[1]["val_loss"], abs=1e-6)
+    m, _ = nanobit.checkpoint.load_checkpoint(str(tmp_path / f"lrqat-w3-{arm}.pt"))
+    assert nanobit.train.evaluate(m, data.val, 32)["loss"] == pytest.approx(rows[1]["val_loss"], abs=1e-6)
 
 def test_random_run_needs_no_base_and_reports_three_arms(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(trunk.PRESETS, "tiny", trunk.PRESETS["tiny"]._replace(n_layer=1))

@@ -18,6 +18,9 @@ import pytest
 import torch
 
 import model
+import nanobit.checkpoint
+import nanobit.runs
+import nanobit.train
 import quest
 from conftest import double
 from model import LLaMA, LlamaConfig, UsageError
@@ -154,8 +157,8 @@ def test_tied_head_is_the_embedding_itself(tmp_path):
     tied, untied = small(tied=True), small()
     sizes = [sum(p.numel() for p in m.parameters()) for m in (tied, untied)]
     assert sizes[1] - sizes[0] == 61 * 32
-    model.save_checkpoint(tmp_path / "a.pt", tied, tokenizer="gpt2")
-    again, _ = model.load_checkpoint(tmp_path / "a.pt")
+    nanobit.checkpoint.save_checkpoint(tmp_path / "a.pt", tied, tokenizer="gpt2")
+    again, _ = nanobit.checkpoint.load_checkpoint(tmp_path / "a.pt")
     for m in (tied, again):
         assert m.head.weight is m.embed.weight
 
@@ -172,7 +175,7 @@ def test_presets_have_the_published_parameter_counts(size, count):
 
 @pytest.mark.parametrize("steps", [20, 100, 700, 11444])
 def test_learning_rate_rises_for_a_tenth_and_falls_to_a_tenth(steps):
-    lr = [model.learning_rate(i, steps, 4.0) for i in range(steps)]
+    lr = [nanobit.train.learning_rate(i, steps, 4.0) for i in range(steps)]
     warm = round(steps / 10)
     assert lr[0] == pytest.approx(0.04) and lr[-1] == pytest.approx(0.4)
     assert lr[warm] == max(lr) == pytest.approx(4.0)
@@ -194,7 +197,7 @@ def test_only_what_the_blocks_linears_own_decays(kind):
     """For LSQ that includes its steps, as in the QuEST authors' runs."""
     m = quantized(small(), kind)
     before = {n: p.detach().clone() for n, p in m.named_parameters()}
-    optimizer = model.make_optimizer(m, lr=0.5)
+    optimizer = nanobit.train.make_optimizer(m, lr=0.5)
     for p in m.parameters():
         p.grad = torch.zeros_like(p)                   # without a gradient AdamW only decays
     optimizer.step()
@@ -205,7 +208,7 @@ def test_only_what_the_blocks_linears_own_decays(kind):
 def test_adamw_forgets_gradients_at_the_rates_of_the_recipe():
     """Adam's formula with 0.9 and 0.95, one number at a time, on gradients that vary in size."""
     m, lr = small(), 0.01
-    optimizer, p = model.make_optimizer(m, lr), m.norm.weight              # a norm does not decay
+    optimizer, p = nanobit.train.make_optimizer(m, lr), m.norm.weight              # a norm does not decay
     want, first, second = p.detach().double(), 0.0, 0.0
     for t, size in enumerate([1.0, 10.0, 0.1, 0.01], 1):
         g = size * torch.randn(p.shape)
@@ -227,7 +230,7 @@ def test_accumulated_gradients_equal_one_big_batch(kind, in_float64):
         args = SimpleNamespace(steps=10, lr=1.0, batch_size=8, seq_len=8, seed=3, device="cpu",
                                accumulate=accumulate)
         sgd = torch.optim.SGD(m.parameters())
-        loss, gnorm = model.train_step(m, sgd, data, args, 4)
+        loss, gnorm = nanobit.train.train_step(m, sgd, data, args, 4)
         results.append(torch.cat([p.detach().flatten() for p in m.parameters()] +
                                  [loss.view(1), gnorm.view(1)]))
     for other in results[1:]:
@@ -239,7 +242,7 @@ def test_gradients_longer_than_one_are_cut_to_one():
     args = SimpleNamespace(steps=1, lr=100.0, batch_size=4, seq_len=8, seed=0, device="cpu",
                            accumulate=1)
     sgd = torch.optim.SGD(m.parameters())
-    _, gnorm = model.train_step(m, sgd, SimpleNamespace(train=ids(99).numpy()), args, 0)
+    _, gnorm = nanobit.train.train_step(m, sgd, SimpleNamespace(train=ids(99).numpy()), args, 0)
     moved = torch.cat([p.detach().flatten() for p in m.parameters()]) - before
     assert gnorm > 1 and moved.norm().item() == pytest.approx(1.0, rel=1e-3)   # lr is 100/100
 
@@ -252,7 +255,7 @@ def test_evaluation_scores_every_target_once(n):
         context = torch.from_numpy(tokens[(t - 1) // 8 * 8:t])[None]
         nll -= torch.log_softmax(m(context)[0][0, -1].double(), 0)[tokens[t]].item()
     for batch_size in (1, 2, 32):
-        scores = model.evaluate(m, tokens, 8, batch_size=batch_size)
+        scores = nanobit.train.evaluate(m, tokens, 8, batch_size=batch_size)
         assert scores["loss"] == pytest.approx(nll / (n - 1), abs=1e-5)
         assert scores["ppl"] == pytest.approx(math.exp(scores["loss"]))
 
@@ -260,15 +263,15 @@ def test_evaluation_scores_every_target_once(n):
 def test_evaluation_leaves_the_model_as_lean_as_it_was(lean):
     m = small()
     m.lean = lean
-    model.evaluate(m, ids(40).numpy(), 8)
+    nanobit.train.evaluate(m, ids(40).numpy(), 8)
     assert m.lean == lean
 
 def test_a_look_at_the_dev_split_is_of_its_first_64_windows(tmp_path, monkeypatch):
     m, data, args = training(seq_len=4)
     data.dev, seen = ids(400, seed=1).numpy(), []
-    monkeypatch.setattr(model, "evaluate", lambda m, tokens, seq_len: seen.append(
+    monkeypatch.setattr(nanobit.train, "evaluate", lambda m, tokens, seq_len: seen.append(
         (tokens, seq_len)) or {"loss": 0.0})
-    model.train(m, data, args, tmp_path / "state")
+    nanobit.train.train(m, data, args, tmp_path / "state")
     assert len(seen) == 3                              # of 6 steps, each second
     for tokens, seq_len in seen:                       # 64 x 4 targets, and one token before
         assert seq_len == 4 and tokens.tolist() == data.dev[:257].tolist()
@@ -277,8 +280,8 @@ def test_an_arm_that_is_not_yet_begun_begins_where_another_is_resumed(tmp_path):
     results = []
     for resume in (False, True):
         m, data, args = training(resume=resume)
-        results.append(model.train_arm(m, data, args, tmp_path / f"{resume}", lambda: "",
-                                       model.make_optimizer(m, 1e-2)))
+        results.append(nanobit.train.train_arm(m, data, args, tmp_path / f"{resume}", lambda: "",
+                                       nanobit.train.make_optimizer(m, 1e-2)))
         assert args.resume == resume
     assert results[1]["losses"] == pytest.approx(results[0]["losses"]) and len(
         results[1]["losses"]) == 6
@@ -298,22 +301,22 @@ def test_checkpoint_gives_back_the_same_model(tmp_path, packed):
     m, x = small(), ids(2, 8)
     if packed:
         quantized(m, "quest").replace_linears(lambda name, linear: linear.packed())
-    model.save_checkpoint(tmp_path / "a.pt", m, tokenizer=["a"], method="test")
-    again, content = model.load_checkpoint(tmp_path / "a.pt")
+    nanobit.checkpoint.save_checkpoint(tmp_path / "a.pt", m, tokenizer=["a"], method="test")
+    again, content = nanobit.checkpoint.load_checkpoint(tmp_path / "a.pt")
     assert again.config == m.config and torch.equal(again(x)[0], m(x)[0])
     assert content["tokenizer"] == ["a"] and content["method"] == "test"
     assert os.listdir(tmp_path) == ["a.pt"]
 
 def test_a_flipped_bit_is_refused_or_harmless(tmp_path):
     path, m = tmp_path / "a.pt", small(n_layer=1, n_embd=8, n_hidden=8)
-    model.save_checkpoint(path, m, tokenizer=["a"])
-    good, content = path.read_bytes(), model.read_checkpoint(path)
+    nanobit.checkpoint.save_checkpoint(path, m, tokenizer=["a"])
+    good, content = path.read_bytes(), nanobit.checkpoint.read_checkpoint(path)
     for place in np.random.default_rng(0).integers(0, 8 * len(good), 300).tolist():
         bad = bytearray(good)
         bad[place // 8] ^= 1 << place % 8
         path.write_bytes(bad)
         try:
-            assert same(model.read_checkpoint(path), content)
+            assert same(nanobit.checkpoint.read_checkpoint(path), content)
         except UsageError as e:
             assert str(path) in str(e)
 
@@ -325,24 +328,24 @@ class Evil:
 def test_a_checkpoint_cannot_run_code(tmp_path, save):
     save({"format": "nanobit-1", "tokenizer": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(UsageError, match="evil.pt"):
-        model.load_checkpoint(tmp_path / "evil.pt")
+        nanobit.checkpoint.load_checkpoint(tmp_path / "evil.pt")
     assert os.listdir(tmp_path) == ["evil.pt"]
 
 @pytest.mark.parametrize("room", [0, 5000, "no space"])
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, room):
     resource = pytest.importorskip("resource")         # Windows has none
     path, limit = tmp_path / "a.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    model.save_checkpoint(path, small())
+    nanobit.checkpoint.save_checkpoint(path, small())
     old = path.read_bytes()
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
     if room == "no space":
-        monkeypatch.setattr(model.torch, "save", full)
+        monkeypatch.setattr(torch, "save", full)
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
     try:
         with pytest.raises(UsageError, match="(No space|File too large).*--out") as e:
-            model.save_checkpoint(path, small(seed=1))
+            nanobit.checkpoint.save_checkpoint(path, small(seed=1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "\n" not in str(e.value) and str(path) in str(e.value)
@@ -350,14 +353,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, room):
 
 def test_ctrl_c_in_the_middle_of_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
-    model.save_checkpoint(path, small())
+    nanobit.checkpoint.save_checkpoint(path, small())
     old = path.read_bytes()
     def interrupted(content, f):
         f.write(b"half")
         raise KeyboardInterrupt
-    monkeypatch.setattr(model.torch, "save", interrupted)
+    monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        model.save_checkpoint(path, small(seed=1))
+        nanobit.checkpoint.save_checkpoint(path, small(seed=1))
     assert os.listdir(tmp_path) == ["a.pt"] and path.read_bytes() == old
 
 # ---- Numbers that are none --------------------------------------------------------------------
@@ -379,7 +382,7 @@ def packings():
 @pytest.mark.parametrize("kind", ["dense", "vq", "affine", "quest"])
 def test_no_checkpoint_with_a_number_that_is_none_is_written_or_read(tmp_path, kind, value):
     path, m = tmp_path / "a.pt", packings()[kind]
-    model.save_checkpoint(path, m, tokenizer=["a"])
+    nanobit.checkpoint.save_checkpoint(path, m, tokenizer=["a"])
     old, names = path.read_bytes(), set()
     for name, tensor in m.state_dict().items():
         if not tensor.is_floating_point():
@@ -389,28 +392,28 @@ def test_no_checkpoint_with_a_number_that_is_none_is_written_or_read(tmp_path, k
         with torch.no_grad():
             tensor.view(-1)[-1] = value
         with pytest.raises(UsageError, match=f"a.pt: the weight {name} is not finite"):
-            model.save_checkpoint(path, m, tokenizer=["a"])
+            nanobit.checkpoint.save_checkpoint(path, m, tokenizer=["a"])
         assert path.read_bytes() == old and os.listdir(tmp_path) == ["a.pt"]
         content = torch.load(path, weights_only=True)
         content["model"][name].view(-1)[-1] = value    # by an older version, or another tool
         torch.save(content, tmp_path / "b.pt")
         with pytest.raises(UsageError, match=f"b.pt: the weight {name} is not finite"):
-            model.load_checkpoint(tmp_path / "b.pt")
+            nanobit.checkpoint.load_checkpoint(tmp_path / "b.pt")
         os.remove(tmp_path / "b.pt")
         with torch.no_grad():
             tensor.view(-1)[-1] = last
     assert names == {"dense": {"weight"}, "vq": {"weight", "scale", "codebooks"},
                      "affine": {"weight", "scale"}, "quest": {"weight", "scale", "a_scale"}}[kind]
-    model.load_checkpoint(path)
+    nanobit.checkpoint.load_checkpoint(path)
 
 def test_a_state_with_a_number_that_is_none_is_not_resumed(tmp_path):
-    model.train(*training(), tmp_path / "state")
+    nanobit.train.train(*training(), tmp_path / "state")
     content = torch.load(tmp_path / "state", weights_only=True)
     content["model"]["norm.weight"][0] = math.nan
     torch.save(content, tmp_path / "state")
     m, data, args = training(resume=True)
     with pytest.raises(UsageError, match="norm.weight is not finite"):
-        model.train(m, data, args, tmp_path / "state")
+        nanobit.train.train(m, data, args, tmp_path / "state")
 
 @pytest.mark.parametrize("more, name", [
     ({"base_val_loss": math.nan}, "base_val_loss"),
@@ -422,9 +425,9 @@ def test_no_row_with_a_number_that_is_none_is_written(tmp_path, more, name):
     result = {"tokens": 1, "seconds": 1.0}
     bad = scores if more else scores | {"loss": -math.inf}
     with pytest.raises(UsageError, match=f"{name} is not finite"):
-        model.finish(args, "test", small(), bad, result, **more)
+        nanobit.runs.finish(args, "test", small(), bad, result, **more)
     assert not os.listdir(tmp_path)
-    model.finish(args, "test", small(), scores, result, base_val_loss=None, arms={"rtn": [1.0]})
+    nanobit.runs.finish(args, "test", small(), scores, result, base_val_loss=None, arms={"rtn": [1.0]})
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
 
 def training(kind="dense", seed=0, **changes):
@@ -438,22 +441,22 @@ def training(kind="dense", seed=0, **changes):
 @pytest.mark.parametrize("stop", [1, 4])
 def test_training_resumed_after_ctrl_c_is_bit_identical(tmp_path, monkeypatch, capsys, kind, stop):
     m, data, args = training(kind)
-    whole = model.train(m, data, args, tmp_path / "whole")
-    step = model.train_step
+    whole = nanobit.train.train(m, data, args, tmp_path / "whole")
+    step = nanobit.train.train_step
     def interrupted(forward, optimizer, data, args, i):
         if i == stop - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return step(forward, optimizer, data, args, i)
-    monkeypatch.setattr(model, "train_step", interrupted)
+    monkeypatch.setattr(nanobit.train, "train_step", interrupted)
     with pytest.raises(SystemExit) as e:
-        model.train(*training(kind), tmp_path / "state")
+        nanobit.train.train(*training(kind), tmp_path / "state")
     assert e.value.code == 130 and f"holds step {stop};" in capsys.readouterr().out
-    monkeypatch.setattr(model, "train_step", step)
+    monkeypatch.setattr(nanobit.train, "train_step", step)
     again, data, args = training(kind, seed=9, resume=True)  # other first weights: all come back
-    result = model.train(again, data, args, tmp_path / "state")
+    result = nanobit.train.train(again, data, args, tmp_path / "state")
     assert f"at step {stop}/6" in capsys.readouterr().out
     assert same(again.state_dict(), m.state_dict()) and result["losses"] == whole["losses"]
-    a, b = (model.read_checkpoint(tmp_path / name) for name in ("whole", "state"))
+    a, b = (nanobit.checkpoint.read_checkpoint(tmp_path / name) for name in ("whole", "state"))
     assert all(same(a[k], b[k]) for k in ("model", "optimizer", "losses"))
     assert len(whole["losses"]) == 6 and whole["tokens"] == 6 * 4 * 8
 

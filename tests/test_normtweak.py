@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import model as trunk
+import nanobit.checkpoint
+import nanobit.data
 import normtweak as nt
 from conftest import call, check_refused, double
 from model import LLaMA, LlamaConfig, UsageError, save_checkpoint
@@ -36,7 +38,7 @@ def data(tmp_path_factory):
                                              for i in range(3000)))
     with pytest.MonkeyPatch.context() as m:
         m.setenv("XDG_CACHE_HOME", str(folder))
-        return trunk.load_data(str(folder / "text.txt"), "300", 24)
+        return nanobit.data.load_data(str(folder / "text.txt"), "300", 24)
 
 @pytest.fixture
 def options(tmp_path):
@@ -191,7 +193,7 @@ def test_exactly_two_vectors_a_block_change(teacher, ids, options, solver):
     assert len(changed) == 6 and all(NORM.fullmatch(k) for k in changed)
     path = f"{args.out}/m.pt"
     save_checkpoint(path, model, tokenizer=["x"])
-    loaded, _ = trunk.load_checkpoint(path)
+    loaded, _ = nanobit.checkpoint.load_checkpoint(path)
     for k in changed:
         assert loaded.state_dict()[k].dtype == torch.float32
         assert (loaded.state_dict()[k] != plain.state_dict()[k]).float().mean() > 0.5
@@ -477,7 +479,7 @@ def test_a_packed_model_keeps_its_codes(base, tmp_path, capsys):
     row = json.loads(out.splitlines()[-1])
     assert list(row["arms"]) == ["dense", "packed", "packed-tweak"]
     assert (row["w_bits"], row["group_size"], row["a_bits"]) == (2, 16, 16)
-    load = lambda name: trunk.load_checkpoint(str(tmp_path / name))[0]
+    load = lambda name: nanobit.checkpoint.load_checkpoint(str(tmp_path / name))[0]
     assert not different(load("packed-w2.pt"), load("rtn-w2.pt"))
     # tweaking the saved RTN model gives what rounding and tweaking in one run gave
     a, b = load("packed-tweak-w2.pt"), load("rtn-tweak-w2.pt")

@@ -23,6 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model as trunk
+import nanobit.checkpoint
+import nanobit.data
+import nanobit.train
 import pvtune
 from conftest import TrainingTextOnly, call, check_refused, double, random_base
 from model import LlamaConfig, LLaMA
@@ -420,7 +423,7 @@ def test_the_fit_draws_from_its_seed_and_reports_what_its_layers_lose(monkeypatc
         return made(*how, generator=generator, **more)
     monkeypatch.setattr(pvtune, "vq_fit", spy)
     w = teacher.blocks[0].attn.wq.weight.double()
-    idx = trunk.batch(data.train, 0, 64, 32, 3, "cpu")[0]
+    idx = nanobit.data.batch(data.train, 0, 64, 32, 3, "cpu")[0]
     x = teacher.blocks[0].attn_norm(teacher.embed(idx)).flatten(0, 1).double()     # wq reads it
     student = pvtune.fit(teacher, data, args)
     w_hat = student.blocks[0].attn.wq.weight.double()
@@ -507,7 +510,7 @@ def student(M=2, seed=0, tied=False, grid=False, exact=False):
     return Distilled(*map(double, models) if exact else models)
 
 def take_steps(model, optimizer, args, steps, first=0):
-    return [trunk.train_step(model, optimizer, tokens(), args, first + i)[0].item()
+    return [nanobit.train.train_step(model, optimizer, tokens(), args, first + i)[0].item()
             for i in range(steps)]
 
 def lamb(p, g, v, m, t, lr, b1, b2):
@@ -537,7 +540,7 @@ def test_codes_are_those_of_a_plain_straight_through_loop(in_float64):
     flips = 0
     for t in range(1, 13):
         take_steps(model, optimizer, args, 1, t)
-        x, _ = trunk.batch(tokens().train, t, 4, 32, 0, "cpu")
+        x, _ = nanobit.data.batch(tokens().train, t, 4, 32, 0, "cpu")
         divergence(by_hand, x).backward()
         nn.utils.clip_grad_norm_(by_hand.student.parameters(), 1.0)
         for own, (_, (codes, _, _)) in zip(shadows, linears(model)):
@@ -608,7 +611,7 @@ def test_p_half_is_training_the_layer_that_autograd_differentiates():
     optimizer.schedule = lambda step, steps, peak: peak
     for t in range(1, 4):
         take_steps(model, optimizer, args, 1, t)
-        x, _ = trunk.batch(tokens().train, t, 4, 32, 0, "cpu")
+        x, _ = nanobit.data.batch(tokens().train, t, 4, 32, 0, "cpu")
         divergence(plain, x).backward()
         for name, p in plain.student.named_parameters():
             v, m = state.get(name, (0, 0))
@@ -803,13 +806,13 @@ def test_the_teacher_is_frozen_and_not_saved_and_evaluation_scores_the_text():
     assert all(torch.equal(v, before[k]) for k, v in model.teacher[0].state_dict().items())
     assert not any("teacher" in k for k in model.state_dict())
     ids = tokens().train[:200]
-    assert trunk.evaluate(model, ids, 32) == trunk.evaluate(model.student, ids, 32)
+    assert nanobit.train.evaluate(model, ids, 32) == nanobit.train.evaluate(model.student, ids, 32)
 
 def test_the_student_is_evaluated_with_few_logits_at_a_time():
     """`evaluate` makes the student itself lean while it runs, and not only what wraps it."""
     model, seen = student(), []
     model.student.head.register_forward_hook(lambda *_: seen.append(model.student.lean))
-    trunk.evaluate(model, np.arange(129) % 64, 32)
+    nanobit.train.evaluate(model, np.arange(129) % 64, 32)
     assert seen and all(seen) and not model.student.lean and not model.lean
 
 def test_the_student_is_taught_by_the_divergence_from_its_teacher():
@@ -964,34 +967,34 @@ def test_main_job_compares_packs_and_resumes(work, capsys, flags, name, arms):
         changes = row["arms"][arm]["changed"] * sum(n)
         assert changes == pytest.approx(round(changes), abs=0.01) and changes > 1
         assert row["arms"][arm]["budget"] == pytest.approx(changes / (4 * may[arm]), abs=1e-3)
-    m, _ = trunk.load_checkpoint(str(work / f"{name}.pt"))
-    data = trunk.load_data(str(work / "text.txt"), "300", 32)
-    assert abs(trunk.evaluate(m, data.val, 32)["loss"] - row["val_loss"]) < 1e-6
+    m, _ = nanobit.checkpoint.load_checkpoint(str(work / f"{name}.pt"))
+    data = nanobit.data.load_data(str(work / "text.txt"), "300", 32)
+    assert abs(nanobit.train.evaluate(m, data.val, 32)["loss"] - row["val_loss"]) < 1e-6
     assert bits_per_weight(m)[0] == pytest.approx(row["bpw"], abs=1e-6)
     assert "codes " in out and "trust " in out and "eta " in out
-    whole = trunk.read_checkpoint(str(work / f"{name}.pt"))["model"]
+    whole = nanobit.checkpoint.read_checkpoint(str(work / f"{name}.pt"))["model"]
     _, out, again = script(work, capsys, flags + " --resume")
     assert "resumed" in out and again["arms"]["PV"]["val_loss"] == row["arms"]["PV"]["val_loss"]
-    other = trunk.read_checkpoint(str(work / f"{name}.pt"))["model"]
+    other = nanobit.checkpoint.read_checkpoint(str(work / f"{name}.pt"))["model"]
     assert all(torch.equal(whole[k], other[k]) for k in whole)
 
 def test_an_interrupted_run_goes_on_bit_for_bit(work, capsys, monkeypatch):
     flags = "--scheme 1x4g4 --variant pv --steps 6 --batch-size 4 --seq-len 32 --code-lr 0.5"
     _, _, whole = script(work, capsys, flags)
-    packed = trunk.read_checkpoint(str(work / "pvtune-1x4g4.pt"))["model"]
-    step = trunk.train_step
+    packed = nanobit.checkpoint.read_checkpoint(str(work / "pvtune-1x4g4.pt"))["model"]
+    step = nanobit.train.train_step
     def interrupt(model, optimizer, data, args, i):
         if i == 3:
-            trunk.STOP.append(True)                    # as Ctrl-C does
+            nanobit.train.STOP.append(True)                    # as Ctrl-C does
         return step(model, optimizer, data, args, i)
-    monkeypatch.setattr(trunk, "train_step", interrupt)
+    monkeypatch.setattr(nanobit.train, "train_step", interrupt)
     status, out, _ = script(work, capsys, flags)
     assert status == 130 and "--resume" in out
-    monkeypatch.setattr(trunk, "train_step", step)
+    monkeypatch.setattr(nanobit.train, "train_step", step)
     _, out, again = script(work, capsys, flags + " --resume")
     assert "at step 4/6" in out and again["val_loss"] == whole["val_loss"]
     assert again["arms"]["PV"]["changed"] == whole["arms"]["PV"]["changed"] > 0
-    other = trunk.read_checkpoint(str(work / "pvtune-1x4g4.pt"))["model"]
+    other = nanobit.checkpoint.read_checkpoint(str(work / "pvtune-1x4g4.pt"))["model"]
     assert all(torch.equal(packed[k], other[k]) for k in packed)
 
 def test_demo_prints_the_theory_in_a_process_of_its_own():
@@ -1028,8 +1031,8 @@ def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
 def test_a_packed_model_is_refused(work, tmp_path, capsys):
     m = LLaMA(LlamaConfig(300, 1, 32, 4, 4, 64, 32))
     m.replace_linears(lambda _, w: QuantLinear.affine(*rtn(w.weight.detach(), 2), 2))
-    content = trunk.read_checkpoint(str(work / "base.pt"))
-    trunk.save_checkpoint(str(tmp_path / "p.pt"), m, **{
+    content = nanobit.checkpoint.read_checkpoint(str(work / "base.pt"))
+    nanobit.checkpoint.save_checkpoint(str(tmp_path / "p.pt"), m, **{
         k: content[k] for k in ("tokenizer", "data", "method", "settings")})
     command = f"pvtune.py --model {tmp_path}/p.pt --out {tmp_path} --device cpu"
     check_refused(call(capsys, command), "is packed")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import model
+import nanobit.cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("report", ROOT / "assets" / "report.py")
@@ -63,7 +64,7 @@ def test_a_file_of_the_users_own_runs_is_enough(tmp_path, monkeypatch, capsys):
     assert out.count("\n|") == 3
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "none.jsonl")])
     with pytest.raises(SystemExit) as stopped:
-        model.run(report.main)
+        nanobit.cli.run(report.main)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and "No such file" in err and err.count("\n") == 1
 
@@ -75,7 +76,7 @@ def test_torn_rows_and_rows_without_a_loss_are_left_out(tmp_path, monkeypatch, c
     torn = (good[:50], good[:50] + good, "\xff\xfe", "[1]")
     path.write_text("\n".join((good, *torn, speed, json.dumps(row("ste", 0, 4.0)))), "latin-1")
     monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
-    model.run(report.main)
+    nanobit.cli.run(report.main)
     out, err = capsys.readouterr()
     assert out.count("\n|") == 3 and "| quest |" in out and "| ste |" in out
     assert err.count("\n") == 1 and "line 2, 3, 4, 5," in err
@@ -85,7 +86,7 @@ def test_a_narrow_terminal_shows_the_table(tmp_path, monkeypatch):
     path.write_text(json.dumps(row("quest", 0, 3.5)))
     monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", errors="strict"))
-    model.run(report.main)
+    nanobit.cli.run(report.main)
     assert b"3.500 \\xb1 0.000" in raw.getvalue()
 
 def test_the_readmes_tables_of_results_are_what_the_committed_rows_give(capsys, monkeypatch):

@@ -1,8 +1,8 @@
 """Time of a training step, dense against QuEST at 4 bits, taken in turns in one process.
 
-    python tests/step_time.py                          # tiny preset on the CPU
-    python tests/step_time.py 100M cuda 32000          # compiled, batch 32 x 512, vocabulary 32000
-    python tests/step_time.py 5M cuda 1024             # no preset: 6 blocks of width 256
+    python tests/time_step.py                          # tiny preset on the CPU
+    python tests/time_step.py 100M cuda 32000          # compiled, batch 32 x 512, vocabulary 32000
+    python tests/time_step.py 5M cuda 1024             # no preset: 6 blocks of width 256
 
 Random tokens; medians of 30 steps after 5 to warm up, with the optimizer and the gradient's clip.
 """
@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 import model as m
+import nanobit.train
 from quest import QuestLinear
 
 def main():
@@ -31,7 +32,7 @@ def main():
             models[name].replace_linears(lambda _, linear: QuestLinear(linear.weight, 4, 4))
         if cuda:
             models[name].compile_parts()
-    optimizers = {name: m.make_optimizer(model, 1e-4) for name, model in models.items()}
+    optimizers = {name: nanobit.train.make_optimizer(model, 1e-4) for name, model in models.items()}
     for i in range(35):
         for name, model in models.items():
             start = time.perf_counter()

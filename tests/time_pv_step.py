@@ -1,7 +1,7 @@
 """Time of a PV-Tuning step against a dense step with the same teacher, in turns in one process.
 
-    python tests/pv_step_time.py                       # tiny preset on the CPU
-    python tests/pv_step_time.py 100M cuda 32000       # batch 32 x 512, vocabulary 32000
+    python tests/time_pv_step.py                       # tiny preset on the CPU
+    python tests/time_pv_step.py 100M cuda 32000       # batch 32 x 512, vocabulary 32000
 
 Random tokens and codes (2x4g4); medians of 8 steps after 3 to warm up, with gradient clip.
 """
@@ -17,6 +17,7 @@ import torch.nn as nn
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 import model as m
+import nanobit.train
 from pvtune import Codebooks, Distilled, PVLinear, PVOptimizer
 
 class Dense(nn.Module):
@@ -46,7 +47,7 @@ def main():
         student = copy.deepcopy(teacher)
         if name == "dense":
             student = Dense(student, teacher)
-            runs[name] = student, m.make_optimizer(student, 1e-4)
+            runs[name] = student, nanobit.train.make_optimizer(student, 1e-4)
         else:
             student = Distilled(student.replace_linears(quantized), teacher)
             runs[name] = student, PVOptimizer(student, args, name)

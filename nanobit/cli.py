@@ -1,0 +1,264 @@
+"""The command line: flags and their defaults, errors in one line, and the commands of model.py."""
+import argparse
+import math
+import os
+import pathlib
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+try:
+    import resource
+except ImportError:                                    # Windows: no peak memory
+    resource = None
+
+from model import PRESETS, UsageError
+from nanobit.checkpoint import SAVED, load_checkpoint
+from nanobit.export import write_hf
+from nanobit.generate import prepare, sample_text
+from nanobit.ranks import (join_ranks, put, rank, say, show_every_letter, take_gpu, world_size)
+from nanobit.runs import (check_numbers, finish, header, keep_model, load_training_data, new_model,
+                          open_model, save_result, show)
+from nanobit.tokenizer import make_tokenizer
+from nanobit.train import evaluate, train
+from quantizers import QuantLinear, bits_per_weight
+
+SMOKE = {"steps": 12, "batch_size": 4, "accumulate": 2, "seq_len": 64}
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                          # one line, without argparse's usage
+        raise UsageError(message)
+
+def number(kind, low, high=math.inf):
+    """argparse type: an int or a float from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            limit = f"from {low} to {high}" if high < math.inf else f">= {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not {kind.__name__} {limit}")
+        return value
+    return parse
+
+def add_flags(p, data=True, trains=True, fsdp=False):
+    """The flags that mean the same in every script. Where the default is None, resolve sets it."""
+    add, own = p.add_argument, "(default: the script's own, or from --size)"
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
+        help="of weights, data order and sampling (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of activations; weights stay float32 (default: bfloat16 on cuda, else float32)")
+    if data:
+        add("--data", help="text file, folder of .txt .md .py, or http(s) address "
+                           "(default: the sources of Python's library)")
+        add("--seq-len", type=number(int, 2),
+            help="tokens a window (default: from --size, or what the model was trained with)")
+        add("--batch-size", type=number(int, 1), help=f"windows a step {own}")
+    if not trains:
+        return p.set_defaults(vocab="1024", smoke=False)
+    add("--model", help="dense checkpoint or Hugging Face folder (default: OUT/base.pt; for "
+                        "model.py and quest.py random weights)")
+    add("--size", choices=tuple(PRESETS), default="tiny", help="preset (default: tiny)")
+    add("--tied", action="store_true", help="one matrix for embedding and head")
+    add("--vocab", default="1024", help="size of a BPE, or a tiktoken name (default: 1024)")
+    add("--steps", type=number(int, 1), help=f"optimizer steps {own}")
+    add("--lr", type=number(float, 1e-9, 10), help=f"peak learning rate {own}")
+    add("--accumulate", type=number(int, 1), help="micro-batches a step (default: from --size)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    add("--eval-every", type=number(int, 0), default=100,
+        help="steps between looks at the dev split; 0: never (default: %(default)s)")
+    add("--out", default="out", help="folder of checkpoints and results.jsonl (default: out)")
+    add("--resume", action="store_true", help="go on from the state saved in --out")
+    add("--smoke", action="store_true",
+        help="a few steps on little text into OUT/smoke, to see that all works")
+    p.set_defaults(fsdp=False)
+    if fsdp:
+        add("--fsdp", action="store_true",
+            help="each of torchrun's processes keeps a share of weights, gradients and moments")
+
+RUNNING = []  # the settings of the command that runs, for the message on too little memory
+
+def resolve(args):
+    """Fill in defaults, check what argparse cannot, choose device and dtype, seed torch."""
+    RUNNING[:] = [args]
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if world_size() > 1:
+        take_gpu(args)
+    try:
+        if torch.device(args.device).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("neither cpu, cuda nor mps")
+        torch.zeros(1, device=args.device)
+        if args.device.startswith("cuda:"):
+            torch.cuda.set_device(args.device)         # on which Triton starts its kernels
+    except (RuntimeError, AssertionError) as e:
+        raise UsageError(f"--device {args.device} is not available here "
+                         f"({str(e).splitlines()[0][:80]}); try --device cpu") from None
+    cuda = args.device.startswith("cuda")
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high" if cuda else "highest")
+    if "size" not in args:
+        return args
+    if args.smoke:                                     # never in the place of a real result
+        args.out = os.path.join(args.out, "smoke")
+    preset = PRESETS[args.size]._asdict() | (SMOKE if args.smoke else {})
+    for name in ("steps", "batch_size", "accumulate", "seq_len", "lr"):
+        if getattr(args, name) is None:
+            setattr(args, name, preset[name])
+    if args.batch_size % args.accumulate:
+        raise UsageError(f"--batch-size {args.batch_size} is not a multiple of "
+                         f"--accumulate {args.accumulate}")
+    folder = pathlib.Path(args.out).absolute()
+    while not folder.exists():                         # made later, by the first checkpoint
+        folder = folder.parent
+    if not args.out or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {args.out or repr('')}: {folder} is not a writable folder")
+    if args.compile:
+        try_compiling(args.device)
+    join_ranks(args)
+    return args
+
+def try_compiling(device):
+    """Compile one addition, so that what --compile lacks is known before the run starts: a C++
+    compiler on a CPU, a C compiler or Triton on a GPU, a cache that can be written. UsageError."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except (RuntimeError, OSError) as e:               # torch's own compiling errors are the former
+        reason = next(filter(None, map(str.strip, str(e).splitlines())), type(e).__name__)
+        raise UsageError(f"--compile does not work here: {reason[:200]}; install a C++ compiler "
+                         "such as g++, or leave --compile out") from None
+
+def run(main):
+    """Call main(); what the user can mend becomes one line on stderr and exit status 2."""
+    show_every_letter()
+    SAVED.clear()
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except UsageError as e:
+        complain(f"error: {e}")
+    except KeyboardInterrupt:
+        complain(interrupted())
+        raise SystemExit(130) from None
+    except BrokenPipeError:                            # `| head` has read enough
+        return
+    except OSError as e:                               # a file, a disk or the network, by its name
+        if e.errno is None:
+            raise
+        complain(f"error: {e}")
+    except (MemoryError, RuntimeError) as e:
+        if not (isinstance(e, (MemoryError, torch.OutOfMemoryError))
+                or "out of memory" in str(e) or "allocate memory" in str(e)):
+            raise
+        complain(f"error: {out_of_memory()}")
+    else:
+        return
+    finally:
+        put(sys.stdout, "")                            # argparse's --help waits in the buffer
+    raise SystemExit(2)
+
+def complain(text):
+    """Print to stderr. The ranks mostly fail alike: rank 0 speaks, and torchrun then ends the
+    others, unless one has a trouble of its own."""
+    if rank():
+        time.sleep(5)
+    put(sys.stderr, text + "\n")
+
+def interrupted():
+    """What Ctrl-C leaves, outside of the training loop, which says it itself."""
+    if not SAVED:
+        return "interrupted"
+    state = SAVED[-1].endswith(".state")
+    return f"interrupted: {SAVED[-1]} is saved" + (
+        "; go on with the same command and --resume" if state else "")
+
+def out_of_memory():
+    """What was used at the peak, by how large a batch, and the flag to change."""
+    a, peak = vars(RUNNING[0]) if RUNNING else {}, ""
+    if torch.cuda.is_initialized():
+        peak = f" after a peak of {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    elif resource:                                     # in KiB; in bytes on a Mac
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = f" after a peak of {peak / 2 ** (30 if sys.platform == 'darwin' else 20):.1f} GiB"
+    batch, parts = a.get("batch_size"), a.get("accumulate") or 1
+    if batch:
+        peak += (f" with --batch-size {batch}, {batch // parts} windows of {a['seq_len']} tokens "
+                 "at a time")
+    fix = f"raise --accumulate {parts} (same result) or " if batch and parts < batch else ""
+    return f"out of memory{peak}; {fix}lower --batch-size or --seq-len"
+
+# ---- The commands -----------------------------------------------------------------------------
+
+def pretrain(argv):
+    p = Parser(prog="model.py", description="Pre-train the dense base model into OUT/base.pt.",
+               epilog="also: model.py eval CKPT, model.py sample CKPT, model.py export CKPT DIR "
+                      "(--help for each)")
+    add_flags(p, fsdp=True)
+    args = resolve(p.parse_args(argv))
+    data = load_training_data(args)
+    model = new_model(args, data)
+    path = os.path.join(args.out, "base.pt")
+    keep_model(args, path)
+    header("dense", args, model, data)
+    result = train(model, data, args, path + ".state")
+    save_result(path, model, args, data, "dense")
+    scores = evaluate(model.eval(), data.val, args.seq_len, data.tokenizer)
+    say(f"{show(scores)} | {len(data.val) - 1} tokens | saved {path}")
+    finish(args, "dense", model, scores, result)
+
+def eval_checkpoint(argv):
+    p = Parser(prog="model.py eval", description="Loss of a checkpoint on the validation split.")
+    p.add_argument("checkpoint", help="a .pt file, dense or packed, or a Hugging Face folder")
+    add_flags(p, trains=False)
+    args = resolve(p.parse_args(argv))
+    model, content = open_model(args, args.checkpoint, dense=False)
+    data = load_training_data(args, content)
+    scores = evaluate(model, data.val, args.seq_len, data.tokenizer, args.batch_size)
+    check_numbers({"val_loss": scores["loss"]})
+    bpw, weights = bits_per_weight(model)
+    say(f"{content['method']} | " + (f"{bpw:.3f} bits per weight | " if weights else "")
+        + f"{show(scores)} | {len(data.val) - 1} tokens | loss {scores['loss']:.6f}")
+
+def sample_checkpoint(argv):
+    p = Parser(prog="model.py sample", description="Text from a checkpoint, dense or packed.")
+    p.add_argument("checkpoint", help="a .pt file, dense or packed, or a Hugging Face folder")
+    p.add_argument("--prompt", default="", help="text to go on from (default: a new document)")
+    p.add_argument("--tokens", type=number(int, 1), default=200, help="how many (default: 200)")
+    p.add_argument("--temperature", type=number(float, 0, 100), default=0.8,
+                   help="0 takes the most likely token (default: 0.8)")
+    p.add_argument("--top-k", type=number(int, 1), default=50,
+                   help="choose among so many tokens (default: 50)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks: faster on a "
+                   "GPU after a start of 20 to 40 s")
+    add_flags(p, data=False, trains=False)
+    args = resolve(p.parse_args(argv))
+    model, content = load_checkpoint(args.checkpoint, args.device, getattr(torch, args.dtype))
+    say(sample_text(prepare(model, args.compile), make_tokenizer(content["tokenizer"]), args.prompt,
+                    args.tokens, args.seed, args.temperature, args.top_k))
+
+def export_checkpoint(argv):
+    p = Parser(prog="model.py export", description="Write a checkpoint as a Hugging Face folder.")
+    p.add_argument("checkpoint", help="a .pt file, dense or packed")
+    p.add_argument("folder", help="to write, new or empty; packed weights become bfloat16")
+    args = p.parse_args(argv)
+    model, content = load_checkpoint(args.checkpoint)
+    spec, bits = content["tokenizer"], {m.spec["a_bits"] for m in model.modules()
+                                        if isinstance(m, QuantLinear)}
+    bits = min(bits | {model.config.a_bits, model.config.kv_bits})
+    write_hf(args.folder, model, spec)
+    if bits < 16:
+        say(f"note: {args.checkpoint} also quantizes activations (to {bits} bits), which such a "
+            "folder cannot say: there they stay floats, and the logits differ")
+    if not isinstance(spec, dict):
+        say("note: no tokenizer.json: this checkpoint's tokenizer is not a Hugging Face one")
+    say(f"wrote {args.folder}: {model.config.n_layer} blocks in bfloat16")
+
+def main():
+    commands = {"eval": eval_checkpoint, "sample": sample_checkpoint, "export": export_checkpoint}
+    command = commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    command(sys.argv[2:]) if command else pretrain(sys.argv[1:])

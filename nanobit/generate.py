@@ -1,0 +1,217 @@
+"""Text from a model, a token at a time, with a cache of keys and values.
+
+`LLaMA.generate` is the plain loop: every token costs a pass over the whole window. Here a pass
+over the prompt leaves the keys and values of its tokens in a cache, and then
+  1. a step computes one token's own queries, keys and values, and attends to the cache,
+  2. `Chooser` draws the next token,
+  3. on a GPU both are recorded once as a CUDA graph, whose replay costs the CPU nothing.
+A test holds all of that to the plain loop.
+
+One token's step reads every weight once and computes next to nothing: its yardstick is the time
+that a copy of the weights takes. `prepare` serves that, and so do packed weights.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import Linear, UsageError, rope_tables
+from quantizers import QuantLinear
+
+# ---- The model in the form that generation reads ------------------------------------------------
+
+def prepare(model, compile=False):
+    """For generation alone, which waits for memory: the weights in the activations' dtype, and
+    linears that share an input joined, so that a step has fewer kernels. Returns the model.
+
+    compile: torch.compile each block, in which the small operations between the products become
+    few. It takes 20 to 40 s at the first tokens.
+    """
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.requires_grad_(False).data = p.data.to(model.dtype)
+    for block in model.blocks:
+        a, m = block.attn, block.mlp
+        a.wq, a.wk, a.wv = joined(a.wq, a.wk, a.wv)
+        m.w_gate, m.w_up = joined(m.w_gate, m.w_up)
+    if compile:
+        model.compile_parts()
+    return model
+
+class Joined(nn.Module):
+    """Linears that share their input as one, in the place of the first."""
+
+    def __init__(self, linears):
+        super().__init__()
+        first = linears[0]
+        self.sizes = [n_out(m) for m in linears]
+        if isinstance(first, QuantLinear):
+            rows = {name: torch.cat([getattr(m, name) for m in linears])
+                    for name, _ in first.named_buffers()}
+            self.linear = QuantLinear(first.spec, rows)
+        else:
+            self.linear = first
+            first.weight = nn.Parameter(torch.cat([m.weight for m in linears]), False)
+
+    @staticmethod
+    def fused(x, linears):
+        """What model.apply_linears asks for: the outputs of all, from the one that holds them."""
+        return linears[0].linear(x).split(linears[0].sizes, -1)
+
+def n_out(linear):
+    return len(linear.packed if isinstance(linear, QuantLinear) else linear.weight)
+
+def joined(*linears):
+    """(Joined, None ...), or the linears themselves where one cannot hold them all."""
+    kinds = {type(m) for m in linears}
+    if kinds == {Linear}:
+        return Joined(linears), *[None] * (len(linears) - 1)
+    if kinds != {QuantLinear}:
+        return linears
+
+    # Packed linears are joined row under row. That needs one way to read all rows, and tensors
+    # that have a row for each output: a codebook, or one scale for a whole tensor, has none.
+    alike = all(m.spec == linears[0].spec for m in linears)
+    row_by_row = all(len(t) == n_out(m) for m in linears for t in m.buffers())
+    if not alike or not row_by_row:
+        return linears
+    return Joined(linears), *[None] * (len(linears) - 1)
+
+# ---- One token ----------------------------------------------------------------------------------
+
+class Chooser:
+    """logits (B, vocab) -> token ids (B, 1), by the random numbers that `draw` drew.
+
+    Drawing is a call of its own, so that it can stand outside of a recorded step."""
+
+    def __init__(self, model, batch, temperature, top_k, generator):
+        self.temperature = temperature
+        self.top_k = top_k
+        self.generator = generator
+        self.noise = torch.ones(batch, model.config.vocab_size, device=model.embed.weight.device)
+
+    def draw(self):
+        if self.temperature >= 1e-6:
+            self.noise.exponential_(generator=self.generator)
+
+    def __call__(self, logits):
+        if self.temperature < 1e-6:
+            return logits.argmax(-1, keepdim=True)
+        noise, ids = self.noise, None
+        if self.top_k and self.top_k < logits.size(-1):
+            # exactly so many, also of equal logits
+            logits, ids = logits.topk(self.top_k, sorted=False)
+            noise = noise.gather(1, ids)
+
+        # The largest of p / noise is torch.multinomial's choice. Its logarithm needs no p, and
+        # nothing here waits for the GPU.
+        best = (logits.float() / self.temperature - noise.log()).argmax(-1, keepdim=True)
+        return best if ids is None else ids.gather(1, best)
+
+class Cache:
+    """A layer's keys and values, (B, nkv, S, hs) each, for S tokens at most.
+
+    Before a step, `at` (T,) holds the positions of its tokens, and `mask` (T, S) says which
+    positions each of them sees."""
+
+    def __init__(self, model, batch, length):
+        c = model.config
+        shape = batch, c.n_kv_head, length, c.head_dim
+        place = dict(dtype=model.dtype, device=model.embed.weight.device)
+        self.keys = torch.zeros(shape, **place)
+        self.values = torch.zeros(shape, **place)
+
+    def attend(self, q, k, v):
+        """Store k and v (B, nkv, T, hs); q (B, nh, T, hs) -> attention over the cache, like q."""
+        self.keys[:, :, self.at] = k
+        self.values[:, :, self.at] = v
+
+        # Query heads that share a key head become more queries of that head.
+        shared = q.size(1) // k.size(1)
+        queries = q.reshape(len(q), k.size(1), -1, q.size(-1))
+        y = F.scaled_dot_product_attention(queries, self.keys, self.values,
+                                           self.mask.repeat(shared, 1))
+        return y.reshape(q.shape)                      # a GPU's y has another memory order
+
+# ---- Many tokens --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def decode(model, idx, n, choose):
+    """Yield the n tokens (B, 1) after idx (B, T), in one tensor that changes: T + n - 1 tokens have
+    to fit in the window. On a GPU every step but the first two is one CUDA graph."""
+    B, T = idx.shape
+    c, S, device = model.config, T + n - 1, idx.device
+    caches = [Cache(model, B, S) for _ in model.blocks]
+    cos, sin = rope_tables(S, c.head_dim, c.rope_theta, device, c.rope_scaling)    # (S, hs) each
+    slots = torch.arange(S, device=device)
+
+    def forward(idx, at):
+        """Ids (B, t) at positions `at` (t,) -> logits of the last one, (B, vocab)."""
+        mask = slots <= at.unsqueeze(1)                                            # (t, S)
+        cos_at, sin_at = cos[at], sin[at]                                          # (t, hs) each
+        x = model.embed(idx).to(model.dtype)
+        for block, cache in zip(model.blocks, caches):
+            cache.at, cache.mask = at, mask
+            x = block(x, cos_at, sin_at, cache)                                    # (B, t, C)
+        return model.predict(x[:, -1:])[0][:, -1]
+
+    def step():
+        token.copy_(choose(forward(token, at)))
+        at.add_(1)
+
+    # The prompt, all of its tokens at once.
+    choose.draw()
+    token = choose(forward(idx, torch.arange(T, device=device)))
+    at = torch.full((1,), T, device=device)            # where the next step's token goes
+
+    # Then token by token. A step that was taken once can be recorded.
+    graph = None
+    for _ in range(n - 1):
+        yield token
+        choose.draw()
+        if graph:
+            graph.replay()
+            continue
+        step()
+        if idx.is_cuda and capturable(model):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):              # records the next step, does not run it
+                step()
+    yield token
+
+def capturable(model):
+    """Does no layer copy from the CPU or wait for the GPU? Of the packed ones, kernels.py's do not.
+    Asked after a first step, which chooses the kernels."""
+    return all(m.fast and m.fast[1] is not None for m in model.modules()
+               if isinstance(m, QuantLinear))
+
+@torch.no_grad()
+def generate(model, idx, n, temperature=1.0, top_k=None, generator=None):
+    """Append n sampled tokens to idx (B, T), as LLaMA.generate does, with a cache.
+
+    Keys and values are kept up to seq_len tokens. Beyond, the window slides, all of its positions
+    change, and each token costs a pass over the whole window.
+    """
+    longest = model.config.seq_len
+    choose = Chooser(model, len(idx), temperature, top_k, generator)
+    ahead = max(0, min(n, longest + 1 - idx.size(1)))  # contexts that fit
+    for token in decode(model, idx, ahead, choose) if ahead else ():
+        idx = torch.cat((idx, token), dim=1)
+    for _ in range(n - ahead):
+        choose.draw()
+        token = choose(model(idx[:, -longest:])[0][:, -1])
+        idx = torch.cat((idx, token), dim=1)
+    return idx
+
+def sample_text(model, tokenizer, prompt, n, seed, temperature=0.8, top_k=50):
+    """The prompt and n generated tokens, as text; the same for the same seed. Raises UsageError."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:                    # bytes that the shell could not decode
+        raise UsageError(f"--prompt {ascii(prompt)} is not UTF-8 text at character {e.start}; "
+                         "give it in UTF-8") from None
+    device = next(model.parameters()).device
+    start = getattr(tokenizer, "start_token", tokenizer.eot_token)
+    ids = torch.tensor([[start] + tokenizer.encode_ordinary(prompt)], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = generate(model, ids, n, temperature, top_k, generator)
+    return tokenizer.decode(ids[0, 1:].tolist())

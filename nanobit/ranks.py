@@ -1,0 +1,145 @@
+"""What all processes of a run agree on, and what rank 0 alone says.
+
+torchrun starts one process for each GPU, a rank. All ranks run the whole script and stay equal;
+rank 0 alone prints and writes. They share the windows of a training step, and with --fsdp also the
+weights. Without torchrun there is one rank, 0, and everything here is what it would be anyway.
+"""
+import contextlib
+import datetime
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from model import UsageError
+
+def say(text):
+    if rank() == 0:
+        put(sys.stdout, text + "\n")
+
+def put(stream, text):
+    """Write the text and flush. No run ends because its output cannot be written: what a stream
+    cannot take any more, a closed pipe or a log on a full disk, is dropped from then on."""
+    try:
+        print(text, end="", file=stream, flush=True)
+    except OSError as e:
+        # What is still in the buffer goes to the null device, or Python would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not isinstance(e, BrokenPipeError) and stream is not sys.stderr:
+            put(sys.stderr, f"note: the output cannot be written ({e.strerror}); the run goes on\n")
+
+def show_every_letter():
+    """What a terminal or a log cannot show becomes an escape such as \\u03a9, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):             # None where there is no terminal
+            stream.reconfigure(errors="backslashreplace")
+
+def progress(items, label):
+    """Yield the items; every 10 s say how far it is and how long it will take."""
+    start = last = time.perf_counter()
+    for i, item in enumerate(items, 1):
+        yield item
+        if time.perf_counter() - last > 10:
+            last = time.perf_counter()
+            say(f"{label} {i}/{len(items)} | eta {(last - start) / i * (len(items) - i):.0f}s")
+
+# ---- Ranks ------------------------------------------------------------------------------------
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+def take_gpu(args):
+    """From here on "cuda" means the GPU of this process's number. Raises UsageError."""
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if "size" not in args:
+        raise UsageError("torchrun is for training; start this command with plain python")
+    if args.device.startswith("cuda:"):
+        raise UsageError(f"--device {args.device}: torchrun gives each process a GPU of its own; "
+                         "leave --device out")
+    if args.device == "cuda":
+        if local >= gpus:
+            raise UsageError(f"torchrun's {os.environ['LOCAL_WORLD_SIZE']} processes here are more "
+                             f"than the {gpus} GPUs; lower --nproc_per_node")
+        torch.cuda.set_device(local)
+
+def join_ranks(args):
+    """Meet the other processes. Raises UsageError where they cannot share the work."""
+    if args.fsdp and world_size() == 1:
+        raise UsageError("--fsdp shares the weights among processes and there is only one; start "
+                         "more by torchrun --standalone --nproc_per_node=2")
+    if args.batch_size % world_size():
+        raise UsageError(f"--batch-size {args.batch_size} is not a multiple of torchrun's "
+                         f"{world_size()} processes")
+    if world_size() > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+        patience = datetime.timedelta(hours=4)         # while rank 0 tokenizes
+        dist.init_process_group(backend, timeout=patience)
+
+def agree(*flags):
+    """Each flag, on wherever it is on for one rank. No rank returns before all have called."""
+    if world_size() == 1:
+        return flags
+    found = torch.tensor([0, *map(bool, flags)])
+    dist.all_reduce(found, dist.ReduceOp.MAX)          # over the CPUs: no GPU waits
+    return found.tolist()[1:]
+
+@contextlib.contextmanager
+def first_rank_first():
+    """The first rank of each machine runs the block before the others, which find its files."""
+    late = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if late:
+        agree()
+    yield
+    if not late:
+        agree()
+
+def from_rank_0(tensors):
+    """Overwrite the tensors with rank 0's, on all ranks."""
+    for t in tensors if world_size() > 1 else ():
+        dist.broadcast(t.detach(), 0)
+
+def distribute(model, args):
+    """What trains the model on all ranks: it averages their gradients, but of the parameters that
+    the model calls `private`, which get theirs elsewhere. --fsdp: the model itself, of whose
+    weights each rank keeps a share; a block's are whole only while it computes."""
+    if world_size() == 1:
+        return model
+    if not args.fsdp:
+        from_rank_0((*model.parameters(), *model.buffers()))
+        if args.compile:                               # each block whole, as on one GPU
+            torch._dynamo.config.optimize_ddp = False
+        ddp, private = nn.parallel.DistributedDataParallel, getattr(model, "private", [])
+        ddp._set_params_and_buffers_to_ignore_for_model(
+            model, [*private, *(name for name, _ in model.named_buffers())])
+        return ddp(model, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(torch.device(args.device).type, (world_size(),))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+    return model
+
+def whole(t):
+    """The tensor, no longer sharded if it was; all ranks must call."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+def gather(x):
+    """x with every sharded tensor in it whole, in rank 0's main memory, and None elsewhere."""
+    if isinstance(x, dict):
+        return {k: gather(v) for k, v in x.items()}
+    if not hasattr(x, "full_tensor"):
+        return x
+    x = whole(x)                                       # one at a time on the GPU
+    return None if rank() else x.cpu()
+
+def placed_like(t, p):
+    """The whole tensor t as p is: on its device and, if p is, sharded."""
+    if not hasattr(p, "placements"):
+        return t
+    return dist.tensor.distribute_tensor(t.to(p.device), p.device_mesh, p.placements)

@@ -1,0 +1,285 @@
+"""A run from its first to its last line: the model and the data it begins with, and its row.
+
+`load_base` or `new_model` begin it, `header` says what runs, `record` adds the row of results to
+OUT/results.jsonl before anything about it is printed, and `finish` prints it.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shlex
+import sys
+
+import torch
+
+try:
+    import fcntl
+except ImportError:                                    # Windows: no lock on --out
+    fcntl = None
+
+from model import LLaMA, PRESETS, UsageError
+from nanobit.checkpoint import load_checkpoint, save_checkpoint, tensor_bytes
+from nanobit.data import batch, load_data
+from nanobit.hf import read_hf_tokenizer
+from nanobit.ranks import first_rank_first, put, rank, say, world_size
+from nanobit.train import settings
+from quantizers import bits_per_weight, full_float32
+
+def load_training_data(args, content=None):
+    """The Data of --data and --vocab, or, unless --data is given, of a checkpoint's content."""
+    old, spec = content.get("settings", {}) if content else {}, content and content["tokenizer"]
+    if not content and os.path.isdir(args.model or ""):
+        spec = read_hf_tokenizer(args.model)
+    smoke = args.smoke or (old.get("smoke") and args.data is None)
+    with first_rank_first():
+        data = load_data(old.get("data") if args.data is None else args.data, args.vocab,
+                         args.seq_len, spec=spec, limit=30 if smoke else None)
+    if content and content.get("data") not in (None, data.digest):
+        say(f"note: {data.name} is not the text that this checkpoint was trained on")
+    return data
+
+def save_result(path, model, args, data, method):
+    """A checkpoint with all that `model.py eval` and `sample` need."""
+    save_checkpoint(path, model, method=method, settings=settings(args), tokenizer=data.spec,
+                    data=data.digest)
+
+def open_model(args, path, as_stored=False, dense=True):
+    """load_checkpoint on the command's device; --seq-len defaults to the window of its training.
+    Raises UsageError where the linears are packed and dense ones are needed."""
+    model, content = load_checkpoint(path, args.device, getattr(torch, args.dtype), as_stored)
+    if dense and content["linears"]:
+        raise UsageError(f"{path} is packed already; give the dense checkpoint as --model, or to "
+                         "normtweak.py as --teacher of a packed --model")
+    longest = model.config.seq_len
+    if os.path.isdir(path) and (args.seq_len or 0) > longest:
+        raise UsageError(f"--seq-len {args.seq_len} is above the {longest} tokens of {path}")
+    args.seq_len = args.seq_len or min(longest, 2048)  # the usual window of published perplexities
+    return model, content
+
+def load_base(args, as_stored=False):
+    """(model, data) of a dense --model, else of OUT/base.pt, which is trained first if missing.
+    as_stored: see LLaMA.from_pretrained."""
+    path = args.model or os.path.join(args.out, "base.pt")
+    if not args.model and not os.path.exists(path):
+        from nanobit.cli import RUNNING, pretrain      # it imports this file
+        say(f"there is no {path} yet: training it first, as `python model.py` does")
+        flags = {n: getattr(args, n) for n in ("data", "vocab", "size", "device", "dtype")}
+        flags["out"] = os.path.dirname(args.out) if args.smoke else args.out
+        begun = args.resume and os.path.exists(path + ".state")
+        pretrain([f"--{n}={v}" for n, v in flags.items() if v] + ["--smoke"] * args.smoke
+                 + ["--resume"] * begun)
+        RUNNING[:] = [args]
+    model, content = open_model(args, path, as_stored)
+    data = load_training_data(args, content)
+    # The result keeps where its text came from, so that `model.py eval` reads the same.
+    for name in ("data", "smoke"):
+        setattr(args, name, getattr(args, name) or content["settings"].get(name))
+    return model, data
+
+def new_model(args, data):
+    """The LLaMA of --size with random weights, or --model, on the device and in training mode."""
+    config = PRESETS[args.size].config(data.tokenizer.n_vocab, args.seq_len, args.tied)
+    if not args.model:
+        model = LLaMA(config, getattr(torch, args.dtype))
+        return model if args.fsdp else model.to(args.device)               # else see distribute
+    model, content = open_model(args, args.model)
+    if os.path.isdir(args.model):                      # its own shape and tokenizer
+        args.size = os.path.basename(os.path.abspath(args.model))
+        return model.train()
+    if content["tokenizer"] != data.spec:
+        raise UsageError(f"--model {args.model} has another tokenizer than this --data and --vocab")
+    if dataclasses.replace(model.config, seq_len=args.seq_len) != config:
+        raise UsageError(f"--model {args.model} has another shape than --size {args.size}"
+                         f"{' --tied' * args.tied}; give the flags that made it")
+    return model.train()
+
+def keep_model(args, *paths):
+    """Raise UsageError where the run would write one of the paths over the --model that it reads.
+    With --resume the weights come from the training state, not from there."""
+    for path in paths:
+        same = args.model and os.path.realpath(path) == os.path.realpath(args.model)
+        if same and not args.resume:
+            raise UsageError(f"--model {args.model} is the file that this run writes; give another "
+                             "--out")
+
+def check_groups(model, g):
+    """Raise UsageError for a --group-size that does not divide a linear's inputs; -1: a row."""
+    for name, linear in model.linears():
+        C = linear.in_features
+        if g == 0 or C % abs(g):
+            raise UsageError(f"--group-size {g} does not divide the {C} input channels of {name}; "
+                             f"try {math.gcd(C, 128)}, or -1 (one scale per row)")
+
+@contextlib.contextmanager
+def definite_hessian(name, tokens, fix):
+    """GPTQ inside: a Hessian that is not positive definite becomes a UsageError with the fix."""
+    try:
+        yield
+    except torch.linalg.LinAlgError:
+        raise UsageError(f"{name}: the Hessian of {tokens} calibration tokens is not positive "
+                         f"definite; {fix}") from None
+
+def header(title, args, model, data):
+    """The first lines of every script: what runs, on what, with which settings. Locks --out."""
+    if rank() == 0 and (os.path.isdir(args.out) or not args.resume):       # else resume() complains
+        hold(args.out)
+    linear = sum(p.numel() for _, m in model.linears() for p in m.parameters())
+    together = f" in each of {world_size()} processes" if world_size() > 1 else ""
+    say(f"{title} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M params, "
+        f"{linear / 1e6:.2f}M in the blocks' linears | {args.device} {args.dtype}, "
+        f"{torch.get_num_threads()} threads{together} | torch {torch.__version__} | "
+        f"seed {args.seed}")
+    say("settings: " + " ".join(f"{k}={v}" for k, v in settings(args).items()))
+    say(f"data: {data.name} | {len(data.train)} train, {len(data.dev)} dev, {len(data.val)} val "
+        f"tokens | sha256 {data.digest[:12]}")
+
+HELD = {}  # folders that this process has locked: their descriptors
+
+def hold(folder):
+    """Lock the folder until this process ends, by whatever. A second run into it is refused."""
+    folder = os.path.realpath(folder)
+    if folder in HELD:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        HELD[folder] = os.open(folder, os.O_RDONLY) if fcntl else None
+    except OSError as e:
+        raise UsageError(f"--out {folder} cannot be written: {e.strerror}") from None
+    try:
+        if fcntl:                                      # of the folder itself: no file is left over
+            fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(HELD.pop(folder))
+        raise UsageError(f"--out {folder} is in use by another run; wait for it, or choose "
+                         "another --out") from None
+    except OSError as e:                               # some network file systems
+        return say(f"note: {folder} cannot be locked ({e.strerror}); start no second run into it")
+    for left in pathlib.Path(folder).glob("*.pt*.[0-9]*.tmp"):
+        left.unlink()                                  # a run was killed while it wrote this
+
+# ---- Rows of results --------------------------------------------------------------------------
+
+def finish(args, method, model, scores, result, **more):
+    """`record` the run's row, then print it: the last line of a run."""
+    say(record(args, method, model, scores, result, **more))
+
+def record(args, method, model, scores, result, **more):
+    """Append the run's row of results to results.jsonl -> the row, one line of JSON. What a script
+    prints about a result comes after this: then a failing print loses nothing. Raises UsageError
+    where a number of it is not finite."""
+    check_numbers({"val_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"], **more})
+    bpw, weights = bits_per_weight(model)              # of the packed linears, if there are any
+    params = sum(p.numel() for p in model.parameters()) + weights
+    packed = tensor_bytes(model.state_dict().values()) if weights else None
+    row = {"method": method, "w_bits": 16, "a_bits": 16, "bpw": bpw or 16.0, "group_size": -1,
+           "val_loss": scores["loss"], "val_ppl": scores["ppl"],
+           "bits_per_byte": scores["bits_per_byte"], "base_val_loss": None,
+           "bytes_dense": 2 * params, "bytes_packed": packed, "params": params,
+           "tokens": result["tokens"], "seconds": result["seconds"], "device": args.device,
+           "peak_bytes": peak_bytes(),
+           "seed": args.seed, **more, "command": command_line()}
+    line = json.dumps(rounded(row))
+    path = os.path.join(args.out, "results.jsonl")
+    if rank() == 0:
+        try:
+            os.makedirs(args.out, exist_ok=True)       # it may be new, or gone since the start
+            append_line(path, line)
+        except OSError as e:
+            raise UsageError(f"cannot write {path}: {e.strerror}; the row: {line}") from None
+    return line
+
+def check_numbers(x, name="the result"):
+    """Raise UsageError for the first number in the nested x that is a NaN or an infinity."""
+    if isinstance(x, dict):
+        for key, value in x.items():
+            check_numbers(value, f"{name}'s {key}")
+    elif isinstance(x, (list, tuple)):
+        for value in x:
+            check_numbers(value, name)
+    elif isinstance(x, float) and not math.isfinite(x):
+        raise UsageError(f"{name} is not finite ({x}); no row of results was written; the weights "
+                         "are too large for the model's arithmetic, or the rate was too high")
+
+def append_line(path, line):
+    """Add a line to a file. A last line without an end, which a killed run left, gets it first."""
+    torn = os.path.isfile(path) and pathlib.Path(path).read_bytes()[-1:] not in (b"", b"\n")
+    with open(path, "a") as f:
+        f.write("\n" * torn + line + "\n")
+
+def read_rows(path):
+    """The rows of a results.jsonl. A line that holds none, such as one that a run was killed in, is
+    left out by its number on stderr. Raises UsageError where there are only such lines."""
+    rows, torn = [], []
+    try:
+        lines = pathlib.Path(path).read_bytes().splitlines()
+    except OSError as e:
+        raise UsageError(f"{path}: {e.strerror}; give a results.jsonl") from None
+    for i, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line.strip() or "null")
+        except ValueError:
+            row = "torn"
+        if isinstance(row, dict):
+            rows.append(row)
+        elif row is not None:
+            torn.append(str(i))
+    if torn and not rows:
+        raise UsageError(f"{path} holds no result rows")
+    if torn:
+        put(sys.stderr, f"note: left out of {path}: line {', '.join(torn)}, not a row\n")
+    return rows
+
+def command_line():
+    """The command that runs, as a shell reads it."""
+    start, local = ["python"], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world_size() > local:
+        start = ["torchrun", f"--nnodes={world_size() // local}", f"--nproc_per_node={local}"]
+    elif world_size() > 1:
+        start = ["torchrun", "--standalone", f"--nproc_per_node={local}"]
+    return shlex.join([*start, *sys.argv])
+
+def peak_bytes():
+    """The most bytes on the GPU since the last call; None where there is none."""
+    if not torch.cuda.is_initialized():
+        return None
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+def arm_row(scores, bpw, seconds, **more):
+    """What a row of results keeps of each arm that the run compared."""
+    return {"val_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"], "bpw": bpw,
+            "seconds": seconds, "peak_bytes": peak_bytes(), **more}
+
+def rounded(x):
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    return round(x, 6) if isinstance(x, float) else x
+
+def show(scores):
+    return (f"val loss {scores['loss']:.4f} nats/token | ppl {scores['ppl']:.2f} | "
+            f"{scores['bits_per_byte']:.3f} bits/byte")
+
+@torch.no_grad()
+def block_hessians(model, data, args):
+    """Yield, block by block, [(name, linear, sum of x x^T over its inputs x (C, C))].
+
+    The inputs come from 64 windows of the training text. What was put into a linear's place before
+    the next block is asked for feeds that block: each is quantized on what those before it give.
+    """
+    idx, hessians = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)[0], {}
+    def collect(m, inputs):
+        x = inputs[0].flatten(0, -2).float()                               # (n, C)
+        with full_float32():                           # TF32 would round x to 11 bits
+            hessians[m] = hessians.get(m, 0) + x.t() @ x
+    for i in range(model.config.n_layer):
+        linears = [(n, m) for n, m in model.linears() if n.startswith(f"blocks.{i}.")]
+        hooks = [m.register_forward_pre_hook(collect) for _, m in linears]
+        hessians.clear()
+        for part in idx.split(16):
+            model(part)
+        for hook in hooks:
+            hook.remove()
+        yield [(name, m, hessians[m]) for name, m in linears]
