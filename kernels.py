@@ -1,8 +1,6 @@
 """Triton kernels for low-bit layers, each beside the plain PyTorch mathematics that it replaces.
 
-    python kernels.py                         # this GPU: every shape, bits and batch against peers
-    python kernels.py --plot kernels.png      # and a figure of the times against their floors
-    python kernels.py --shapes 14336x4096 --bits 4 --batches 1 16
+    python tests/time_kernels.py              # this GPU: every shape, bits and batch against peers
 
 `gptq_columns` is the column loop of quantizers.gptq for one lazy block. Rows do not depend on
 each other, so one program keeps its rows' whole block in registers through all of the columns:
@@ -20,45 +18,86 @@ product of such codes in integers, `rotate_trusted` the backward pass: quest.py 
 
 Shapes: M tokens, O output and C input channels, g = group_size, G = C / g groups.
 """
-import contextlib
 import functools
-import json
+import importlib.metadata
 import math
-import subprocess
-import time
+import warnings
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+def triton_version():
+    """(major, minor) of the installed Triton, (0, 0) where there is none."""
+    for name in ("triton", "pytorch-triton", "triton-windows"):    # released, nightly, Windows
+        try:
+            major, minor, *_ = importlib.metadata.version(name).split(".")
+            return int(major), int(minor)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return 0, 0
+
+if triton_version() < (3, 5):                          # which came with PyTorch 2.9
+    raise ImportError("kernels.py needs Triton 3.5 or newer")
+
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quantizers import (EPS, GAUSSIAN_CLIP, clip_limit, code_offset, hadamard_signs, pack,
-                        quest_codes, rotate, trust_limit, unpack)
+                        trust_limit, unpack)
 
-@functools.cache
-def once(text):
-    """Say it, but only the first time."""
-    from model import say                              # at the top, each would import the other
-    say(text)
+# ---- What a packed linear asks ------------------------------------------------------------------
 
-# Programmatic dependent launch (Hopper): a kernel starts while the one before it still runs, reads
-# its weights, and waits before it reads anything that a kernel writes.
-PDL = False
+@torch.compiler.disable
+def linear(layer, x):
+    """The product of a QuantLinear with inputs x (..., C) in 16 bits -> (..., O), or None where there
+    is no kernel for it. Its weight in the order that the kernels read is made at the first use and
+    kept in layer.fast, beside the `packed` tensor that it was made from."""
+    product, operand = FORMS[layer.spec["kind"]]
+    if layer.fast is None or layer.fast[0] is not layer.packed:        # first use, or it moved
+        layer.fast = layer.packed, operand(layer, x)
+    if layer.fast[1] is None:
+        return None
+    return product(layer, x, layer.fast[1])
 
-@contextlib.contextmanager
-def overlapping():
-    """The kernels of one token overlap. What they read before they wait, weights and the keys and
-    values of earlier tokens, has to be there before the first of them starts."""
-    global PDL
-    PDL = HOPPER
-    try:
-        yield
-    finally:
-        PDL = False
+def affine_operand(layer, x):
+    """A LowBit; None, and a warning, for a shape without a kernel."""
+    g = layer.spec["group_size"]
+    w = pack_weight(layer.codes(), layer.scale, layer.zero_point, layer.bits, g)
+    if w is None:
+        warnings.warn(f"kernels.py has no kernel for {layer.bits} bits, {layer.in_features} inputs, "
+                      f"groups of {g}: these layers run in PyTorch")
+    return w
+
+def affine_product(layer, x, w):
+    return lowbit_matmul(x, w)
+
+def quest_layer_operand(layer, x):
+    """What quest_operand makes; None where the layer is not QuEST's own or the shape has no kernel."""
+    plain = layer.a_scale is None and layer.spec["rotate"] and layer.spec["grid"] == "uniform"
+    if not (plain and quest_fits(x, layer.bits, layer.a_bits)):
+        return None
+    return quest_operand(layer.packed, layer.scale, layer.bits, layer.in_features)
+
+def quest_product(layer, x, w):
+    return quest_linear(x, w, layer.a_bits, layer.bits)
+
+def vq_operand(layer, x):
+    """Codes (M, J, O), codebooks in x's dtype and scales; None for codebooks without a kernel."""
+    if layer.codebooks.shape[1:] != (256, 8):
+        return None
+    codes = layer.codes().permute(2, 1, 0).contiguous()
+    return codes, layer.codebooks.to(x.dtype), layer.scale.float()
+
+def vq_product(layer, x, w):
+    codes, codebooks, scale = w
+    y = vq_matmul(x.flatten(0, -2), codes, codebooks.to(x.dtype), scale)
+    return y.view(*x.shape[:-1], -1)
 
 def launch(early):
+    """Options of a launch that may start while the kernel before it still runs (Hopper's programmatic
+    dependent launch); that kernel says when, and this one waits before it reads what that wrote."""
     return {"launch_pdl": True} if early else {}       # the interpreter does not know the option
 
 # ---- GPTQ's columns ---------------------------------------------------------------------------
@@ -146,21 +185,6 @@ def _pack_words(q, bits, third=False):
     words = (q.long() << _places(bits, third, q.device)).sum((-3, -2, -1))
     words = torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
     return words.reshape(len(q), -1, 128)
-
-def _unpack_words(words, bits, third=False):
-    """The exact inverse of _pack_words: int32 (O, C)."""
-    w = words.view(len(words), -1, 8, 4, 2, 2, 1, 1, 1)
-    q = w >> _places(bits, third, w.device) & 2**bits - 1
-    return q.permute(0, 4, 2, 1, 6, 3, 5, 7, 8).reshape(len(words) * 16, -1)
-
-def dequantize_weight(w, dtype=torch.float32):
-    """(q - zero_point) * scale of a LowBit, (O, C): the plain version of `_dequantize`."""
-    q = _unpack_words(w.words, 2 if w.bits == 3 else w.bits)
-    if w.bits == 3:
-        q = q | _unpack_words(w.high, 1, third=True) << 2
-    O, C = w.shape
-    grid = w.grid.T[:O].repeat_interleave(w.group, 1)                              # (O, C)
-    return ((q[:O, :C] - (grid & 255)).to(dtype) * (grid & ~255).view(torch.float32).to(dtype))
 
 @triton.jit
 def _half(t, shift: tl.constexpr, dt: tl.constexpr):
@@ -258,16 +282,13 @@ def _fetch(words, high, grid, t, k0, O, C: tl.constexpr, GROUP: tl.constexpr, BI
 @triton.jit(do_not_specialize=["M", "MASK"])
 def _decode(x, words, high, grid, y, M, O, N, MASK, C: tl.constexpr, GROUP: tl.constexpr,
             BITS: tl.constexpr, S: tl.constexpr, T: tl.constexpr, BLOCK_M: tl.constexpr,
-            SPAN: tl.constexpr, SUB: tl.constexpr, WAIT: tl.constexpr, ASM: tl.constexpr,
-            PDL: tl.constexpr):
+            SPAN: tl.constexpr, SUB: tl.constexpr, WAIT: tl.constexpr, ASM: tl.constexpr):
     """16 T outputs of all tokens. S warps take turns along k, SPAN k's each, and add up last."""
     dt: tl.constexpr = x.dtype.element_ty
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     BLK: tl.constexpr = 256 // LOW
     EVEN: tl.constexpr = C % (S * SPAN) == 0
     pid, s = tl.program_id(0), tl.arange(0, S)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     i, m8 = tl.arange(0, 4)[:, None, None, None, None], tl.arange(0, 8)[None, :, None, None, None]
     m = m8 + 8 * tl.arange(0, BLOCK_M // 8)[None, None, None, :, None]
     e = tl.arange(0, 8)[None, None, None, None, :]
@@ -282,9 +303,6 @@ def _decode(x, words, high, grid, y, M, O, N, MASK, C: tl.constexpr, GROUP: tl.c
             w, h, g = _fetch(words, high, grid, pid * T + t, k0[:, None, None], O, C, GROUP, BITS,
                              SPAN, SUB, EVEN)
             ws, hs, gs = ws + w, hs + h, gs + g
-        if PDL:                 # for x; the first weights are on their way
-            if step == 0:
-                tl.extra.cuda.gdc_wait()
         if WAIT:                # else ptxas moves the loads to their uses, one after the other
             tl.debug_barrier()
         k0 = k0[None, None, :, None, None]
@@ -474,8 +492,8 @@ def plan(M, w):
         T, SPAN, WAIT = few and DECODE_FEW.get((bits, BLOCK_M)) or DECODE[bits, BLOCK_M]
         T, S = T if tiles % T == 0 else 1, 8 if few else 4             # few outputs: split k more
         constants.update(S=S, T=T, BLOCK_M=BLOCK_M, SPAN=SPAN, SUB=math.gcd(SPAN, w.group),
-                         WAIT=WAIT, PDL=PDL)
-        return _decode, (tiles // T,), constants, dict(num_warps=S, num_stages=1, **launch(PDL))
+                         WAIT=WAIT)
+        return _decode, (tiles // T,), constants, dict(num_warps=S, num_stages=1)
     BLOCK_M = min(max(32, triton.next_power_of_2(M)), 256)
     if triton.cdiv(O, 128) * triton.cdiv(M, 256) <= 66:                # of the 132 SMs
         BLOCK_M = min(BLOCK_M, 128)
@@ -651,13 +669,6 @@ def hadamard_quantize(x, bits, dtype=None, planes=1):
         stages, num_warps=warps)
     return out
 
-def hadamard_quantize_reference(x, bits):
-    """The same as plain PyTorch, with the mask as bool (T, C)."""
-    q, scale, u = quest_codes(rotate(x), bits)
-    c = 2 * (q + code_offset(bits))
-    return ((q if bits == 8 else c).to(torch.int8), scale.squeeze(-1), c.sum(-1).to(torch.int32),
-            0.5 * c * scale, u.abs() <= trust_limit(bits))
-
 @triton.jit
 def _rotate_trusted(g, g2, g3, trusted, signs, out, blocks, COUNT: tl.constexpr,
                     n: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr):
@@ -814,12 +825,6 @@ def quest_linear(x, w, a_bits, bits):
     a = hadamard_quantize(x.flatten(0, -2), a_bits, planes=x.size(-1) // w[0].size(1))
     return quest_matmul(a, w, a_bits, bits, x.dtype).view(*x.shape[:-1], -1)
 
-def quest_linear_reference(x, q, w_scale, a_bits, bits):
-    """The same by plain PyTorch in float64: x (..., K), q integers (N, K), w_scale (N, 1)."""
-    codes, scale, _ = quest_codes(rotate(x), a_bits)
-    y = (codes + code_offset(a_bits)).double() @ (q.double() + code_offset(bits)).T
-    return y * scale.double() * w_scale.double().T
-
 def quest_fits(x, bits, a_bits):
     """Whether the kernels above take inputs x (..., K) on the uniform grid."""
     return (x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and max(bits, a_bits) <= 8
@@ -915,342 +920,6 @@ def vq_matmul_reference(x, codes, codebooks, scales):
     w = sum(book[index.long()] for book, index in zip(codebooks, codes))          # (G, N, 8)
     return F.linear(x, w.transpose(0, 1).flatten(1)) * scales.to(x.dtype)
 
-
-# ---- Decoding: one token's products with 16-bit weights, and what stands between products -------
-# A small kernel costs as much as a 2-bit product, so there are four a block and not thirty. They
-# round where PyTorch's own operations do.
-
-@triton.jit
-def _matvec(x, w, y, N, C: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
-    """BN outputs of one token. The next BK inputs' weights are read while these are multiplied."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
-    at = w + tl.minimum(n, N - 1).to(tl.int64)[:, None] * C + k[None, :]           # (BN, BK)
-    acc = tl.zeros((BN, BK), tl.float32)
-    ws = tl.load(at, mask=(k < C)[None, :], other=0.0, eviction_policy="evict_first")
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    for k0 in range(0, C, BK):
-        xs = tl.load(x + k0 + k, mask=k0 + k < C, other=0.0)
-        late = tl.load(at + k0 + BK, mask=(k0 + BK + k < C)[None, :], other=0.0,
-                       eviction_policy="evict_first")
-        acc += ws.to(tl.float32) * xs.to(tl.float32)[None, :]
-        ws = late
-    tl.store(y + n, tl.sum(acc, 1).to(y.dtype.element_ty), mask=n < N)
-
-def matvec(x, w):
-    """x (1, C) times w (N, C) transposed, both in 16 bits -> (1, N). Two rows a program and 4096 of
-    their inputs at once: the many small reads in flight reach a copy's bandwidth on an H100."""
-    (N, C), y = w.shape, x.new_empty(1, len(w))
-    BK = min(4096, triton.next_power_of_2(C))
-    _matvec[triton.cdiv(N, 2),](x, w, y, N, C, 2, BK, PDL, num_warps=max(1, BK // 512),
-                                **launch(PDL))
-    return y
-
-@triton.jit
-def _add_norm(x, delta, weight, total, h, C, eps, ADD: tl.constexpr, BLOCK: tl.constexpr,
-              PDL: tl.constexpr):
-    row, i = tl.program_id(0) * C, tl.arange(0, BLOCK)
-    gain = tl.load(weight + i, mask=i < C, other=0.0)  # here: a sum's barrier holds later loads up
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    v = tl.load(x + row + i, mask=i < C, other=0.0)
-    if ADD:
-        v = (v.to(tl.float32) + tl.load(delta + row + i, mask=i < C, other=0.0)).to(v.dtype)
-    f = v.to(tl.float32)
-    f = f * tl.rsqrt(tl.sum(f * f, 0) / C + eps) * gain
-    tl.store(h + row + i, f.to(v.dtype), mask=i < C)
-    if ADD:
-        tl.store(total + row + i, v, mask=i < C)
-
-def add_norm(x, delta, norm):
-    """x (B, C), delta the same or None, norm an RMSNorm -> x + delta, and that normed."""
-    (B, C), total, h = x.shape, x if delta is None else torch.empty_like(x), torch.empty_like(x)
-    _add_norm[B,](x, delta, norm.weight, total, h, C, norm.eps, delta is not None,
-                  triton.next_power_of_2(C), PDL, num_warps=8, **launch(PDL))
-    return total, h
-
-@triton.jit
-def _silu_mul(x, y, F, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    row, i = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    gate = tl.load(x + 2 * row * F + i, mask=i < F, other=0.0)
-    up = tl.load(x + 2 * row * F + F + i, mask=i < F, other=0.0)
-    g = gate.to(tl.float32)
-    g = (g / (1 + tl.exp(-g))).to(gate.dtype)
-    tl.store(y + row * F + i, (g.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=i < F)
-
-def silu_mul(x):
-    """silu(gate) * up, where x (B, 2 F) holds gate and up side by side -> (B, F)."""
-    y = x.new_empty(len(x), x.size(1) // 2)
-    _silu_mul[triton.cdiv(y.size(1), 512), len(x)](x, y, y.size(1), 512, PDL, num_warps=2,
-                                                   **launch(PDL))
-    return y
-
-@triton.jit
-def _rope_attention(qkv, cos, sin, at, keys, values, y, parts, tickets, S, scale, H: tl.constexpr,
-                    KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-                    PDL: tl.constexpr):
-    """One head of one sequence: SPLIT programs take turns with blocks of the keys before `at`, with
-    a running softmax. Each leaves its sums in `parts`; the last one adds them up in their order."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    dt: tl.constexpr = qkv.dtype.element_ty
-    b, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    pos, d, n = tl.load(at).to(tl.int32), tl.arange(0, D), part * BLOCK + tl.arange(0, BLOCK)
-    kv, row = head // (H // KV), qkv + b * (H + 2 * KV) * D
-    first = (b * KV + kv).to(tl.int64) * S
-    here = (first + n[:, None]) * D + d[None, :]                                   # (BLOCK, D)
-    other = (d + D // 2) % D                           # the half-split partner
-    c = tl.load(cos + pos * D + d)
-    s = tl.load(sin + pos * D + d) * tl.where(d < D // 2, -1.0, 1.0)
-    ks = tl.load(keys + here, mask=(n < pos)[:, None], other=0.0)
-    vs = tl.load(values + here, mask=(n < pos)[:, None], other=0.0)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    q = tl.load(row + head * D + d).to(tl.float32) * c
-    q = (q + tl.load(row + head * D + other).to(tl.float32) * s).to(dt).to(tl.float32)
-    k = tl.load(row + (H + kv) * D + d).to(tl.float32) * c
-    k = (k + tl.load(row + (H + kv) * D + other).to(tl.float32) * s).to(dt)
-    v = tl.load(row + (H + KV + kv) * D + d)
-    if (head % (H // KV) == 0) & (part == 0):          # of the programs that share it, one stores
-        tl.store(keys + (first + pos) * D + d, k)
-        tl.store(values + (first + pos) * D + d, v)
-    own = (part == 0).to(tl.float32)                   # the token itself belongs to the first part
-    top, total, acc = tl.sum(q * k.to(tl.float32), 0) * scale, own, v.to(tl.float32) * own  # (D,)
-    for n0 in range(0, pos, SPLIT * BLOCK):
-        score = tl.sum(ks.to(tl.float32) * q[None, :], 1) * scale
-        score = tl.where(n0 + n < pos, score, -float("inf"))
-        higher = tl.maximum(top, tl.max(score, 0))
-        p, shrink = tl.exp(score - higher), tl.exp(top - higher)
-        acc = acc * shrink + tl.sum(p[:, None] * vs.to(tl.float32), 0)
-        total, top = total * shrink + tl.sum(p, 0), higher
-        n1 = n0 + SPLIT * BLOCK
-        ks = tl.load(keys + here + n1 * D, mask=(n1 + n < pos)[:, None], other=0.0)
-        vs = tl.load(values + here + n1 * D, mask=(n1 + n < pos)[:, None], other=0.0)
-    if SPLIT > 1:
-        group = b * H + head
-        parts += group * SPLIT * 2 * D                 # (SPLIT, 2, D): sums; maximum, total
-        tl.store(parts + part * 2 * D + d, acc)
-        tl.store(parts + part * 2 * D + D + d, tl.where(d == 0, top, total), mask=d < 2)
-        tl.debug_barrier()
-        if tl.atomic_add(tickets + group, 1, sem="acq_rel") < SPLIT - 1:
-            return
-        tl.store(tickets + group, 0)                   # for the next launch
-        i = tl.arange(0, SPLIT)
-        tops = tl.load(parts + i * 2 * D + D)
-        weight = tl.exp(tops - tl.max(tops, 0))
-        total = tl.sum(weight * tl.load(parts + i * 2 * D + D + 1), 0)
-        acc = tl.sum(weight[:, None] * tl.load(parts + i[:, None] * 2 * D + d[None, :]), 0)
-    tl.store(y + (b * H + head) * D + d, (acc / total).to(dt))
-
-def rope_attention(qkv, cos, sin, cache):
-    """Attention of one token: qkv (B, (nh + 2 nkv) hs), cos and sin (S, hs), a model.Cache, which
-    gets the token's key and value -> (B, nh hs)."""
-    B, KV, S, D = cache.keys.shape
-    H = qkv.size(1) // D - 2 * KV
-    BLOCK, SPLIT, warps = (128, 1, 8) if S <= 256 else (64, 4, 4)      # few keys: one program
-    y, parts = qkv.new_empty(B, H * D), qkv.new_empty(B * H * SPLIT * 2 * D, dtype=torch.float32)
-    _rope_attention[B, H, SPLIT](qkv, cos, sin, cache.at, cache.keys, cache.values, y, parts,
-                                 cache.tickets, S, D**-0.5, H, KV, D, BLOCK, SPLIT, PDL,
-                                 num_warps=warps, **launch(PDL))
-    return y
-
-# ---- Benchmark ----------------------------------------------------------------------------------
-# A candidate is a function of x (M, C), O and bits that makes a layer of random weights with groups
-# of 128 and returns its call. What torch's 8-bit products need besides, quantizing x, is not timed.
-
-def _lowbit(x, O, bits):
-    C = x.size(1)
-    words, high = (torch.randint(-2**31, 2**31, (O // 16, C * b // 256, 128), dtype=torch.int32,
-                                 device="cuda") for b in (2 if bits == 3 else bits, 1))
-    grid = torch.rand(C // 128, O, device="cuda").view(torch.int32) & -256 | 2 ** (bits - 1)
-    w = LowBit(words, high if bits == 3 else words, grid, bits, 128, (O, C))
-    return lambda: lowbit_matmul(x, w)
-
-def _cublas(x, O, bits):
-    w = torch.randn(O, x.size(1), device="cuda", dtype=x.dtype)
-    return lambda: F.linear(x, w)
-
-def _tinygemm(x, O, bits):
-    w = torch.randint(256, (O, x.size(1) // 2), dtype=torch.uint8, device="cuda")
-    w = torch.ops.aten._convert_weight_to_int4pack(w, 8)
-    grid = torch.rand(x.size(1) // 128, O, 2, device="cuda").to(x.dtype)
-    return lambda: torch.ops.aten._weight_int4pack_mm(x, w, 128, grid)
-
-def _int_mm(x, O, bits):
-    x = x.new_ones(max(17, len(x)), x.size(1)).to(torch.int8)          # it takes no fewer rows
-    w = torch.randint(-128, 128, (O, x.size(1)), dtype=torch.int8, device="cuda")
-    return lambda: torch._int_mm(x, w.t())
-
-def _scaled_mm(x, O, bits):
-    w, x = (t.to(torch.float8_e4m3fn) for t in (torch.randn(O, x.size(1), device="cuda"), x))
-    s, t = torch.ones(len(x), 1, device="cuda"), torch.ones(1, O, device="cuda")
-    return lambda: torch._scaled_mm(x, w.t(), s, t, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-def _gemlite(x, O, bits):
-    from gemlite import DType, GemLiteLinear
-    layer = GemLiteLinear(bits, 128, x.size(1), O, DType.BF16, DType.BF16)
-    q = torch.randint(2**bits, (O, x.size(1)), dtype=torch.uint8, device="cuda")
-    scale, zero = torch.rand(2, O * x.size(1) // 128, 1, device="cuda").to(x.dtype)
-    layer.pack(q, scale, zero, None)
-    return lambda: layer(x)
-
-def _humming(x, O, bits):
-    from humming.layer import HummingLayer
-    layer = HummingLayer(shape_n=O, shape_k=x.size(1), torch_dtype=x.dtype,
-                         weight_config={"dtype": f"int{bits}", "group_size": 128}).cuda()
-    layer.load_from_unquantized(torch.randn(O, x.size(1), device="cuda", dtype=x.dtype))
-    layer.transform()
-    return lambda: layer(x)
-
-def _quest(x, O, bits):
-    C, codes = x.size(1), functools.partial(torch.randint, 256, dtype=torch.uint8, device="cuda")
-    w = quest_operand(codes((O, C * bits // 8)), torch.rand(O, 1, device="cuda"), bits, C)
-    return lambda: quest_linear(x, w, bits, bits)      # with rotating and quantizing x
-
-def _codebooks(x, O):
-    codes = torch.randint(256, (O, x.size(1) // 8, 2), dtype=torch.uint8, device="cuda")
-    return codes, torch.randn(2, 256, 8, device="cuda").to(x.dtype), torch.rand(O, device="cuda")
-
-def _vq(x, O, bits):
-    codes, books, scales = _codebooks(x, O)
-    codes = codes.permute(2, 1, 0).contiguous()
-    return lambda: vq_matmul(x, codes, books, scales)
-
-def _aqlm(x, O, bits):
-    from aqlm.inference_kernels.triton_kernel import triton_matmul
-    codes, books, scales = _codebooks(x.half(), O)
-    books, scales, x = books.unsqueeze(2), scales.half().view(-1, 1, 1, 1), x.half()
-    return lambda: triton_matmul(x, codes.view(torch.int8), books, scales, None)
-
-CANDIDATES = [  # name, function, bits, most tokens; cuBLAS is first, the others are ratios to it
-    ("cuBLAS", _cublas, (16,), math.inf), ("lowbit_matmul", _lowbit, (1, 2, 3, 4, 8), math.inf),
-    ("quest_linear", _quest, (4, 8), math.inf), ("vq_matmul", _vq, (2,), 4),
-    ("tinygemm", _tinygemm, (4,), 512), ("_int_mm", _int_mm, (8,), math.inf),
-    ("_scaled_mm", _scaled_mm, (8,), math.inf), ("gemlite", _gemlite, (1, 2, 4), 512),
-    ("humming", _humming, (1, 2, 3, 4, 8), 512), ("aqlm", _aqlm, (2,), 4)]
-GROUPED = ("lowbit_matmul", "tinygemm", "gemlite", "humming")          # a scale and a zero a group
-
-def graph_us(calls, replays=20):
-    """Microseconds a call: the median replay of a CUDA graph of 20 calls or more, in turn."""
-    calls[0]()                                         # compile, and choose what there is to choose
-    torch.cuda.synchronize()
-    graph, times, n = torch.cuda.CUDAGraph(), [], max(20, len(calls))
-    with torch.cuda.graph(graph):
-        for i in range(n):
-            calls[i % len(calls)]()
-    start = time.time()
-    while time.time() - start < 0.05:      # the clock adapts to this load, not to what was before
-        graph.replay()
-        torch.cuda.synchronize()
-    for _ in range(replays):
-        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        a.record(), graph.replay(), b.record(), b.synchronize()
-        times.append(a.elapsed_time(b) * 1e3 / n)
-    return sorted(times)[replays // 2]
-
-def parse_args():
-    from model import Parser                           # it imports this file
-    p = Parser(prog="kernels.py", description="Time the kernels and their peers on this GPU.")
-    p.add_argument("--shapes", nargs="+", default=["4096x4096", "14336x4096", "4096x14336",
-                                                   "28672x8192"], help="outputs x inputs")
-    p.add_argument("--bits", nargs="+", type=int, default=[1, 2, 3, 4, 8], help="(default: all)")
-    p.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64, 512, 4096],
-                   help="tokens (default: 1 16 64 512 4096)")
-    p.add_argument("--only", nargs="+", help="these candidates (default: every one installed)")
-    p.add_argument("--out", help="append the rows to this file, one JSON object each")
-    p.add_argument("--plot", help="draw times against their floors into this file")
-    return p.parse_args()
-
-def main():
-    from model import UsageError, progress, say
-    args = parse_args()
-    if not torch.cuda.is_available():
-        raise UsageError("kernels.py times Triton kernels, and there is no GPU here; run it on one")
-    query = "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.limit"
-    clocks = subprocess.getoutput(f"nvidia-smi --format=csv,noheader {query}")
-    blocks = torch.zeros(2, 2**27, device="cuda")      # 512 MB each
-    copy = 2**30 / graph_us([lambda: torch.neg(blocks[0], out=blocks[1])]) / 1e6        # TB/s
-    say(f"{torch.cuda.get_device_name()} | torch {torch.__version__} | triton {triton.__version__} "
-        f"| SM, memory, highest SM clock, power limit: {clocks.strip()} | copy {copy:.2f} TB/s")
-    del blocks
-    jobs = [(shape, M, name, f, bits) for shape in args.shapes for M in args.batches
-            for name, f, kinds, most in CANDIDATES for bits in kinds       # beside their cuBLAS:
-            if bits in (*args.bits, 16) and M <= most                      # the clock drifts
-            and (not args.only or name in (*args.only, "cuBLAS"))]
-    rows, missing, base = [], set(), {}
-    for shape, M, name, make, bits in progress(jobs, "measured"):
-        O, C = map(int, shape.split("x"))
-        if name in missing:
-            continue
-        x = torch.randn(M, C, device="cuda", dtype=torch.bfloat16)
-        size = O * C * bits // 8 + (O * C // 32 if name in GROUPED else 0)
-        copies = math.ceil(200e6 / size)               # four times the L2
-        try:
-            us = graph_us([make(x, O, bits) for _ in range(max(copies, 2))])
-        except ImportError as e:
-            missing.add(name)
-            say(f"{name}: not installed ({e})")
-            continue
-        except (RuntimeError, ValueError, NotImplementedError, AssertionError) as e:
-            say(f"{name} W{bits} {shape} batch {M}: {str(e).splitlines()[0][:80]}")
-            continue
-        base.setdefault((shape, M), us)
-        size += 2 * M * (O + C)
-        floor = max(size / copy, 2 * M * O * C / 790) / 1e6            # us; 790 TFLOP/s measured
-        rows.append(dict(shape=shape, batch=M, kernel=name, bits=bits, us=round(us, 2),
-                         gb_s=round(size / us / 1e3), of_copy=round(size / us / copy / 1e6, 3),
-                         floor_us=round(floor, 2), cublas=round(base[shape, M] / us, 3)))
-        say(f"{shape:>10} batch {M:4} | {name:13} W{bits:<2} | {us:7.1f} us | "
-            f"{size / us / 1e3:5.0f} GB/s, {size / us / copy / 1e4:3.0f}% of copy | "
-            f"{base[shape, M] / us:5.2f} x cuBLAS")
-        if args.out:
-            with open(args.out, "a") as file:
-                print(json.dumps(rows[-1]), file=file)
-    for T, C in ((512, 4096), (4096, 4096), (4096, 14336)) if not args.only else ():
-        x = torch.randn(math.ceil(1e8 / T / C), T, C, device="cuda").bfloat16()
-        us = graph_us([functools.partial(hadamard_quantize, part, 4) for part in x])
-        floor = T * C * 3 / copy / 1e6                 # two bytes in, one out
-        say(f"hadamard_quantize {T} x {C} | {us:.1f} us, {us / floor:.2f} x its bytes' {floor:.1f}")
-    if args.plot:
-        plot(rows, args.plot)
-
-def plot(rows, path):
-    """Time over tokens of cuBLAS, ours and the peers, with the floor of each of the first two."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    lines = {("cuBLAS", 16): "black", ("lowbit_matmul", 4): "#0b6e4f",
-             ("lowbit_matmul", 2): "#3a86c8", ("humming", 4): "#e69f00",
-             ("tinygemm", 4): "#8d6cab", ("gemlite", 4): "#d1495b"}
-    shapes = list(dict.fromkeys(r["shape"] for r in rows))[:2]
-    figure, axes = plt.subplots(1, len(shapes), figsize=(4.2 * len(shapes), 4.2), squeeze=False)
-    for ax, shape in zip(axes[0], shapes):
-        for key, color in lines.items():
-            line = sorted((r["batch"], r["us"], r["floor_us"]) for r in rows
-                          if (r["shape"], r["kernel"], r["bits"]) == (shape, *key))
-            if line:
-                tokens, us, floor = zip(*line)
-                ours = key[0] in ("cuBLAS", "lowbit_matmul")
-                ax.loglog(tokens, us, "o-" if ours else "o--", color=color, markersize=3.5,
-                          linewidth=1.5 if ours else 1.0, label=f"{key[0]}, {key[1]} bits")
-                if ours:
-                    ax.loglog(tokens, floor, ":", color=color, linewidth=1.0)
-        ax.set_title(f"{shape.replace('x', ' outputs, ')} inputs", fontsize=10)
-        ax.set_xticks([1, 16, 64, 512, 4096], ["1", "16", "64", "512", "4096"])
-        ax.set(xlabel="tokens", ylabel="microseconds; dotted: floor")
-        ax.minorticks_off()
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.3)
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=160)
-
-if __name__ == "__main__":
-    from model import run
-    run(main)
+FORMS = {  # of QuantLinear: its product, and what makes the weight for it
+    "affine": (affine_product, affine_operand), "quest": (quest_product, quest_layer_operand),
+    "vq": (vq_product, vq_operand)}

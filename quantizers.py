@@ -14,7 +14,7 @@ the method files); `vq_fit` takes Adam steps on the codebooks of one linear.
 Shapes: O output channels, C input channels, g = group_size, G = C / g groups, ... any others.
 """
 import contextlib
-import importlib.metadata
+import functools
 import math
 
 import torch
@@ -23,15 +23,17 @@ import torch.nn.functional as F
 
 EPS = 1e-8  # the smallest clip: a row of zeros gets codes of about zero and a live gradient
 
-def can_import_kernels():
-    """kernels.py needs Triton 3.5, which came with PyTorch 2.9; else PyTorch does the work."""
-    for name in ("triton", "pytorch-triton", "triton-windows"):    # released, nightly, Windows
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            major, minor, *_ = importlib.metadata.version(name).split(".")
-            return (int(major), int(minor)) >= (3, 5)
-    return False
-
-TRITON = can_import_kernels()
+@functools.cache
+def find_kernels():
+    """The module kernels, or None where there is no Triton that it can use: PyTorch does the work.
+    Asked for where it is used, as it imports this file."""
+    try:
+        import kernels
+    except ImportError as e:
+        if "triton" not in str(e).lower():
+            raise
+        return None
+    return kernels
 
 # ---- The Hadamard rotation (QuEST section 3.1) ----------------------------------------------
 # It spreads an outlier over its block. Rows become nearly Gaussian, and one clip fits them all.
@@ -47,12 +49,6 @@ def hadamard_signs(n, device, dtype):
             h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), h)
         _SIGNS[n, device, dtype] = h.to(device, dtype)
     return _SIGNS[n, device, dtype]
-
-def hadamard(n):
-    """Orthonormal Sylvester matrix, float32 (n, n), n a power of two; it is its own inverse."""
-    if n < 1 or n & (n - 1):
-        raise ValueError(f"a Sylvester-Hadamard matrix needs a power of two, not {n}")
-    return hadamard_signs(n, torch.device("cpu"), torch.float32) * n**-0.5
 
 def rotate(x, block=128, dtype=torch.float32):
     """Block-diagonal Hadamard transform of the last dimension (..., C), in dtype; float64 stays.
@@ -147,14 +143,6 @@ def keep_two_of_four(h):
     keep.scatter_(-1, length.topk(2, dim=-1).indices, True)
     return keep.repeat_interleave(2, dim=-1).view(h.shape)
 
-def quest_quantize(x, bits):
-    """QuEST codes of the rotated rows of x (..., C): q int8 (..., C), scale float32 (..., 1).
-
-    rotate(x) is approximated by (q + 0.5) * scale, at 1.58 bits by q * scale.
-    """
-    q, scale, _ = quest_codes(rotate(x.detach()), bits)
-    return q.to(torch.int8), scale
-
 class _PassTrusted(torch.autograd.Function):
     """Forward: the quantized value. Backward: the gradient where trusted, else zero."""
 
@@ -168,7 +156,7 @@ class _PassTrusted(torch.autograd.Function):
         return g * ctx.saved_tensors[0], None, None
 
 def quest_fake_quant(x, bits):
-    """The values of quest_quantize as floats, in the rotated domain (..., C), differentiable: the
+    """The nearest levels of x's rotated rows, as floats (..., C) in the rotated domain. The
     gradient to x is the upstream one times the trust mask, rotated back (QuEST algorithm 1)."""
     h = rotate(x if x.dtype == torch.float64 else x.float())
     q, scale, u = quest_codes(h.detach(), bits)
@@ -309,8 +297,8 @@ def gptq(w, hessian, bits, group_size=-1, symmetric=False, mse=False, act_order=
     h = (hessian + torch.diag(dead.to(hessian))).to(w)[order][:, order]
     u, w, q = inverse_factor(h, percdamp), w[:, order], torch.empty_like(w)
     columns = _gptq_columns
-    if w.is_cuda and w.dtype == torch.float32 and TRITON:      # the same arithmetic, in one kernel
-        from kernels import gptq_columns as columns
+    if w.is_cuda and w.dtype == torch.float32 and find_kernels():
+        columns = find_kernels().gptq_columns          # the same arithmetic, in one kernel
     step = LAZY_BLOCK if static else max(n for n in range(1, LAZY_BLOCK + 1) if g % n == 0)
     for a in range(0, C, step):
         b = min(a + step, C)
@@ -380,11 +368,6 @@ def vq_dequantize(codes, codebooks, scales):
     if codes.dim() == 3:
         return vq_dequantize(codes[None], codebooks[None], scales[None])[0]
     return vq_sum(codes.flatten(1, 2), codebooks).view(*scales.shape, -1) * scales.unsqueeze(2)
-
-def vq_bits(O, C, num_codebooks, bits, group_size):
-    """Bits per weight of one matrix: codes, 16-bit codebooks and 16-bit scales."""
-    codes = O * (C // group_size) * num_codebooks * bits
-    return (codes + 16 * num_codebooks * 2**bits * group_size + 16 * O) / (O * C)
 
 def kmeans(x, k, iterations=100, generator=None):
     """Lloyd's algorithm from k random points: x (n, g) -> centroids (k, g), the nearest (n,).
@@ -552,48 +535,101 @@ def half_if_held(t, size):
     held = (half.float() - t).abs() <= 2**-10 * size.abs()
     return half if held.all() else t.float()
 
+# ---- The packed linears ----------------------------------------------------------------------
+
 class QuantLinear(nn.Module):
     """y = x w_hat^T from packed codes: (..., C) -> (..., O). For inference; nothing to train.
 
-    spec, plain values that a checkpoint keeps: kind "affine", "vq" or "quest", bits, a_bits (of
-    the inputs; 16: not quantized), in_features, signed (two's complement codes), group_size
-    (affine; -1 is one scale a row), and for quest rotate, grid ("uniform", "fp4" or "sparse").
-    tensors: packed uint8, scale float32 (O, G), zero_point uint8 (O, G) where asymmetric, keep
-    (sparse: one bit a pair), a_scale (a fixed scale of the inputs, instead of one a token); vq:
-    codebooks float16 (M, K, g), scale float16 (O,), float32 where float16 cannot hold them.
+    The base of three forms: PackedAffine, PackedQuest and PackedVQ. What a checkpoint keeps of one
+    is its `spec`, plain values, and its tensors. On a GPU a form asks kernels.py for the product;
+    elsewhere, and where there is no kernel for its shape, it computes it in plain PyTorch.
+
+    spec: kind "affine", "quest" or "vq", bits, a_bits (of the inputs; 16: not quantized),
+    in_features, signed (two's complement codes); what else a form needs stands at the form.
+    tensors: packed uint8 (O, bytes), and those of the form.
     """
+    tensors = ()                                       # names of all that a form may hold
 
     def __init__(self, spec, tensors):
         super().__init__()
         self.spec = dict(spec)
-        for name in ("packed", "scale", "zero_point", "keep", "a_scale", "codebooks"):
+        self.bits = spec["bits"]
+        self.a_bits = spec["a_bits"]
+        self.in_features = spec["in_features"]
+        for name in ("packed", *self.tensors):
             self.register_buffer(name, tensors.get(name))
-        self.fast = None                               # (packed, the same as kernels.py wants it)
+        self.fast = None                               # see kernels.linear
+
+    @staticmethod
+    def of(spec, tensors):
+        """The form that a checkpoint's spec names, with its tensors."""
+        forms = {"affine": PackedAffine, "quest": PackedQuest, "vq": PackedVQ}
+        return forms[spec["kind"]](spec, tensors)
+
+    @staticmethod
+    def affine(q, scale, zero_point, bits, group_size=-1, a_bits=16):
+        """From what `rtn` or `gptq` returns."""
+        return PackedAffine.from_codes(q, scale, zero_point, bits, group_size, a_bits)
+
+    @staticmethod
+    def quest(w, bits, a_bits, grid="uniform", rotated=True, w_scale=None, a_scale=None):
+        """QuEST codes of the weight w (O, C); the scales follow from the rows unless given."""
+        return PackedQuest.from_weight(w, bits, a_bits, grid, rotated, w_scale, a_scale)
+
+    @staticmethod
+    def vq(codes, codebooks, scales):
+        """From what `vq_fit` returns; codebooks and scales become float16 where that holds them."""
+        return PackedVQ.from_codes(codes, codebooks, scales)
+
+    def by_kernel(self, x):
+        """The product for x (..., C) by kernels.py -> (..., O); None: compute it in PyTorch."""
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        if not (x.is_cuda and half and x.numel()) or x.requires_grad:
+            return None
+        kernels = find_kernels()
+        return kernels.linear(self, x) if kernels else None
+
+class PackedAffine(QuantLinear):
+    """w_hat = (q - zero_point) * scale, as `rtn` and `gptq` give it.
+
+    spec: group_size (-1: one scale a row). scale float32 (O, G), zero_point uint8 (O, G) where
+    asymmetric. a_bits below 16: inputs on a symmetric grid of their own for each token.
+    """
+    tensors = ("scale", "zero_point")
 
     @classmethod
-    def affine(cls, q, scale, zero_point, bits, group_size=-1, a_bits=16):
-        """From what `rtn` or `gptq` returns."""
+    def from_codes(cls, q, scale, zero_point, bits, group_size, a_bits):
+        spec = dict(kind="affine", bits=bits, a_bits=a_bits, in_features=q.size(1),
+                    group_size=group_size, signed=zero_point is None)
         tensors = dict(packed=pack(q, bits), scale=scale.float())
         if zero_point is not None:
             tensors["zero_point"] = zero_point.to(torch.uint8)
-        return cls(dict(kind="affine", bits=bits, a_bits=a_bits, in_features=q.size(1),
-                        group_size=group_size, signed=zero_point is None), tensors)
+        return cls(spec, tensors)
+
+    def codes(self):
+        """The integers (O, C)."""
+        return unpack(self.packed, self.bits, self.in_features, self.spec["signed"])
+
+    def weight(self):
+        """The weight that the codes stand for, float32 (O, C)."""
+        return dequantize(self.codes(), self.scale, self.zero_point, self.spec["group_size"])
+
+    def forward(self, x):
+        if self.a_bits < 16:
+            x = fake_quant_tokens(x, self.a_bits)
+        y = self.by_kernel(x)
+        return F.linear(x, self.weight().to(x.dtype)) if y is None else y
+
+class PackedQuest(QuantLinear):
+    """w_hat = (q + 1/2) * scale of the rotated weight, and rotated inputs on the same kind of grid.
+
+    spec: rotate, grid ("uniform", "fp4" or "sparse"). scale float32 (O, 1) or (1, 1); keep (sparse:
+    one bit a pair of inputs); a_scale (a fixed scale of the inputs, instead of one a token).
+    """
+    tensors = ("scale", "keep", "a_scale")
 
     @classmethod
-    def vq(cls, codes, codebooks, scales):
-        """From what `vq_fit` returns; codebooks and scales become float16 where that holds them."""
-        bits = (codebooks.size(1) - 1).bit_length()
-        # A scale serves a whole row, so each has to be held by itself. Of a codebook's entries
-        # the small ones may be held as coarsely as the largest.
-        largest = codebooks.abs().amax((1, 2), keepdim=True)                       # (M, 1, 1)
-        tensors = dict(packed=pack(codes.flatten(1), bits), scale=half_if_held(scales, scales),
-                       codebooks=half_if_held(codebooks, largest))
-        return cls(dict(kind="vq", bits=bits, a_bits=16, signed=False,
-                        in_features=codes.size(1) * codebooks.size(2)), tensors)
-
-    @classmethod
-    def quest(cls, w, bits, a_bits, grid="uniform", rotated=True, w_scale=None, a_scale=None):
-        """QuEST codes of the weight w (O, C); the scales follow from the rows unless given."""
+    def from_weight(cls, w, bits, a_bits, grid, rotated, w_scale, a_scale):
         with full_float32():                           # as in training
             h = rotate(w) if rotated else w
         q, scale, _ = quest_codes(h, bits, grid, w_scale)
@@ -601,19 +637,22 @@ class QuantLinear(nn.Module):
         if grid == "fp4":                              # +-0..12 -> sign bit, 3 bits of magnitude
             magnitudes = torch.tensor(FP4_CODES[1:8], device=q.device)
             q = (q.abs().unsqueeze(-1) >= magnitudes).sum(-1) + 8 * (q < 0)
-        if grid == "sparse":
+        if grid == "sparse":                           # half of the codes, and which they are
             keep = keep_two_of_four(h)
-            q, tensors["keep"] = q[keep].view(w.size(0), -1), pack(keep[:, ::2], 1)
-        return cls(dict(kind="quest", bits=bits, in_features=w.size(1), a_bits=a_bits, grid=grid,
-                        signed=grid != "fp4", rotate=rotated), {"packed": pack(q, bits), **tensors})
+            q = q[keep].view(w.size(0), -1)
+            tensors["keep"] = pack(keep[:, ::2], 1)
+        spec = dict(kind="quest", bits=bits, in_features=w.size(1), a_bits=a_bits, grid=grid,
+                    signed=grid != "fp4", rotate=rotated)
+        return cls(spec, {"packed": pack(q, bits), **tensors})
 
     def levels(self, dtype):
-        """The weight (O, C) in units of its scale (quest)."""
-        s, n = self.spec, self.spec["in_features"]
-        q = unpack(self.packed, s["bits"], n // 2 if s["grid"] == "sparse" else n, s["signed"])
-        if s["grid"] == "fp4":
+        """The rotated weight (O, C) in units of its scale."""
+        n, grid = self.in_features, self.spec["grid"]
+        stored = n // 2 if grid == "sparse" else n
+        q = unpack(self.packed, self.bits, stored, self.spec["signed"])
+        if grid == "fp4":
             q = torch.tensor(FP4_CODES, device=q.device)[q.long()]
-        levels = q.to(dtype) + code_offset(s["bits"], s["grid"])
+        levels = q.to(dtype) + code_offset(self.bits, grid)
         if self.keep is None:
             return levels
         keep = unpack(self.keep, 1, n // 2).bool().repeat_interleave(2, dim=-1)    # (O, C)
@@ -621,67 +660,53 @@ class QuantLinear(nn.Module):
 
     def weight(self):
         """The weight that the codes stand for, float32 (O, C), rotated back where they were."""
-        s = self.spec
-        if s["kind"] == "quest":
-            w = self.levels(torch.float32) * self.scale
-            return rotate(w) if s["rotate"] else w
-        if s["kind"] == "vq":
-            M, _, g = self.codebooks.shape
-            q = unpack(self.packed, s["bits"], s["in_features"] // g * M).long()
-            return vq_dequantize(q.view(len(q), -1, M), self.codebooks.float(), self.scale.float())
-        q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
-        return dequantize(q, self.scale, self.zero_point, s["group_size"])
-
-    @torch.compiler.disable
-    def kernel(self, x):
-        """x w_hat^T by kernels.py, None where it has no kernel for this layer."""
-        import kernels
-        s = self.spec
-        if s["kind"] == "quest" and not (
-                self.a_scale is None and s["rotate"] and s["grid"] == "uniform"
-                and kernels.quest_fits(x, s["bits"], s["a_bits"])):
-            return None
-        if s["kind"] == "vq" and self.codebooks.shape[1:] != (256, 8):
-            return None
-        if self.fast is None or self.fast[0] is not self.packed:       # first use, or it moved
-            if s["kind"] == "quest":
-                w = kernels.quest_operand(self.packed, self.scale, s["bits"], s["in_features"])
-            elif s["kind"] == "vq":                    # codes (M, J, O)
-                w = (self.packed.view(len(self.packed), -1, len(self.codebooks)).permute(2, 1, 0)
-                     .contiguous(), self.codebooks.to(x.dtype), self.scale.float())
-            else:
-                q = unpack(self.packed, s["bits"], s["in_features"], s["signed"])
-                w = kernels.pack_weight(q, self.scale, self.zero_point, s["bits"], s["group_size"])
-            self.fast = self.packed, w
-        if s["kind"] == "quest":
-            return kernels.quest_linear(x, self.fast[1], s["a_bits"], s["bits"])
-        if s["kind"] == "vq":
-            codes, codebooks, scale = self.fast[1]
-            y = kernels.vq_matmul(x.flatten(0, -2), codes, codebooks.to(x.dtype), scale)
-            return y.view(*x.shape[:-1], -1)
-        if self.fast[1] is None:
-            return kernels.once(f"kernels.py has no kernel for {s['bits']} bits, "
-                                f"{s['in_features']} inputs, groups of {s['group_size']}: these "
-                                "layers run in PyTorch")
-        return kernels.lowbit_matmul(x, self.fast[1])
+        w = self.levels(torch.float32) * self.scale
+        return rotate(w) if self.spec["rotate"] else w
 
     def forward(self, x):
-        s = self.spec
-        if s["kind"] != "quest" and s["a_bits"] < 16:
-            x = fake_quant_tokens(x, s["a_bits"])
-        half = x.dtype in (torch.float16, torch.bfloat16)
-        if x.is_cuda and half and x.numel() and not x.requires_grad and TRITON:
-            y = self.kernel(x)
-            if y is not None:
-                return y
-        if s["kind"] != "quest":
-            return F.linear(x, self.weight().to(x.dtype))
-        h, h_scale = rotate(x) if s["rotate"] else x.float(), None
-        if s["a_bits"] < 16:
-            grid = "fp4" if s["grid"] == "fp4" else "uniform"          # sparse: weights only
-            q, h_scale, _ = quest_codes(h, s["a_bits"], grid, self.a_scale)
-            h = q + code_offset(s["a_bits"], grid)
+        y = self.by_kernel(x)
+        if y is not None:
+            return y
+        h = rotate(x) if self.spec["rotate"] else x.float()
+        h_scale = None
+        if self.a_bits < 16:
+            grid = "fp4" if self.spec["grid"] == "fp4" else "uniform"      # sparse: weights only
+            q, h_scale, _ = quest_codes(h, self.a_bits, grid, self.a_scale)
+            h = q + code_offset(self.a_bits, grid)
         return code_linear(h, h_scale, self.levels(x.dtype), self.scale, x.dtype)
+
+class PackedVQ(QuantLinear):
+    """w_hat = (a sum of M codewords) * scale, one code into each codebook for g weights.
+
+    codebooks float16 (M, K, g), scale float16 (O,); float32 where float16 cannot hold them.
+    """
+    tensors = ("scale", "codebooks")
+
+    @classmethod
+    def from_codes(cls, codes, codebooks, scales):
+        bits = (codebooks.size(1) - 1).bit_length()
+        spec = dict(kind="vq", bits=bits, a_bits=16, signed=False,
+                    in_features=codes.size(1) * codebooks.size(2))
+        # A scale serves a whole row, so each has to be held by itself. Of a codebook's entries
+        # the small ones may be held as coarsely as the largest.
+        largest = codebooks.abs().amax((1, 2), keepdim=True)                       # (M, 1, 1)
+        return cls(spec, dict(packed=pack(codes.flatten(1), bits),
+                              scale=half_if_held(scales, scales),
+                              codebooks=half_if_held(codebooks, largest)))
+
+    def codes(self):
+        """The indices (O, J, M)."""
+        M, _, g = self.codebooks.shape
+        q = unpack(self.packed, self.bits, self.in_features // g * M)
+        return q.view(len(q), -1, M)
+
+    def weight(self):
+        """The weight that the codes stand for, float32 (O, C)."""
+        return vq_dequantize(self.codes().long(), self.codebooks.float(), self.scale.float())
+
+    def forward(self, x):
+        y = self.by_kernel(x)
+        return F.linear(x, self.weight().to(x.dtype)) if y is None else y
 
 def bits_per_weight(model):
     """(bits of codes, scales, zero points and masks per weight they stand for, those weights).
@@ -689,6 +714,6 @@ def bits_per_weight(model):
     Counts QuantLinear layers only: embedding, head and norms are not quantized.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    weights = sum(m.packed.size(0) * m.spec["in_features"] for m in layers)
+    weights = sum(m.packed.size(0) * m.in_features for m in layers)
     stored = sum(b.numel() * b.element_size() for m in layers for b in m.buffers())
     return (8 * stored / weights if weights else 0.0), weights

@@ -39,12 +39,11 @@ from nanobit.ranks import progress, say, whole
 from nanobit.runs import (header, keep_model, load_training_data, new_model, read_rows, record,
                           save_result, show)
 from nanobit.train import evaluate, train
-from quantizers import (TRITON, QuantLinear, bits_per_weight, clip_limit, code_linear,
-                        code_offset, hadamard_signs, keep_two_of_four, num_levels, quest_codes,
+from quantizers import (QuantLinear, bits_per_weight, clip_limit, code_linear, code_offset,
+                        find_kernels, hadamard_signs, keep_two_of_four, num_levels, quest_codes,
                         rotate, trust_limit)
 
-if torch.cuda.is_available() and TRITON:
-    import kernels
+kernels = find_kernels() if torch.cuda.is_available() else None
 
 BITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8, 16)
 # --quantizer: rotate?, and the largest |h| / scale that gets a gradient, from (bits, grid). The
@@ -226,7 +225,7 @@ class QuestLinear(nn.Module):
         """[linear(x) for each], quantizing x once."""
         (bits, a_bits, grid, quantizer), weights = linears[0].how, [m.weight for m in linears]
         flat = x.flatten(0, -2)                                                    # (B, C)
-        if (TRUST is None and (grid, quantizer) == ("uniform", "quest") and x.is_cuda and TRITON
+        if (TRUST is None and (grid, quantizer) == ("uniform", "quest") and x.is_cuda and kernels
                 and kernels.quest_fits(x, bits, a_bits)):
             ys = FusedQuest.apply(flat, bits, a_bits, *weights)
         else:

@@ -91,7 +91,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, as_stored=False):
         raise UsageError(f"{path} is a training state for --resume; use the .pt file beside it")
     model, state = LLaMA(LlamaConfig(**content["config"]), dtype), content["model"]
     for name, spec in content["linears"].items():
-        model.set_submodule(name, QuantLinear(spec, {
+        model.set_submodule(name, QuantLinear.of(spec, {
             k.rsplit(".", 1)[1]: v for k, v in state.items() if k.startswith(name + ".")}))
     load_weights(model, state, path)
     return model.to(device).eval(), content

@@ -47,7 +47,7 @@ class Joined(nn.Module):
         if isinstance(first, QuantLinear):
             rows = {name: torch.cat([getattr(m, name) for m in linears])
                     for name, _ in first.named_buffers()}
-            self.linear = QuantLinear(first.spec, rows)
+            self.linear = QuantLinear.of(first.spec, rows)
         else:
             self.linear = first
             first.weight = nn.Parameter(torch.cat([m.weight for m in linears]), False)
@@ -62,10 +62,9 @@ def n_out(linear):
 
 def joined(*linears):
     """(Joined, None ...), or the linears themselves where one cannot hold them all."""
-    kinds = {type(m) for m in linears}
-    if kinds == {Linear}:
+    if all(type(m) is Linear for m in linears):
         return Joined(linears), *[None] * (len(linears) - 1)
-    if kinds != {QuantLinear}:
+    if not all(isinstance(m, QuantLinear) for m in linears):
         return linears
 
     # Packed linears are joined row under row. That needs one way to read all rows, and tensors

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import nanobit.generate
 import time_decode
+from conftest import double
 from model import LLaMA, LlamaConfig
 from nanobit.generate import generate
 from quantizers import QuantLinear, rtn

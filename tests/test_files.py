@@ -120,7 +120,7 @@ def test_every_file_is_exported_with_the_weights_that_its_codes_stand_for(
     for q, hf in (("attn.wq", "self_attn.q_proj"), ("mlp.w_up", "mlp.up_proj")):
         layer = m.get_submodule(f"blocks.0.{q}")
         if isinstance(layer, QuantLinear):             # what it multiplies with, by its own product
-            layer = QuantLinear(layer.spec | {"a_bits": 16}, dict(layer.named_buffers()))
+            layer = QuantLinear.of(layer.spec | {"a_bits": 16}, dict(layer.named_buffers()))
             layer.a_scale = None
         weight = layer(eye).t()                                                    # (O, C)
         stored = tensors[f"model.layers.0.{hf}.weight"].float()

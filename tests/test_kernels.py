@@ -66,6 +66,22 @@ def relative_error(bits, case, device, dtype):
     exact = x.double().cpu() @ dequantize(q, scale.double(), zero_point, group).T
     return [((y.double().cpu() - exact).norm() / exact.norm()).item(), same]
 
+def unpack_words(words, bits, third=False):
+    """The exact inverse of kernels._pack_words: int32 (O, C)."""
+    from kernels import _places
+    w = words.view(len(words), -1, 8, 4, 2, 2, 1, 1, 1)
+    q = w >> _places(bits, third, w.device) & 2**bits - 1
+    return q.permute(0, 4, 2, 1, 6, 3, 5, 7, 8).reshape(len(words) * 16, -1)
+
+def dequantize_weight(w, dtype=torch.float32):
+    """(q - zero_point) * scale of a LowBit, (O, C): the plain version of `_dequantize`."""
+    q = unpack_words(w.words, 2 if w.bits == 3 else w.bits)
+    if w.bits == 3:
+        q = q | unpack_words(w.high, 1, third=True) << 2
+    O, C = w.shape
+    grid = w.grid.T[:O].repeat_interleave(w.group, 1)                              # (O, C)
+    return ((q[:O, :C] - (grid & 255)).to(dtype) * (grid & ~255).view(torch.float32).to(dtype))
+
 def poison():
     """torch's uninitialized numbers are NaN or 77 from here on."""
     def poisoned(function):
@@ -105,7 +121,7 @@ def test_words_unpack_to_their_codes(bits, third):
     q = torch.randint(2**bits, (48, 768), dtype=torch.int32)
     words = kernels._pack_words(q, bits, third)
     assert words.numel() * 32 == q.numel() * bits and words.dtype == torch.int32
-    assert torch.equal(kernels._unpack_words(words, bits, third), q)
+    assert torch.equal(unpack_words(words, bits, third), q)
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -115,7 +131,7 @@ def test_packed_weight_dequantizes_to_the_grid(bits, symmetric):
     q, scale, zero_point = random_codes(40, 352, 32, bits, symmetric)
     w = kernels.pack_weight(q, scale, zero_point, bits, 32)
     expected = dequantize(q, scale.double(), zero_point, 32)
-    error = kernels.dequantize_weight(w, torch.float64) - expected
+    error = dequantize_weight(w, torch.float64) - expected
     assert (error.abs() <= 2**-16 * expected.abs()).all()              # 8 bits of the scale
 
 def test_shapes_without_a_kernel_are_refused():
@@ -123,27 +139,28 @@ def test_shapes_without_a_kernel_are_refused():
     for bits, C, g in ((5, 64, 32), (4, 48, 48), (4, 96, 24)):
         assert kernels.pack_weight(*random_codes(16, C, g, bits, False), bits, g) is None
 
-def test_layer_on_a_gpu_goes_through_the_kernel_and_says_once_if_it_cannot(monkeypatch, capsys):
+def test_layer_on_a_gpu_goes_through_the_kernel_and_says_once_if_it_cannot(monkeypatch):
     """The layer's own part of it, without a GPU: what it packs, when, and what it says."""
     import kernels
     from quantizers import QuantLinear
     x = torch.randn(3, 64, dtype=torch.float64)
     monkeypatch.setattr(kernels, "lowbit_matmul",
-                        lambda x, w: x @ kernels.dequantize_weight(w, x.dtype).T)
+                        lambda x, w: x @ dequantize_weight(w, x.dtype).T)
     for bits, symmetric in ((4, False), (8, True), (3, True)):
         layer = QuantLinear.affine(*random_codes(24, 64, 32, bits, symmetric), bits, 32)
         w = layer.weight().double()
-        error = layer.kernel(x) - x @ w.T
+        error = kernels.linear(layer, x) - x @ w.T
         assert (error.abs() <= 1.01 * 2**-16 * x.abs() @ w.abs().T).all()  # 8 bits of the scale
         packed = layer.fast
-        assert layer.kernel(x) is not None and layer.fast is packed    # once for every use
+        assert kernels.linear(layer, x) is not None and layer.fast is packed    # once for every use
         layer.packed = layer.packed.clone()
-        layer.kernel(x)
+        kernels.linear(layer, x)
         assert layer.fast is not packed                                # the layer moved
     layer = QuantLinear.affine(*random_codes(24, 48, 24, 4, False), 4, 24)
     x = torch.randn(3, 48)
-    assert layer.kernel(x) is None and layer.kernel(x) is None         # forward uses PyTorch
-    assert capsys.readouterr().out.count("no kernel for 4 bits, 48 inputs, groups of 24") == 1
+    with pytest.warns(UserWarning, match="no kernel for 4 bits, 48 inputs, groups of 24") as said:
+        assert kernels.linear(layer, x) is None and kernels.linear(layer, x) is None
+    assert len(said) == 1                              # and forward uses PyTorch
 
 def overwritten_operands(sass):
     """Instructions of the loops that write a register which a wgmma in flight still reads."""

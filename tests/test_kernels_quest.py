@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import traceback
-import types
 
 import pytest
 import torch
@@ -56,6 +55,20 @@ def near_a_border(x, bits):
     u = quest_codes(rotate(x.double()), bits)[2]
     places = u + 0.5 if bits == 1.58 else u            # codes change at integers, or half of them
     return (places - places.round()).abs() < 1e-4, (u.abs() - trust_limit(bits)).abs() < 1e-4
+
+def hadamard_quantize_reference(x, bits):
+    """hadamard_quantize as plain PyTorch, with the mask as bool (T, C)."""
+    q, scale, u = quest_codes(rotate(x), bits)
+    c = 2 * (q + code_offset(bits))
+    return ((q if bits == 8 else c).to(torch.int8), scale.squeeze(-1), c.sum(-1).to(torch.int32),
+            0.5 * c * scale, u.abs() <= trust_limit(bits))
+
+
+def quest_linear_reference(x, q, w_scale, a_bits, bits):
+    """quest_linear by plain PyTorch in float64: x (..., K), q integers (N, K), w_scale (N, 1)."""
+    codes, scale, _ = quest_codes(rotate(x), a_bits)
+    y = (codes + code_offset(a_bits)).double() @ (q.double() + code_offset(bits)).T
+    return y * scale.double() * w_scale.double().T
 
 def check_codes_scales_values_and_masks_equal_plain_pytorch():
     """All bits; widths with an odd number of blocks, and blocks of 32; a row of zeros.
@@ -204,7 +217,7 @@ def check_packed_layers_give_their_operands_to_the_kernels():
     for layer in layers:
         layer.to(DEVICE)
         poison()
-        y = layer.kernel(x)
+        y = kernels.linear(layer, x)
         assert y.shape == (2, 3, 48) and y.dtype == x.dtype
         close(y, layer(x.double()), 2e-2)              # few values lie near a border of codes
         assert DEVICE != "cuda" or torch.equal(layer(x), y)
@@ -241,7 +254,7 @@ def test_kernels(name, outcomes):
     assert outcomes[name] == "ok", outcomes[name]
 
 def test_a_packed_layer_gives_its_bits_in_the_order_that_the_kernels_take_them(monkeypatch):
-    """On every machine, with a stub in the place of kernels.py."""
+    """On every machine, with stubs in the place of the kernels."""
     tree = ast.parse((ROOT / "kernels.py").read_text())
     takes = {f.name: [a.arg for a in f.args.args] for f in tree.body
              if isinstance(f, ast.FunctionDef)}
@@ -249,17 +262,20 @@ def test_a_packed_layer_gives_its_bits_in_the_order_that_the_kernels_take_them(m
     assert takes["quest_operand"] == ["packed", "scale", "bits", "K"]
     assert takes["quest_fits"] == ["x", "bits", "a_bits"]
     asked = []
-    monkeypatch.setitem(sys.modules, "kernels", types.SimpleNamespace(
+    pytest.importorskip("triton", "3.5")
+    import kernels
+    for name, stub in dict(
         quest_fits=lambda x, bits, a_bits: asked.append((bits, a_bits)) or True,
         quest_operand=lambda packed, scale, bits, K: ("operand", bits, K),
-        quest_linear=lambda x, w, a_bits, bits: dict(w=w, a_bits=a_bits, bits=bits)))
+        quest_linear=lambda x, w, a_bits, bits: dict(w=w, a_bits=a_bits, bits=bits)).items():
+        monkeypatch.setattr(kernels, name, stub)
     w = torch.randn(8, 256)
-    got = quantizers.QuantLinear.quest(w, 4, 8).kernel(torch.randn(3, 256))
+    got = kernels.linear(quantizers.QuantLinear.quest(w, 4, 8), torch.randn(3, 256))
     assert got == dict(w=("operand", 4, 256), a_bits=8, bits=4) and asked == [(4, 8)]
     for other in (dict(grid="fp4", a_bits=4), dict(grid="sparse", a_bits=4),
                   dict(rotated=False, a_bits=8), dict(a_bits=8, a_scale=torch.tensor(0.1))):
         layer = quantizers.QuantLinear.quest(w, 4, **other)
-        assert layer.kernel(torch.randn(3, 256)) is None
+        assert kernels.linear(layer, torch.randn(3, 256)) is None
 
 def compiled(kernel, warps, stages=3, **arguments):
     """Compile for an H100 -> registers' spills in bytes, shared memory, counts of instructions.
@@ -360,9 +376,8 @@ def main():
 if __name__ == "__main__":
     import kernels
     import quest
-    from kernels import (VQ_TILES, hadamard_quantize, hadamard_quantize_reference, quest_linear,
-                         quest_linear_reference, quest_matmul, quest_operand, rotate_trusted,
-                         vq_matmul)
-    from quantizers import (GAUSSIAN_CLIP, QuantLinear, full_float32, quest_codes, rotate,
+    from kernels import (VQ_TILES, hadamard_quantize, quest_linear, quest_matmul, quest_operand,
+                         rotate_trusted, vq_matmul)
+    from quantizers import (GAUSSIAN_CLIP, QuantLinear, code_offset, full_float32, quest_codes, rotate,
                             trust_limit, unpack)
     main()

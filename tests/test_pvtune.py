@@ -22,7 +22,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import model as trunk
 import nanobit.checkpoint
 import nanobit.data
 import nanobit.train
@@ -32,10 +31,15 @@ from model import LlamaConfig, LLaMA
 from pvtune import (Codebooks, Distilled, Grid, PVLinear, PVOptimizer, exact_p, exact_v, lamb_step,
                     linear_v, move_codes, ste, v_step)
 from quantizers import (QuantLinear, bits_per_weight, dequantize, kmeans, output_error, rtn,
-                        vq_bits, vq_dequantize, vq_fit, vq_search, vq_search_xtx)
+                        vq_dequantize, vq_fit, vq_search, vq_search_xtx)
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+def vq_bits(O, C, num_codebooks, bits, group_size):
+    """Bits per weight of one matrix: codes, 16-bit codebooks and 16-bit scales."""
+    codes = O * (C // group_size) * num_codebooks * bits
+    return (codes + 16 * num_codebooks * 2**bits * group_size + 16 * O) / (O * C)
 
 # ---- A: the exact theory ------------------------------------------------------------------------
 

@@ -194,7 +194,6 @@ def test_on_a_gpu_only_quest_on_the_uniform_grid_goes_to_its_kernels(how, monkey
             return tuple(x.new_zeros(len(x), len(w)) for w in weights)
     class Kernels:
         quest_fits = staticmethod(lambda x, bits, a_bits: True)
-    monkeypatch.setattr(quest, "TRITON", True)
     monkeypatch.setattr(quest, "kernels", Kernels, raising=False)
     monkeypatch.setattr(quest, "FusedQuest", Fused)
     monkeypatch.setattr(quantizers, "WIDE_MM", False)  # rotate would believe the tensor

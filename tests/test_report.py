@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 
-import model
 import nanobit.cli
 
 ROOT = pathlib.Path(__file__).parents[1]

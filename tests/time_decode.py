@@ -33,7 +33,7 @@ def random_weights(size, bits, tokens, device, dtype):
         zero = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
         spec = dict(kind="affine", bits=bits, a_bits=16, in_features=C, group_size=128,
                     signed=False)
-        return QuantLinear(spec, {"packed": codes, "scale": scale, "zero_point": zero})
+        return QuantLinear.of(spec, {"packed": codes, "scale": scale, "zero_point": zero})
 
     for m in model.modules():
         if isinstance(m, RMSNorm):
