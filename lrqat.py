@@ -47,10 +47,11 @@ from nanobit.checkpoint import load_checkpoint, tensor_bytes
 from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.data import batch
 from nanobit.ranks import say, world_size
-from nanobit.runs import (arm_row, block_hessians, check_groups, definite_hessian, finish,
-                          header, keep_model, load_base, save_result, show)
+from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
+                          load_base, save_result, show)
 from nanobit.train import evaluate, train_arm, train_step
-from quantizers import EPS, QuantLinear, bits_per_weight, dequantize, gptq, rtn, unpack
+from quantizers import (EPS, QuantLinear, bits_per_weight, block_hessians, dequantize, gptq, rtn,
+                        unpack)
 
 ALPHA = 32.0                         # the paper: 1, for 10,000 steps
 RATES = {"A": 1.0, "B": 1.0, "scale": 0.03, "weight": 0.03}         # peak rates over --lr
@@ -284,7 +285,8 @@ def convert(model, arm, args, ranges=None):
 @torch.no_grad()
 def gptq_model(model, data, args):
     """GPTQ block by block, each on what the blocks before it, already quantized, feed it."""
-    for block in block_hessians(model, data, args):
+    idx, _ = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)
+    for block in block_hessians(model, idx):
         for name, m, h in block:
             with definite_hessian(name, 64 * args.seq_len,
                                   "try another --data, or a longer --seq-len"):

@@ -25,7 +25,6 @@ float block sees the quantized stream too, so each block answers for its own err
 
 Shapes: N windows of T tokens, B of them a step; C channels; O outputs of a linear.
 """
-import contextlib
 import copy
 import os
 import time
@@ -44,8 +43,8 @@ from nanobit.ranks import progress, say
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
                           load_base, save_result)
 from nanobit.train import evaluate, kl_loss
-from quantizers import (QuantLinear, bits_per_weight, dequantize, fake_quant_tokens, full_float32,
-                        gptq, output_error, rtn)
+from quantizers import (QuantLinear, bits_per_weight, collect_hessians, dequantize,
+                        fake_quant_tokens, full_float32, gptq, output_error, rtn)
 
 ORDER = (("attn.wk", "attn.wv", "attn.wq"), ("attn.wo",),        # GPTQ's "true sequential" order:
          ("mlp.w_up", "mlp.w_gate"), ("mlp.w_down",))            # each sees what is quantized
@@ -162,9 +161,6 @@ class Writer(Chooser):
 # ---- The hosts: RTN, GPTQ, and SmoothQuant in front of either. `windows` are the inputs (B, T, C)
 # of a block, which come from the quantized blocks before it; `tables` are the rotary ones.
 
-class Seen(Exception):
-    """Ends a block's forward pass early: every linear that was asked for has had its input."""
-
 class FrozenLinear(nn.Module):
     """A packed linear with its weight spelled out in floats: differentiable in its input."""
 
@@ -182,28 +178,6 @@ def swap(block, kind, make):
     for name, module in list(block.named_modules()):
         if isinstance(module, kind):
             block.set_submodule(name, make(module))
-
-def collect_hessians(block, names, windows, tables, a_bits=16):
-    """{name: (E[x x^T] (C, C), max|x| (C,))} of the named linears' inputs x, over all tokens."""
-    found, tokens, missing = {}, dict.fromkeys(names, 0), set()
-    def see(name, x):
-        x = fake_quant_tokens(x, a_bits) if a_bits < 16 else x             # (B T, C)
-        h, peak = found.get(name, (x.new_zeros(x.size(1), x.size(1)), x.new_zeros(())))
-        before, tokens[name] = tokens[name], tokens[name] + len(x)         # a running mean
-        found[name] = (h.mul_(before / tokens[name]).addmm_(x.t(), x, alpha=1 / tokens[name]),
-                       torch.maximum(x.abs().amax(0), peak))
-        missing.discard(name)
-        if not missing:
-            raise Seen
-    hooks = [block.get_submodule(name).register_forward_pre_hook(
-        lambda _, inputs, name=name: see(name, inputs[0].flatten(0, -2))) for name in names]
-    for x in windows:
-        missing.update(names)
-        with contextlib.suppress(Seen):
-            block(x, *tables)
-    for hook in hooks:
-        hook.remove()
-    return found
 
 def smooth(block, windows, tables, alpha):
     """SmoothQuant: divide each norm's weight by s and multiply the columns it feeds, in place.

@@ -43,13 +43,15 @@ import torch.nn.functional as F
 
 from model import UsageError
 from nanobit.checkpoint import load_checkpoint
+from nanobit.data import batch
 from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.ranks import from_rank_0, say, world_size
-from nanobit.runs import (arm_row, block_hessians, check_groups, definite_hessian, finish,
-                          header, keep_model, load_base, save_result, show)
+from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
+                          load_base, save_result, show)
 from nanobit.train import evaluate, kl_loss, train_arm
-from quantizers import (EPS, QuantLinear, affine_codes, bits_per_weight, dequantize, full_float32,
-                        gptq, output_error, rtn, unpack, vq_dequantize, vq_fit, vq_search, vq_sum)
+from quantizers import (EPS, QuantLinear, affine_codes, bits_per_weight, block_hessians, dequantize,
+                        full_float32, gptq, output_error, rtn, unpack, vq_dequantize, vq_fit,
+                        vq_search, vq_sum)
 
 # The V half: delta, the share of R's memory that is lost in a step; the share of the groups that
 # may change (None: --tau); the temperature of stochastic rounding. p has none.
@@ -470,7 +472,8 @@ class Distilled(nn.Module):
 def fit(model, data, args):
     """Compress the linears in place, block by block, each on what the blocks before feed it."""
     generator = torch.Generator().manual_seed(args.seed)
-    for i, block in enumerate(block_hessians(model, data, args), 1):
+    idx, _ = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)
+    for i, block in enumerate(block_hessians(model, idx), 1):
         lost = []
         for name, m, h in block:
             if args.scheme == "affine":

@@ -325,6 +325,60 @@ def _gptq_columns(w, u, scale, zero_point, bits):
         w[:, i:] -= error[:, i:i + 1] * u[i, i:]
     return q, error
 
+class Seen(Exception):
+    """Ends a block's forward pass early: every linear that was asked for has had its input."""
+
+@full_float32()
+@torch.no_grad()
+def collect_hessians(block, names, windows, tables, a_bits=16):
+    """{name: (E[x x^T] (C, C), max|x| (C,))} of the named linears' inputs x, over all tokens.
+
+    windows: inputs (B, T, C) of the block, one after the other; tables: cos and sin (T, hs). Sums
+    are float32 without TF32, or float64. a_bits: of the inputs as the linears will quantize them.
+    """
+    found, tokens, missing = {}, dict.fromkeys(names, 0), set()
+
+    def see(name, x):
+        x = x if x.dtype == torch.float64 else x.float()
+        x = fake_quant_tokens(x, a_bits)                                           # (n, C)
+        if name not in found:
+            found[name] = x.new_zeros(x.size(1), x.size(1)), x.new_zeros(x.size(1))
+        h, peak = found[name]
+
+        # A running mean: what was seen before counts by its share of all tokens so far.
+        before, tokens[name] = tokens[name], tokens[name] + len(x)
+        h.mul_(before / tokens[name]).addmm_(x.t(), x, alpha=1 / tokens[name])
+        found[name] = h, torch.maximum(x.abs().amax(0), peak)
+        missing.discard(name)
+        if not missing:
+            raise Seen
+
+    hooks = [block.get_submodule(name).register_forward_pre_hook(
+        lambda _, inputs, name=name: see(name, inputs[0].flatten(0, -2))) for name in names]
+    for x in windows:
+        missing.update(names)
+        with contextlib.suppress(Seen):
+            block(x, *tables)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+@torch.no_grad()
+def block_hessians(model, idx):
+    """Yield, block by block, [(name, linear, E[x x^T] (C, C))] of its linears, for ids (N, T).
+
+    What was put into a linear's place before the next block is asked for feeds that block: each is
+    quantized on what those before it give. Every block runs twice on every window.
+    """
+    tables = model.rope(idx)
+    windows = model.embed(idx).to(model.dtype).split(16)                           # (B, T, C) each
+    for i, block in enumerate(model.blocks):
+        linears = [(name, m) for name, m in block.named_modules()
+                   if name.rsplit(".", 1)[-1].startswith("w")]
+        found = collect_hessians(block, [name for name, _ in linears], windows, tables)
+        yield [(f"blocks.{i}.{name}", m, found[name][0]) for name, m in linears]
+        windows = [block(x, *tables) for x in windows]
+
 def output_error(w, w_hat, hessian):
     """E|(w_hat - w) x|^2 / E|w x|^2, given E[x x^T] in any unit; 0 where there was no output."""
     error = w_hat - w

@@ -21,11 +21,11 @@ except ImportError:                                    # Windows: no lock on --o
 
 from model import LLaMA, PRESETS, UsageError
 from nanobit.checkpoint import load_checkpoint, save_checkpoint, tensor_bytes
-from nanobit.data import batch, load_data
+from nanobit.data import load_data
 from nanobit.hf import read_hf_tokenizer
 from nanobit.ranks import first_rank_first, put, rank, say, world_size
 from nanobit.train import settings
-from quantizers import bits_per_weight, full_float32
+from quantizers import bits_per_weight
 
 def load_training_data(args, content=None):
     """The Data of --data and --vocab, or, unless --data is given, of a checkpoint's content."""
@@ -261,25 +261,3 @@ def rounded(x):
 def show(scores):
     return (f"val loss {scores['loss']:.4f} nats/token | ppl {scores['ppl']:.2f} | "
             f"{scores['bits_per_byte']:.3f} bits/byte")
-
-@torch.no_grad()
-def block_hessians(model, data, args):
-    """Yield, block by block, [(name, linear, sum of x x^T over its inputs x (C, C))].
-
-    The inputs come from 64 windows of the training text. What was put into a linear's place before
-    the next block is asked for feeds that block: each is quantized on what those before it give.
-    """
-    idx, hessians = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)[0], {}
-    def collect(m, inputs):
-        x = inputs[0].flatten(0, -2).float()                               # (n, C)
-        with full_float32():                           # TF32 would round x to 11 bits
-            hessians[m] = hessians.get(m, 0) + x.t() @ x
-    for i in range(model.config.n_layer):
-        linears = [(n, m) for n, m in model.linears() if n.startswith(f"blocks.{i}.")]
-        hooks = [m.register_forward_pre_hook(collect) for _, m in linears]
-        hessians.clear()
-        for part in idx.split(16):
-            model(part)
-        for hook in hooks:
-            hook.remove()
-        yield [(name, m, hessians[m]) for name, m in linears]

@@ -31,6 +31,7 @@ import nanobit.train
 import normtweak
 import quest
 from conftest import TEXT, call, check_refused, random_base
+import quantizers
 from quantizers import QuantLinear
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -548,7 +549,7 @@ def test_a_hessian_that_is_not_positive_definite_is_one_line(
         capsys, monkeypatch, finished, script):
     shutil.copytree(finished, "out")
     module, negative = importlib.import_module(script), lambda *args: (
-        [(name, m, -h) for name, m, h in block] for block in nanobit.runs.block_hessians(*args))
+        [(name, m, -h) for name, m, h in block] for block in quantizers.block_hessians(*args))
     monkeypatch.setattr(module, "block_hessians", negative)
     flags = "--scheme affine --variant p" if script == "pvtune" else ""
     result = call(capsys, f"{script}.py {SHORT} {flags}")

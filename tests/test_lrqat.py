@@ -572,7 +572,7 @@ def test_gptqs_row_has_the_bits_of_the_grid_that_the_other_arms_have(bits):
     """A scale of 32 bits a row, and at 2 bits a zero point of 8."""
     m, args, _ = small_model(arm="GPTQ", bits=bits)
     sizes = [linear.weight.shape for _, linear in m.linears()]
-    lrqat.gptq_model(m, tokens(), args)
+    lrqat.gptq_model(m, TrainingTextOnly(tokens().train), args)
     extra = 32 + 8 * (bits == 2)
     stored = sum(O * C * bits + O * extra for O, C in sizes)
     weights = sum(O * C for O, C in sizes)
@@ -584,8 +584,7 @@ def test_gptqs_row_has_the_bits_of_the_grid_that_the_other_arms_have(bits):
 def test_hessians_are_of_all_windows_behind_the_blocks_that_are_quantized_already():
     """Up to a unit: 64 windows of the training text, run here one by one, summed in float64."""
     m, args, _ = small_model(arm="GPTQ", seed=5, seq_len=16)
-    data = TrainingTextOnly(tokens().train)
-    idx, blocks = nanobit.data.batch(data.train, 0, 64, 16, args.seed, "cpu")[0], 0
+    idx, blocks = nanobit.data.batch(tokens().train, 0, 64, 16, args.seed, "cpu")[0], 0
     assert len(idx) == 64
     def second_moment(linear):
         seen = []
@@ -594,7 +593,7 @@ def test_hessians_are_of_all_windows_behind_the_blocks_that_are_quantized_alread
             m(window[None])
         hook.remove()
         return sum(x.double().t() @ x.double() for x in seen)
-    for block in nanobit.runs.block_hessians(m, data, args):
+    for block in quantizers.block_hessians(m, idx):
         for name, linear, h in block:
             want = second_moment(linear)
             error = h.double() / h.double().trace() - want / want.trace()

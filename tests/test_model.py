@@ -434,7 +434,7 @@ def training(kind="dense", seed=0, **changes):
     """(model, data, args) of a run of 6 steps that looks at the dev split every second."""
     data = SimpleNamespace(train=ids(400).numpy(), dev=ids(50).numpy(), digest="d", name="n")
     args = dict(steps=6, lr=1e-2, batch_size=4, accumulate=2, seq_len=8, seed=0, device="cpu",
-                compile=False, eval_every=2, resume=False, out="")
+                compile=False, eval_every=2, resume=False, out="", model=None)
     return quantized(small(seed, loud=False), kind), data, SimpleNamespace(**args | changes)
 
 @pytest.mark.parametrize("kind", KINDS)

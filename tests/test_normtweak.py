@@ -14,8 +14,10 @@ import model as trunk
 import nanobit.checkpoint
 import nanobit.data
 import normtweak as nt
+import quantizers
 from conftest import call, check_refused, double
-from model import LLaMA, LlamaConfig, UsageError, save_checkpoint
+from model import LLaMA, LlamaConfig, UsageError
+from nanobit.checkpoint import save_checkpoint
 from quantizers import QuantLinear, fake_quant_tokens
 
 CONFIG = LlamaConfig(vocab_size=300, n_layer=3, n_embd=32, n_head=4, n_kv_head=2, n_hidden=48,
@@ -285,7 +287,7 @@ def test_hessian_is_the_second_moment_however_tokens_are_split(teacher, ids, in_
     for hook in hooks:
         hook.remove()
     for size, a_bits in ((1, 16), (3, 16), (8, 16), (8, 4)):
-        for name, h in nt.collect_hessians(block, inputs, x.split(size), rope, a_bits).items():
+        for name, h in quantizers.collect_hessians(block, inputs, x.split(size), rope, a_bits).items():
             h, peak = h
             v = inputs[name] if a_bits == 16 else fake_quant_tokens(inputs[name], 4)
             torch.testing.assert_close(h, v.T @ v / len(v), rtol=1e-10, atol=1e-10)
@@ -316,7 +318,7 @@ def test_gptq_sees_what_is_quantized_before_it(teacher, ids, options, monkeypatc
                 block.set_submodule(earlier, nt.FrozenLinear(done))
         w, h = calls[i]
         assert torch.equal(w, block.get_submodule(name).weight)
-        expected = nt.collect_hessians(block, [name], x.split(1), rope, args.a_bits)[name][0]
+        expected = quantizers.collect_hessians(block, [name], x.split(1), rope, args.a_bits)[name][0]
         torch.testing.assert_close(h, expected)
     assert len(calls) == 7 * 3
 

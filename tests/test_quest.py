@@ -18,8 +18,9 @@ import torch.nn.functional as F
 
 import quantizers
 import quest
-from model import (Linear, LLaMA, LlamaConfig, UsageError, load_checkpoint, make_optimizer,
-                   save_checkpoint)
+from model import Linear, LLaMA, LlamaConfig, UsageError
+from nanobit.checkpoint import load_checkpoint, save_checkpoint
+from nanobit.train import make_optimizer
 from quantizers import (GAUSSIAN_CLIP, QuantLinear, clip_limit, code_offset, keep_two_of_four,
                         quest_codes, quest_fake_quant, rotate)
 from quest import LsqLinear, QuestFunction, QuestLinear, lsq_calibrate, trust_status
