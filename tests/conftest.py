@@ -21,7 +21,7 @@ def same_numbers_every_time():
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    """Models that `double` made compute everything in float64: `.float()` is their only other dtype.
+    """Models that `double` made compute all in float64: `.float()` is what else they would use.
 
     Two computations of one number sum in another order, and processors differ in theirs. In float32
     a rounded activation then falls on the other side of a border now and then, and all that follows

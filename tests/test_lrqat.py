@@ -337,6 +337,9 @@ class Meter(TorchDispatchMode):
     (4, "packed", "bfloat16", 1), (2, "fixed", "bfloat16", 1), (4, "fixed", "bfloat16", 4),
     (4, "bf16", "float32", 2)])
 def test_ledger_predicts_every_component_within_ten_percent(bits, phi, dtype, micro):
+    if dtype == "bfloat16" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("torch's attention in bfloat16 goes by the processor, not by what "
+                    "ATEN_CPU_CAPABILITY leaves of it, and raises")
     c = LlamaConfig(512, 2, 256, 4, 4, 704, 128)
     args = memory_args(bits=bits, phi=phi, rank=8, dtype=dtype, batch_size=2 * micro, accumulate=2,
                        seq_len=128)
