@@ -439,7 +439,6 @@ class Distilled(nn.Module):
         self.forms = nn.ModuleList(stack([m.form for m in layers]) for layers in self.layers)
         for _, layer in student.linears():
             layer.form = None
-        self.private = [name for name, _ in self.named_parameters() if name.startswith("forms.")]
 
     @property
     def lean(self):

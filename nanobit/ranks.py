@@ -12,7 +12,6 @@ import time
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 
 from model import UsageError
 
@@ -105,25 +104,34 @@ def from_rank_0(tensors):
         dist.broadcast(t.detach(), 0)
 
 def distribute(model, args):
-    """What trains the model on all ranks: it averages their gradients, but of the parameters that
-    the model calls `private`, which get theirs elsewhere. --fsdp: the model itself, of whose
-    weights each rank keeps a share; a block's are whole only while it computes."""
+    """Let all ranks begin with rank 0's weights. --fsdp: of which each rank then keeps a share; a
+    block's are whole only while it computes."""
     if world_size() == 1:
-        return model
+        return
     if not args.fsdp:
         from_rank_0((*model.parameters(), *model.buffers()))
-        if args.compile:                               # each block whole, as on one GPU
-            torch._dynamo.config.optimize_ddp = False
-        ddp, private = nn.parallel.DistributedDataParallel, getattr(model, "private", [])
-        ddp._set_params_and_buffers_to_ignore_for_model(
-            model, [*private, *(name for name, _ in model.named_buffers())])
-        return ddp(model, gradient_as_bucket_view=True)
+        return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(torch.device(args.device).type, (world_size(),))
     for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh)
-    return model
+
+def share_gradients_of_last(model, last):
+    """--fsdp: the gradients are summed over the ranks in the last micro-batch alone. Until then a
+    rank keeps whole ones."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+
+def average_gradients(parameters):
+    """Every gradient becomes its mean over the ranks. With --fsdp it is that already."""
+    grads = [p.grad for p in parameters if p.grad is not None and not hasattr(p, "placements")]
+    if world_size() == 1 or not grads:
+        return
+    for work in [dist.all_reduce(g, async_op=True) for g in grads]:
+        work.wait()
+    for g in grads:
+        g.div_(world_size())                           # gloo cannot average
 
 def whole(t):
     """The tensor, no longer sharded if it was; all ranks must call."""

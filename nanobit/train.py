@@ -19,7 +19,8 @@ import torch.nn as nn
 from model import UsageError
 from nanobit.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from nanobit.data import batch
-from nanobit.ranks import (agree, distribute, placed_like, progress, rank, say, whole, world_size)
+from nanobit.ranks import (agree, average_gradients, distribute, placed_like, progress, rank, say,
+                           share_gradients_of_last, whole, world_size)
 
 def settings(args):
     """What a checkpoint keeps of the command line: plain values."""
@@ -98,7 +99,7 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
     "losses": one float a step}. A loss that is not finite raises UsageError and saves nothing.
     A method's own optimizer may have a `schedule`, and groups with a "peak" rate, not args.lr.
     """
-    net = distribute(model, args)
+    distribute(model, args)
     optimizer, losses, before = optimizer or make_optimizer(model, args.lr), [], 0.0
     if args.resume:
         losses, before = resume(model, optimizer, args, data, path)
@@ -108,7 +109,7 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
     start = last_line = last_save = time.perf_counter()
     pending, line_step, saved = [], len(losses), len(losses)   # pending: still on the device
     for done in range(len(losses) + 1, args.steps + 1):
-        loss, gnorm = train_step(net, optimizer, data, args, done - 1)
+        loss, gnorm = train_step(model, optimizer, data, args, done - 1)
         pending.append(loss + 0 * gnorm)               # NaN if the gradient is not finite
         look = args.eval_every and done % args.eval_every == 0
         save = look or STOP or done == args.steps or time.perf_counter() - last_save > 60
@@ -153,13 +154,14 @@ def train_step(model, optimizer, data, args, step):
         data.train, step, args.batch_size, args.seq_len, args.seed, args.device))
     size, total = args.batch_size // args.accumulate, 0.0
     for i in range(0, len(x), size):
-        more = i + size < len(x) and hasattr(model, "no_sync")             # ranks sum only once
-        with model.no_sync() if more else contextlib.nullcontext():
-            xs, ys = x[i:i + size], y[i:i + size]
-            loss = model(xs, ys)[1] * (len(xs) / len(x))
-            loss.backward()
+        share_gradients_of_last(model, i + size >= len(x))
+        xs, ys = x[i:i + size], y[i:i + size]
+        loss = model(xs, ys)[1] * (len(xs) / len(x))
+        loss.backward()
         total = total + loss.detach()
-    gnorm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+    learn = [p for group in optimizer.param_groups for p in group["params"]]
+    average_gradients(learn)
+    gnorm = nn.utils.clip_grad_norm_(learn, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if world_size() > 1:

@@ -14,6 +14,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed
 
 import lrqat
 import model
@@ -53,7 +54,7 @@ test_distributed.child()
 def command(script, flags, out):
     """Run a script's main in this process, as from the command line."""
     sys.argv = [f"{script}.py", *SMALL, *flags, "--out", out]
-    {"model": model, "quest": quest, "lrqat": lrqat, "pvtune": pvtune}[script].main()
+    {"model": nanobit.cli, "quest": quest, "lrqat": lrqat, "pvtune": pvtune}[script].main()
 
 def child():
     """All that one rank does; what it saw goes to rank<r>.json."""
@@ -95,7 +96,7 @@ def child():
     except UsageError as e:
         seen["nan"] = str(e)
     pathlib.Path(f"rank{rank}.json").write_text(json.dumps(seen))
-    model.dist.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -28,7 +28,7 @@ def main():
     data = types.SimpleNamespace(train=np.random.default_rng(0).integers(0, 32000, 2_000_000))
     data.tokenizer = types.SimpleNamespace(n_vocab=32000)
     model = new_model(args, data)
-    net = distribute(model, args)
+    distribute(model, args)
     optimizer = make_optimizer(model, 6e-4)
     times, losses = [], []
     if args.device == "cuda":
@@ -36,7 +36,7 @@ def main():
     for step in range(args.steps):
         agree()
         start = time.time()
-        losses.append(train_step(net, optimizer, data, args, step)[0].item())
+        losses.append(train_step(model, optimizer, data, args, step)[0].item())
         times.append(time.time() - start)
     seconds = statistics.median(times[2:])
     say(f"{world_size()} processes{' with --fsdp' * args.fsdp} on {args.device}, torch "
