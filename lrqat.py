@@ -43,13 +43,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import LLaMA, PRESETS, RMSNorm, UsageError
-from nanobit.checkpoint import load_checkpoint, tensor_bytes
+from nanobit.checkpoint import tensor_bytes
 from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.data import batch
 from nanobit.ranks import say, world_size
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
-                          load_base, save_result, show)
-from nanobit.train import evaluate, train_arm, train_step
+                          load_base, score, show, through_the_file)
+from nanobit.train import train_arm, train_step
 from quantizers import (EPS, QuantLinear, bits_per_weight, block_hessians, dequantize, gptq, rtn,
                         unpack)
 
@@ -297,11 +297,16 @@ def gptq_model(model, data, args):
 
 @torch.no_grad()
 def flipped(model):
-    """For the progress line: the share of integers that A B moved away from those of phi alone."""
+    """The share of integers that A B moved away from those of phi alone; None without A and B."""
     moved = [m.rounded() != integers(m.codes, None, None, *m.how[:2])
              for m in model.modules() if getattr(m, "A", None) is not None]
     total = sum(m.numel() for m in moved)
-    return f" flipped {100 * sum(m.sum() for m in moved) / total:.2f}% |" if moved else ""
+    return sum(m.sum().item() for m in moved) / total if moved else None
+
+def status(model):
+    """LR-QAT's own number for the progress line."""
+    share = flipped(model)
+    return "" if share is None else f" flipped {100 * share:.2f}% |"
 
 def compare(args):
     """Train and evaluate every arm on the same tokens; print the table; pack the last arm."""
@@ -325,10 +330,12 @@ def compare(args):
         if learn:
             say(f"--- {arm}: {learn} parameters learn")
             result = train_arm(model, data, args, f"{path}-arm{ARMS.index(arm)}.state",
-                               lambda: flipped(model), make_optimizer(model, args.lr))
-        scores = evaluate(model.eval(), data.val, args.seq_len, data.tokenizer)
+                               lambda: status(model), make_optimizer(model, args.lr))
+        scores = score(model.eval(), data, args)
         bpw = 16.0 if arm.startswith("dense") else None                    # of all others: below
         rows[arm] = arm_row(scores, bpw, seconds + result["seconds"], learn=learn)
+        if arm.startswith("LR-QAT"):
+            rows[arm]["flipped"] = flipped(model)
         say(f"{arm} | {show(scores)}")
     say(f"\n{len(data.val) - 1:>7} val tokens     |   learn | val loss | recovered | seconds")
     worst, best = rows["RTN"]["val_loss"], rows.get("dense, longer", {}).get("val_loss", math.nan)
@@ -351,14 +358,12 @@ def pack_result(args, model, data, path, rows, result):
     live = list(rows.values())[-1]["val_loss"]
     trained = {n: integers_in_use(m, model.dtype) for n, m in model.linears()}
     model.replace_linears(lambda _, m: QuantLinear.affine(*m.merge(), args.bits, args.group_size))
-    save_result(path, model, args, data, "lrqat")
-    model, _ = load_checkpoint(path, args.device, model.dtype)
+    model, scores = through_the_file(path, model, args, data, "lrqat")
     differ = 0
     for n, m in model.linears():
         q = unpack(m.packed, args.bits, m.spec["in_features"], m.spec["signed"])
         q = q.float() if m.spec["signed"] else q.float() + limits(args.bits)[0]
         differ += (q != trained[n]).sum().item()
-    scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
     bpw, weights = bits_per_weight(model)
     say(f"\nmerged | {show(scores)} | {differ} of {weights} integers differ, loss by "
         f"{abs(scores['loss'] - live):.1e} | {bpw:.3f} bits per weight | {path}")

@@ -41,8 +41,8 @@ from nanobit.data import batch
 from nanobit.generate import Chooser, decode
 from nanobit.ranks import progress, say
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
-                          load_base, save_result)
-from nanobit.train import evaluate, kl_loss
+                          load_base, score, through_the_file)
+from nanobit.train import kl_loss
 from quantizers import (QuantLinear, bits_per_weight, collect_hessians, dequantize,
                         fake_quant_tokens, full_float32, gptq, output_error, rtn)
 
@@ -326,7 +326,7 @@ def main():
     if ids.numel() < teacher.config.n_hidden:
         say(f"warning: {ids.numel()} calibration tokens cannot tell {teacher.config.n_hidden} "
             "inputs of a layer apart; give more with --steps")
-    base = evaluate(teacher, data.val, args.seq_len, data.tokenizer)
+    base = score(teacher, data, args)
     arms, rows = {"dense": arm_row(base, 16.0, 0.0)}, [line("dense", base, 16)]
     for host in hosts:
         for tweak in (False, True):
@@ -336,8 +336,7 @@ def main():
             losses = compress(model, teacher, ids, args, None if student else host, tweak)
             seconds, (bpw, _) = time.perf_counter() - begin, bits_per_weight(model)
             path = os.path.join(args.out, f"{name}-w{args.bits}.pt")
-            save_result(path, model, args, data, name)
-            scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
+            model, scores = through_the_file(path, model, args, data, name)
             say(f"{name} | val loss {scores['loss']:.4f} | {seconds:.1f} s | saved {path}")
             arms[name] = arm_row(scores, bpw, seconds)
             rows.append(line(name, scores, bpw, seconds, losses))

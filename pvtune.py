@@ -42,13 +42,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import UsageError
-from nanobit.checkpoint import load_checkpoint
-from nanobit.data import batch
 from nanobit.cli import add_flags, number, Parser, resolve, run
+from nanobit.data import batch
 from nanobit.ranks import from_rank_0, say, world_size
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
-                          load_base, save_result, show)
-from nanobit.train import evaluate, kl_loss, train_arm
+                          load_base, score, show, through_the_file)
+from nanobit.train import kl_loss, train_arm
 from quantizers import (EPS, QuantLinear, affine_codes, bits_per_weight, block_hessians, dequantize,
                         full_float32, gptq, output_error, rtn, unpack, vq_dequantize, vq_fit,
                         vq_search, vq_sum)
@@ -521,32 +520,30 @@ def compare(args):
     fitted = fit(copy.deepcopy(base), data, args).requires_grad_(True)
     seconds, rows = time.perf_counter() - start, {}
     bpw = bits_per_weight(Distilled(copy.deepcopy(fitted), base).pack())[0]
-    def score(arm, model, bits, optimizer=None, seconds=0.0):
-        scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
+    def add(arm, model, bits, optimizer=None, seconds=0.0):
+        scores = score(model, data, args)
         rows[arm] = arm_row(scores, bits, seconds)
         if optimizer and optimizer.how:
             changed, (allowed, groups) = optimizer.changed(), optimizer.allowed()
             rows[arm] |= {"changed": changed / groups, "budget": changed / allowed / args.steps}
         say(f"{arm} | {show(scores)}")
         return scores
-    score("dense", base, 16.0)
+    add("dense", base, 16.0)
     start, rtn_model = time.perf_counter(), nearest_rtn(base, bpw)
-    score("RTN", rtn_model, bits_per_weight(rtn_model)[0], seconds=time.perf_counter() - start)
-    score("as fitted", fitted, bpw, seconds=seconds)
+    add("RTN", rtn_model, bits_per_weight(rtn_model)[0], seconds=time.perf_counter() - start)
+    add("as fitted", fitted, bpw, seconds=seconds)
     for variant in [args.variant] if args.variant else ["p", "ste", "pv"]:
         say(f"--- {NAMES[variant]}")
         path = os.path.join(args.out, f"{name}-{variant}.state")
         model, optimizer, result = tune(fitted, base, data, args, variant, path)
-        scores = score(NAMES[variant], model, bpw, optimizer, result["seconds"])
+        live = add(NAMES[variant], model, bpw, optimizer, result["seconds"])
     print_table(rows, len(data.val) - 1)
     bits = args.bits
     if args.scheme != "affine":                        # of the codes alone
         M, B, g = parse_scheme(args.scheme)
         bits = M * B / g
-    packed, path = model.pack(), os.path.join(args.out, name + ".pt")
-    save_result(path, packed, args, data, "pvtune")
-    packed, _ = load_checkpoint(path, args.device, base.dtype)
-    live, scores = scores, evaluate(packed, data.val, args.seq_len, data.tokenizer)
+    path = os.path.join(args.out, name + ".pt")
+    packed, scores = through_the_file(path, model.pack(), args, data, "pvtune")
     differ, minus = groups_that_differ(model, packed), scores["loss"] - live["loss"]
     say(f"packed | {show(scores)} | {differ} groups have other codes than the live weights | loss "
         f"differs from live by {abs(minus):.1e} | {bpw:.3f} bits per weight | {path}")

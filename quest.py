@@ -31,13 +31,13 @@ import torch
 import torch.nn as nn
 
 from model import UsageError
-from nanobit.checkpoint import load_checkpoint, tensor_bytes
+from nanobit.checkpoint import tensor_bytes
 from nanobit.cli import add_flags, Parser, resolve, run
 from nanobit.data import batch
 from nanobit.generate import sample_text
 from nanobit.ranks import progress, say, whole
 from nanobit.runs import (header, keep_model, load_training_data, new_model, read_rows, record,
-                          save_result, show)
+                          show, through_the_file)
 from nanobit.train import evaluate, train
 from quantizers import (QuantLinear, bits_per_weight, clip_limit, code_linear, code_offset,
                         find_kernels, hadamard_signs, keep_two_of_four, num_levels, quest_codes,
@@ -425,9 +425,8 @@ def report(args, model, data, path, scores, live, result, base, params):
     linear = sum(m.weight.numel() for _, m in model.linears())
     if args.bits < 16:
         model.replace_linears(lambda name, linear: linear.packed())
-    save_result(path, model, args, data, args.quantizer if args.bits < 16 else "dense")
-    model, _ = load_checkpoint(path, args.device, model.dtype)
-    reloaded = evaluate(model, data.val, args.seq_len, data.tokenizer)
+    method = args.quantizer if args.bits < 16 else "dense"
+    model, reloaded = through_the_file(path, model, args, data, method)
     bpw, weights = bits_per_weight(model)
     differ, count = None, ""
     if weights:
@@ -436,7 +435,7 @@ def report(args, model, data, path, scores, live, result, base, params):
         count = f"{differ} of {weights} integers differ from training's | "
 
     # The row comes before all that is printed about it: nothing after this can lose the result.
-    row = record(args, args.quantizer if weights else "dense", model, reloaded, result,
+    row = record(args, method, model, reloaded, result,
                  w_bits=args.bits, a_bits=args.a_bits, grid=args.grid, size=args.size, lr=args.lr,
                  linear_params=linear, base_val_loss=base, curve=curve(result["losses"]),
                  integers_differ=differ, packed_minus_live=reloaded["loss"] - scores["loss"])

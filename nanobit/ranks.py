@@ -41,7 +41,7 @@ def progress(items, label):
     start = last = time.perf_counter()
     for i, item in enumerate(items, 1):
         yield item
-        if time.perf_counter() - last > 10:
+        if i < len(items) and time.perf_counter() - last > 10:
             last = time.perf_counter()
             say(f"{label} {i}/{len(items)} | eta {(last - start) / i * (len(items) - i):.0f}s")
 

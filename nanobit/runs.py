@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import shlex
+import subprocess
 import sys
 
 import torch
@@ -24,7 +25,7 @@ from nanobit.checkpoint import load_checkpoint, save_checkpoint, tensor_bytes
 from nanobit.data import load_data
 from nanobit.hf import read_hf_tokenizer
 from nanobit.ranks import first_rank_first, put, rank, say, world_size
-from nanobit.train import settings
+from nanobit.train import dev_loss, evaluate, settings
 from quantizers import bits_per_weight
 
 def load_training_data(args, content=None):
@@ -44,6 +45,19 @@ def save_result(path, model, args, data, method):
     """A checkpoint with all that `model.py eval` and `sample` need."""
     save_checkpoint(path, model, method=method, settings=settings(args), tokenizer=data.spec,
                     data=data.digest)
+
+def score(model, data, args):
+    """Losses on the whole validation split, which is only reported, and "dev_loss", by which
+    settings are chosen."""
+    scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
+    return scores | {"dev_loss": dev_loss(model, data, args.seq_len)}
+
+def through_the_file(path, model, args, data, method):
+    """Save a result, load it again and score that -> (model, scores). What is reported of a packed
+    model is thereby what its file holds."""
+    save_result(path, model, args, data, method)
+    model, _ = load_checkpoint(path, args.device, model.dtype)
+    return model, score(model, data, args)
 
 def open_model(args, path, as_stored=False, dense=True):
     """load_checkpoint on the command's device; --seq-len defaults to the window of its training.
@@ -174,12 +188,12 @@ def record(args, method, model, scores, result, **more):
     params = sum(p.numel() for p in model.parameters()) + weights
     packed = tensor_bytes(model.state_dict().values()) if weights else None
     row = {"method": method, "w_bits": 16, "a_bits": 16, "bpw": bpw or 16.0, "group_size": -1,
-           "val_loss": scores["loss"], "val_ppl": scores["ppl"],
+           "val_loss": scores["loss"], "val_ppl": scores["ppl"], "dev_loss": scores.get("dev_loss"),
            "bits_per_byte": scores["bits_per_byte"], "base_val_loss": None,
            "bytes_dense": 2 * params, "bytes_packed": packed, "params": params,
            "tokens": result["tokens"], "seconds": result["seconds"], "device": args.device,
            "peak_bytes": peak_bytes(),
-           "seed": args.seed, **more, "command": command_line()}
+           "seed": args.seed, **more, "command": command_line(), "commit": commit()}
     line = json.dumps(rounded(row))
     path = os.path.join(args.out, "results.jsonl")
     if rank() == 0:
@@ -231,6 +245,18 @@ def read_rows(path):
         put(sys.stderr, f"note: left out of {path}: line {', '.join(torn)}, not a row\n")
     return rows
 
+def commit():
+    """The commit of this checkout, with a + where files have changed since; None without git."""
+    def git(*command):
+        root = pathlib.Path(__file__).parent.parent
+        return subprocess.run(["git", "-C", root, *command], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
 def command_line():
     """The command that runs, as a shell reads it."""
     start, local = ["python"], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -250,8 +276,8 @@ def peak_bytes():
 
 def arm_row(scores, bpw, seconds, **more):
     """What a row of results keeps of each arm that the run compared."""
-    return {"val_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"], "bpw": bpw,
-            "seconds": seconds, "peak_bytes": peak_bytes(), **more}
+    return {"val_loss": scores["loss"], "dev_loss": scores["dev_loss"],
+            "bits_per_byte": scores["bits_per_byte"], "bpw": bpw, "seconds": seconds, "peak_bytes": peak_bytes(), **more}
 
 def rounded(x):
     if isinstance(x, dict):

@@ -56,6 +56,12 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
         scores["bits_per_byte"] = total / math.log(2) / max(1, n_bytes)
     return scores
 
+DEV_WINDOWS = 64
+
+def dev_loss(model, data, seq_len):
+    """Nats per token on the first windows of the dev split: settings are chosen by this one."""
+    return evaluate(model, data.dev[:DEV_WINDOWS * seq_len + 1], seq_len)["loss"]
+
 def kl_loss(teacher, student):
     """KL(teacher || student) of logits (..., vocab), mean over tokens. The gradient of equal
     logits is exactly zero, so that Adam does not blow noise up."""
@@ -124,10 +130,9 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
                 f"{ms:.0f} ms | {speed:.1f}k tok/s | eta {eta:.0f}s")
             last_line, line_step = time.perf_counter(), done
         if look:
-            part = data.dev[: 64 * args.seq_len + 1]
-            dev = evaluate(model, part, args.seq_len)["loss"]
-            say(f"step {done:>4}/{args.steps} | dev loss {dev:.4f} nats/token "
-                f"on {len(part) - 1} tokens")
+            dev = dev_loss(model, data, args.seq_len)
+            tokens = min(DEV_WINDOWS * args.seq_len, len(data.dev) - 1)
+            say(f"step {done:>4}/{args.steps} | dev loss {dev:.4f} nats/token on {tokens} tokens")
         if save:
             seconds = before + time.perf_counter() - start
             save_checkpoint(path, model, settings=settings(args), data=data.digest, losses=losses,
