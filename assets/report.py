@@ -9,9 +9,9 @@ the dense runs of the same seeds, size and tokens. normtweak.jsonl holds one lin
 model, without and with the tweak; its table pairs them by calibration seed. lrqat.jsonl: one line
 an arm, rate and seed, the arm's rate chosen by the mean loss on the dev split. pvtune.jsonl: one
 line an arm, also those of the search for rates on the dev split. law.jsonl: the runs of the scaling
-law, for `quest.py --fit`; kernels.jsonl: what `tests/time_kernels.py --out` wrote. Runs that compare
-several arms on one base hold them under "arms": with the runs from scratch of the same size they
-become one table of methods. The figures need matplotlib.
+law, which assets/law.py fits; kernels.jsonl: what `tests/time_kernels.py --out` wrote. Runs that
+compare several arms on one base hold them under "arms": with the runs from scratch of the same size
+they become one table of methods. The figures need matplotlib.
 """
 import collections
 import pathlib
