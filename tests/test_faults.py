@@ -428,8 +428,8 @@ def test_the_row_is_written_where_the_folder_is_gone(capsys, monkeypatch):
     assert len(rows()) == 1
 
 def test_a_run_of_random_weights_writes_its_row_into_a_new_folder(capsys):
-    flags = "--init random --steps 1 --batch-size 1 --accumulate 1 --seq-len 8 --out a/new"
-    status, out, err = call(capsys, f"lrqat.py {flags}")
+    flags = "--size tiny --steps 1 --batch-size 1 --accumulate 1 --seq-len 8 --out a/new"
+    status, out, err = call(capsys, f"time_lrqat_memory.py {flags}")
     assert status == 0, err
     assert rows("a/new/results.jsonl") == [json.loads(out.splitlines()[-1])]
 
