@@ -3,11 +3,10 @@
     python lrqat.py --bits 2                    # every arm on the tiny base; one table; 3 minutes
     python lrqat.py --bits 2 --smoke            # every line of it in a few seconds
     python lrqat.py --bits 2 --arm full         # one arm alone, packed: here full QAT
-    python lrqat.py --size 7B --init-base random --bits 4 --phi packed --steps 3 --seq-len 1024
     python model.py eval out/lrqat-w2.pt        # the merged, packed result
     torchrun --standalone --nproc_per_node=2 lrqat.py --bits 2      # the same arms on 2 GPUs
 
-The fourth is 7B on one GPU: random weights prove bytes and speed, never quality.
+tests/time_lrqat_memory.py measures bytes and speed, at 7B on one GPU.
 
 The idea:
   1. Quantization-aware training pays for a gradient and two moments of every weight. Freeze the
@@ -35,28 +34,24 @@ import copy
 import math
 import os
 import time
-import types
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import LLaMA, PRESETS, RMSNorm, UsageError
-from nanobit.checkpoint import tensor_bytes
+from model import UsageError
 from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.data import batch
-from nanobit.ranks import say, world_size
+from nanobit.ranks import say
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
                           load_base, score, show, through_the_file)
-from nanobit.train import train_arm, train_step
+from nanobit.train import train_arm
 from quantizers import (EPS, QuantLinear, bits_per_weight, block_hessians, dequantize, gptq, rtn,
                         unpack)
 
 ALPHA = 32.0                         # the paper: 1, for 10,000 steps
 RATES = {"A": 1.0, "B": 1.0, "scale": 0.03, "weight": 0.03}         # peak rates over --lr
 PHI = {"fp32": (4, 8), "bf16": (2, 8), "fixed": (1, 7), "packed": (0.5, 4)}  # bytes, most bits
-LIMIT = 24                           # GiB that the other arms of a --init random run get
 ARMS = ("dense", "dense, longer", "RTN", "GPTQ", "scales only (PEQA)", "full QAT (LSQ)",
         "LR-QAT, s frozen", "LR-QAT")
 ALONE = {"scales": ARMS[4], "full": ARMS[5], "frozen": ARMS[6], "lr-qat": ARMS[7]}     # --arm
@@ -71,25 +66,24 @@ def parse_args(argv=None):
     add("--phi", choices=tuple(PHI), default="fixed", help="format of the frozen weights; fixed: "
         "int8 with --bits integer bits; packed: integers, two a byte (default: fixed)")
     add("--rank", type=number(int, 1), default=32, help="of A and B (default: 32)")
-    add("--init", "--init-base", choices=("zero", "svd", "random"), default="zero", help="start of "
-        "A B: zero, or the rounding error's SVD; random: zero, on random weights (default: zero)")
+    add("--init", choices=("zero", "svd"), default="zero", help="start of A B: zero, or the "
+        "rounding error's SVD (default: zero)")
     add("--a-bits", type=number(int, 2, 16), default=16, help="of activations, a grid a token; "
         "16: not quantized (default: 16)")
     add("--kv-bits", type=number(int, 2, 16), help="of keys and values (default: --a-bits)")
-    add("--memory-report", action="store_true", help="first, predicted against measured bytes")
     add_flags(p)
     p.set_defaults(lr=1e-2, seq_len=0)                 # the rate of A and B; the base's windows
     args = p.parse_args(argv)
     args.kv_bits, args.steps = args.kv_bits or args.a_bits, args.steps or (6 if args.smoke else 80)
-    if args.bits > PHI[args.phi][1]:
-        raise UsageError(f"--phi {args.phi} holds at most {PHI[args.phi][1]} bits, not --bits "
-                         f"{args.bits}; try --phi bf16")
-    if args.init == "random" and args.model:
-        raise UsageError(f"--init random has no base model; leave --model {args.model} out")
-    if world_size() > 1 and (args.init == "random" or args.memory_report):
-        raise UsageError("--init random and --memory-report measure one process; start them with "
-                         "plain python")
+    check_phi(args)
     return resolve(args)
+
+def check_phi(args):
+    """Raise UsageError for more bits than the format of the frozen weights holds."""
+    most = PHI[args.phi][1]
+    if args.bits > most:
+        raise UsageError(f"--phi {args.phi} holds at most {most} bits, not --bits {args.bits}; try "
+                         "--phi bf16")
 
 def check_shapes(model, args):
     """Raise UsageError for a rank, a group or a phi that some linear of the model cannot have."""
@@ -260,27 +254,35 @@ def make_optimizer(model, lr):
 
 # ---- The arms of the comparison: the same linears may learn in each, all else is frozen --------
 
-def convert(model, arm, args, ranges=None):
+def convert(model, arm, args, ranges):
     """Turn the linears into those of the arm, one at a time. ranges: {name: what start_range
-    gave}; without, the linears are shapes alone, and get random weights on the device."""
+    gave}."""
     model.requires_grad_(False).train()
     if not arm.startswith("dense"):
         model.config.a_bits, model.config.kv_bits = args.a_bits, args.kv_bits
+
     def make(name, linear):
-        w, linear.weight = linear.weight.detach(), None      # free the source before the next one
-        w = torch.randn(w.shape, device=args.device, dtype=model.dtype) / 50 if w.is_meta else w
-        if arm in ("dense", "dense, longer", "GPTQ"):
-            linear.weight = nn.Parameter(w, requires_grad=arm == "dense, longer")
-            return linear
-        how = args.bits, args.group_size
-        grid = *(ranges[name] if ranges else start_range(w, *how, search=False)), *how
-        if arm == "full QAT (LSQ)":
-            return FullQATLinear(w, *grid)
-        rank, phi = (args.rank, args.phi) if arm.startswith("LR-QAT") else (0, "fp32")
-        layer = LRQATLinear(w, *grid, rank, phi, svd=rank and args.init == "svd")
-        layer.scale.requires_grad_(arm not in ("RTN", "LR-QAT, s frozen"))
-        return layer
+        w = linear.weight.detach()
+        linear.weight = None                           # the source is freed before the next one
+        return arm_linear(linear, w, ranges[name], arm, args)
+
     return model.replace_linears(make)
+
+def arm_linear(linear, w, grid, arm, args):
+    """The arm's layer of weights w (O, C). The dense arms and GPTQ put w back into `linear`; the
+    others have a layer of their own, which starts on the grid: a (scale, zero_point)."""
+    if arm in ("dense", "dense, longer", "GPTQ"):
+        linear.weight = nn.Parameter(w, requires_grad=arm == "dense, longer")
+        return linear
+    how = *grid, args.bits, args.group_size
+    if arm == "full QAT (LSQ)":
+        return FullQATLinear(w, *how)
+    rank, phi = 0, "fp32"
+    if arm.startswith("LR-QAT"):
+        rank, phi = args.rank, args.phi
+    layer = LRQATLinear(w, *how, rank, phi, svd=rank and args.init == "svd")
+    layer.scale.requires_grad_(arm not in ("RTN", "LR-QAT, s frozen"))
+    return layer
 
 @torch.no_grad()
 def gptq_model(model, data, args):
@@ -317,8 +319,6 @@ def compare(args):
     keep_model(args, os.path.join(args.out, name + ".pt"))
     header(f"{name} | phi {args.phi}, rank {args.rank}", args, base, data)
     ranges = {n: start_range(m.weight, args.bits, args.group_size) for n, m in base.linears()}
-    if args.memory_report:
-        measure(convert(copy.deepcopy(base), "LR-QAT", args, ranges), args, data, report=True)
     rows, path = {}, os.path.join(args.out, name)
     for arm in ("dense", "RTN", ALONE[args.arm]) if args.arm else ARMS:
         torch.manual_seed(args.seed)
@@ -374,124 +374,9 @@ def pack_result(args, model, data, path, rows, result):
            packed_minus_live=scores["loss"] - live,
            arms={arm: row | {"bpw": row["bpw"] or bpw} for arm, row in rows.items()})
 
-# ---- Memory -----------------------------------------------------------------------------------
-
-def ledger(c, args):
-    """Predicted bytes at the peak of a lean step, by component, from shapes alone (LlamaConfig c).
-
-    activations: the blocks' inputs and the end's. temporaries: one block again and the backward
-    pass of the largest linear (two float32, an int8, a mask, W_hat), or the loss of 256 tokens; and
-    the 32 MiB that PyTorch gives cuBLAS to work with on an H100.
-    """
-    e, n = 2 if args.dtype == "bfloat16" else 4, args.batch_size // args.accumulate * args.seq_len
-    L, d, f = c.n_layer, c.n_embd, c.n_hidden
-    qo, kv = c.head_dim * c.n_head, c.head_dim * c.n_kv_head
-    shapes = [(qo, d), (kv, d), (kv, d), (d, qo), (f, d), (f, d), (d, f)]          # (O, C)
-    scales = L * sum(O * (1 if args.group_size == -1 else C // args.group_size) for O, C in shapes)
-    weights, largest = L * sum(O * C for O, C in shapes), max(O * C for O, C in shapes)
-    learn = L * args.rank * sum(O + C for O, C in shapes) + scales
-    block = n * (8 * d + e * (2 * d + 2 * qo + 2 * kv + 4 * f) + 4 * c.n_head)     # n tokens
-    linear = (12 if args.bits == 2 else 10) * largest + n * (e * f - 4 * d)        # e bytes each
-    return {"frozen weights": int(weights * PHI[args.phi][0]) + (args.bits == 2) * scales
-            + (2 - c.tied) * c.vocab_size * d * e + e * d * (2 * L + 1),
-            "adapters": 4 * learn, "gradients": 4 * learn, "optimizer": 8 * learn,
-            "activations": n * d * (L * e + 4 + e) + 8 * (n + args.seq_len * c.head_dim),
-            "temporaries": max(block + linear, min(n, 256) * c.vocab_size * (8 + e))
-            + 2**25 * args.device.startswith("cuda")}
-
-def measure(model, args, data, report=False):
-    """Take args.steps steps -> bytes by component and tokens/s of all steps but the first.
-
-    activations: what autograd saves in one forward pass; temporaries: the rest of the peak that the
-    GPU's allocator saw. With `report` the model is made lean and the ledger printed beside it.
-    """
-    cuda, optimizer, kept = args.device.startswith("cuda"), make_optimizer(model, args.lr), []
-    model.lean, held = model.lean or report, [*model.parameters(), *model.buffers()]
-    learn = [p for p in held if p.requires_grad]
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        other = torch.cuda.memory_allocated() - tensor_bytes(held)
-    x, y = batch(data.train, 0, args.batch_size // args.accumulate, args.seq_len, 0, args.device)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        loss = model(x, y)[1]
-    found = {"frozen weights": tensor_bytes(held) - tensor_bytes(learn),
-             "adapters": tensor_bytes(learn),
-             "activations": tensor_bytes(kept + held) - tensor_bytes(held)}
-    kept.clear()
-    loss.backward()
-    found["gradients"] = tensor_bytes(p.grad for p in learn)
-    optimizer.zero_grad(set_to_none=True)
-    if args.compile:
-        model.compile_parts()
-    start = time.perf_counter()
-    for step in range(args.steps):
-        train_step(model, optimizer, data, args, step)[0].item()
-        start = time.perf_counter() if step == 0 < args.steps - 1 else start
-    seconds = max(time.perf_counter() - start, 1e-9)   # a coarse clock may not have moved
-    speed = max(1, args.steps - 1) * args.batch_size * args.seq_len / seconds
-    found["optimizer"] = tensor_bytes(t for s in optimizer.state.values() for t in s.values())
-    if cuda:
-        found["temporaries"] = torch.cuda.max_memory_allocated() - other - sum(found.values())
-    for name, size in ledger(model.config, args).items() if report else ():
-        say(f"{name:15} | predicted {size:12d} bytes | " + (f"measured {found[name]:12d} | "
-            f"{found[name] / size:.3f}" if name in found else "measured on a GPU only"))
-    return found | {"tokens/s": speed}
-
-def random_model(arm, c, args):
-    """A model of random weights, made on the device, each linear at once in its final format."""
-    with torch.device("meta"):
-        model = LLaMA(copy.copy(c), getattr(torch, args.dtype))
-    check_shapes(model, args)
-    model.lean = args.size == "7B"
-    for m in convert(model, arm, args).modules():
-        if m is model.head or isinstance(m, (nn.Embedding, RMSNorm)):
-            m.to_empty(device=args.device).to(model.dtype)
-            nn.init.normal_(m.weight, mean=float(m.weight.dim() == 1), std=0.02)
-    model.head.weight = model.embed.weight if c.tied else model.head.weight
-    return model
-
-def random_run(args):
-    """Bytes and speed of LR-QAT; of full QAT and dense training within LIMIT, their weights,
-    gradients and moments in --dtype, as small as can be."""
-    start = time.perf_counter()
-    p, cuda, results = PRESETS[args.size], args.device.startswith("cuda"), {}
-    args.seq_len = args.seq_len or p.seq_len
-    c = p.config(32000, args.seq_len, args.tied)
-    if args.size == "7B" and not cuda:
-        raise UsageError("--size 7B needs a GPU; on a CPU it would take about "
-                         f"{sum(ledger(c, args).values()) / 2**30:.1f} GiB and hours; try tiny")
-    data = types.SimpleNamespace(train=np.random.default_rng(args.seed).integers(0, 32000, 100_000))
-    say(f"{args.size} of random weights: bytes and speed, never quality | W{args.bits} phi "
-        f"{args.phi} rank {args.rank} | {args.batch_size // args.accumulate} x {args.seq_len} "
-        "tokens at a time")
-    for arm in ("LR-QAT", "full QAT (LSQ)", "dense, longer"):
-        model = results[arm] = None                    # free the last one
-        if cuda and arm != "LR-QAT":
-            torch.cuda.empty_cache()
-            total = torch.cuda.get_device_properties(args.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, LIMIT * 2**30 / total))
-        try:
-            model = random_model(arm, c, args)
-            results[arm] = measure(model, args, data, report=model.lean and arm == "LR-QAT")
-            line = f"{results[arm]['tokens/s']:.0f} tokens/s"
-        except torch.OutOfMemoryError:
-            if arm == "LR-QAT":
-                raise
-            line = f"out of memory: does not fit in {LIMIT} GiB"
-        if cuda:
-            line += (f" | peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated, "
-                     f"{torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved")
-        say(f"{arm} | {line}")
-    finish(args, "lrqat-random", nn.Module(), dict.fromkeys(("loss", "ppl", "bits_per_byte")),
-           {"tokens": args.steps * args.batch_size * args.seq_len,
-            "seconds": time.perf_counter() - start},
-           w_bits=args.bits, bpw=None, params=None, bytes_dense=None, phi=args.phi, rank=args.rank,
-           size=args.size, results=results)
-
 def main():
     args = parse_args()
-    job = random_run if args.init == "random" else compare
-    job(args)
+    compare(args)
 
 if __name__ == "__main__":
     run(main)

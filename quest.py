@@ -3,7 +3,6 @@
     python quest.py --bits 4                    # tiny preset: train, evaluate, pack, write text
     python quest.py --bits 4 --smoke            # every line of it in a few seconds
     python quest.py --bits 16                   # the dense control: same data, same schedule
-    python quest.py --fit                       # the scaling law of the runs in out/results.jsonl
     python model.py sample out/quest-w4a4.pt    # use the packed result
     torchrun --standalone --nproc_per_node=8 quest.py --size 800M --bits 4 --fsdp     # 8 GPUs
 
@@ -35,9 +34,9 @@ from nanobit.checkpoint import tensor_bytes
 from nanobit.cli import add_flags, Parser, resolve, run
 from nanobit.data import batch
 from nanobit.generate import sample_text
-from nanobit.ranks import progress, say, whole
-from nanobit.runs import (header, keep_model, load_training_data, new_model, read_rows, record,
-                          show, through_the_file)
+from nanobit.ranks import say, whole
+from nanobit.runs import (header, keep_model, load_training_data, new_model, record, show,
+                          through_the_file)
 from nanobit.train import evaluate, train
 from quantizers import (QuantLinear, bits_per_weight, clip_limit, code_linear, code_offset,
                         find_kernels, hadamard_signs, keep_two_of_four, num_levels, quest_codes,
@@ -77,8 +76,6 @@ def parse_args(argv=None):
                    "either), lsq (learned step) (default: quest)")
     p.add_argument("--grid", choices=("uniform", "fp4", "sparse"), default="uniform",
                    help="fp4: E2M1 levels; sparse: keep 2 of 4 pairs of weights (default: uniform)")
-    p.add_argument("--fit", nargs="?", const="", metavar="ROWS", help="train nothing: fit the "
-                   "scaling law to rows (default: OUT/results.jsonl)")
     add_flags(p, fsdp=True)
     args = p.parse_args(argv)
     args.a_bits = args.a_bits or args.bits
@@ -311,89 +308,10 @@ def levels_in_use(model, x):
     found, LEVELS = LEVELS, None
     return found
 
-# ---- The scaling law (section 4.2): L = A / (N eff(P))^alpha + B / D^beta + E ------------------
-# N parameters of the linears, D training tokens, P bits; eff(16) = 1. The law that the paper
-# finds: fewer bits act like fewer parameters.
-
-PAPER_EFF = {1: 0.02, 2: 0.16, 3: 0.43, 4: 0.70, 8: 1.02}
-BOOTSTRAPS = 100
-
-def law(theta, N, D, P):
-    """Losses (n,) of theta = log A, log B, log E, log alpha, log beta, log eff of bits[1:]; P (n,)
-    is an index into the bits, 0 for the dense runs."""
-    A, B, E, alpha, beta = theta[:5].exp()
-    eff = torch.cat((theta.new_zeros(1), theta[5:])).exp()[P]
-    return A / (N * eff) ** alpha + B / D**beta + E
-
-def fit_law(N, D, P, L, starts=None):
-    """theta of the least mean Huber loss (delta 1e-3) of log L over several starts; all float64."""
-    def solve(theta, steps=150):
-        theta = theta.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS([theta], max_iter=steps, tolerance_grad=1e-10,
-                                      tolerance_change=1e-14, line_search_fn="strong_wolfe")
-        def closure():
-            optimizer.zero_grad()
-            gap = law(theta, N, D, P).log() - L.log()
-            value = nn.functional.huber_loss(gap, torch.zeros_like(gap), delta=1e-3) * 1e3
-            value.backward()
-            return value
-        optimizer.step(closure)
-        value = closure().item()
-        return value if math.isfinite(value) else math.inf, theta.detach()
-    eff = torch.zeros(P.max().item(), dtype=L.dtype)
-    if starts is not None:
-        return min(map(solve, starts), key=lambda found: found[0])[1]
-    starts = [torch.cat((torch.tensor([a, b, e, math.log(s), math.log(s)]).double(), eff))
-              for a in (1, 4, 8) for b in (2, 5, 10) for e in (-2, 0) for s in (0.1, 0.4)]
-    return solve(min(map(solve, starts), key=lambda found: found[0])[1], 1000)[1]
-
-def report_fit(args):
-    """Fit the law to the dense and QuEST rows of a file, with bootstrap intervals; print it."""
-    path = args.fit or os.path.join(args.out, "results.jsonl")
-    rows = [r for r in read_rows(path)
-            if r.get("method") in ("quest", "dense") and r.get("linear_params")
-            and r["w_bits"] == r["a_bits"] and r.get("grid", "uniform") == "uniform"]
-    bits = sorted({r["w_bits"] for r in rows}, reverse=True)
-    sizes, tokens = ({r[k] for r in rows} for k in ("linear_params", "tokens"))
-    if not rows or bits[0] != 16 or len(sizes) < 3 or len(tokens) < 2 or len(rows) < 5 + len(bits):
-        raise UsageError(f"--fit {path}: {len(rows)} usable rows, bits {bits}, {len(sizes)} sizes, "
-                         f"{len(tokens)} token counts; it needs bits 16, 3 sizes, 2 token counts")
-    N, D, L = (torch.tensor([r[k] for r in rows]).double()
-               for k in ("linear_params", "tokens", "val_loss"))
-    P = torch.tensor([bits.index(r["w_bits"]) for r in rows])
-    theta, generator = fit_law(N, D, P, L), torch.Generator().manual_seed(args.seed)
-    draws = []
-    for _ in progress(range(BOOTSTRAPS), "bootstraps"):
-        i = torch.zeros(0, dtype=torch.long)
-        while len(P[i].unique()) < len(bits):          # resampled runs; every precision stays in
-            i = torch.randint(len(rows), (len(rows),), generator=generator)
-        draws.append(fit_law(N[i], D[i], P[i], L[i], [theta]))
-    low, high = torch.stack(draws).quantile(torch.tensor([0.05, 0.95]).double(), 0)
-    gap = (law(theta, N, D, P) - L).abs()
-    say(f"{len(rows)} runs, {len(sizes)} sizes | misses by {gap.mean():.4f} nats in the mean, "
-        f"{gap.max():.4f} at most\n\n| | fit | 90 % of bootstraps | paper |\n|---|---|---|---|")
-    for i, name in enumerate(("A", "B", "E", "alpha", "beta")):
-        say(f"| {name} | {theta[i].exp():.4g} | {low[i].exp():.4g} .. {high[i].exp():.4g} | |")
-    best = {16: 1.0}
-    for i, b in enumerate(bits[1:], 5):
-        best[b] = theta[i].exp().item() * 16 / b
-        say(f"| eff({b:g}) | {theta[i].exp():.3f} | {low[i].exp():.3f} .. {high[i].exp():.3f} | "
-            f"{PAPER_EFF.get(b, '')} |")
-    say("\nparameters' worth of a bit of memory, eff(P) 16 / P: "
-        + ", ".join(f"{b:g} bits {v:.2f}" for b, v in sorted(best.items()))
-        + f" | best: {max(best, key=best.get):g} bits (the paper: 4)")
-    loose = [name for i, name in enumerate(("A", "B", "E", "alpha", "beta"))
-             if high[i] - low[i] > 1.4 or name == "E" and theta[i].exp() < 1e-3]
-    if loose:                                          # by more than a factor of four, or E = 0
-        say(f"the runs do not determine {', '.join(loose)}: a degenerate fit, not to extrapolate; "
-            "eff(P) compares precisions within the range of the runs")
-
 # ---- The run ----------------------------------------------------------------------------------
 
 def main():
     args = parse_args()
-    if args.fit is not None:
-        return report_fit(args)
     name = f"{args.quantizer}-w{args.bits:g}a{args.a_bits:g}"
     name += "" if args.grid == "uniform" else f"-{args.grid}"
     path = os.path.join(args.out, f"{name}.pt")

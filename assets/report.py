@@ -9,9 +9,9 @@ the dense runs of the same seeds, size and tokens. normtweak.jsonl holds one lin
 model, without and with the tweak; its table pairs them by calibration seed. lrqat.jsonl: one line
 an arm, rate and seed, the arm's rate chosen by the mean loss on the dev split. pvtune.jsonl: one
 line an arm, also those of the search for rates on the dev split. law.jsonl: the runs of the scaling
-law, for `quest.py --fit`; kernels.jsonl: what `kernels.py --out` wrote. Runs that compare several
-arms on one base hold them under "arms": with the runs from scratch of the same size they become
-one table of methods. The figures need matplotlib.
+law, which assets/law.py fits; kernels.jsonl: what `tests/time_kernels.py --out` wrote. Runs that
+compare several arms on one base hold them under "arms": with the runs from scratch of the same size
+they become one table of methods. The figures need matplotlib.
 """
 import collections
 import pathlib
@@ -19,7 +19,7 @@ import statistics
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 from nanobit.cli import run                            # as the scripts end and write
 from nanobit.runs import read_rows
 COLORS = {"quest": "#0b6e4f", "trust": "#3a86c8", "clip": "#8d6cab", "lsq": "#d1495b",
@@ -341,7 +341,7 @@ def main():
     print_pv(pv)
     big = [r for r in rows if r["params"] in bases]
     try:
-        from kernels import plot                       # as `kernels.py --plot` draws it
+        from time_kernels import plot                  # as `tests/time_kernels.py --plot` draws it
         draw_methods(methods(big), HERE / "methods.png")
         draw_curves([r for r in big if "arms" not in r], HERE / "curves.png")
         draw_quest(table, HERE / "quest.png")

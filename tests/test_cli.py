@@ -28,10 +28,13 @@ import nanobit.train
 import normtweak
 import pvtune
 import quest
+import time_lrqat_memory
 from conftest import TEXT, call, check_refused
 from quantizers import QuantLinear
 
 ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "assets"))
+import law
 SCRIPTS = {"model.py": nanobit.cli, "quest.py": quest}
 TRAIN = "--data text.txt --vocab 300 --out out"
 KEYS = """method w_bits a_bits bpw group_size val_loss val_ppl bits_per_byte base_val_loss
@@ -343,16 +346,17 @@ def readme():
 def test_every_command_of_the_readme_parses(readme, monkeypatch):
     class Parsed(Exception):
         pass
-    def stop(args):
+    def stop(*args):
         raise Parsed
     scripts = SCRIPTS | {"normtweak.py": normtweak, "lrqat.py": lrqat, "pvtune.py": pvtune}
-    for module in scripts.values():
-        monkeypatch.setattr(module, "resolve", stop)   # parse, then go no further
+    scripts |= {"tests/time_lrqat_memory.py": time_lrqat_memory, "assets/law.py": law}
+    for module in scripts.values():                    # parse, then go no further
+        monkeypatch.setattr(module, "report" if module is law else "resolve", stop)
     monkeypatch.setattr(nanobit.cli, "load_checkpoint", stop)                    # model.py export
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, re.M | re.S)
     commands = [line.strip() for block in blocks for line in block.replace("\\\n", "").splitlines()]
     commands = [shlex.split(c.removeprefix("$ "), comments=True) for c in commands
-                if re.match(r"(\$ )?python \w+\.py\b", c)]
+                if re.match(r"(\$ )?python (\w+|tests/time_lrqat_memory|assets/law)\.py\b", c)]
     assert {script for _, script, *_ in commands} == set(scripts)
     for _, script, *argv in commands:
         argv = argv[:next((i for i, a in enumerate(argv) if a in "|>&;&&"), None)]

@@ -406,7 +406,7 @@ def test_the_row_is_kept_when_what_is_printed_about_it_fails(capsys, monkeypatch
     check_refused(call(capsys, f"quest.py {SHORT}"), "out of memory")
     assert rows()[0]["method"] == "quest"
 
-def test_a_row_after_a_torn_one_stands_on_a_line_of_its_own(capsys):
+def test_a_row_after_a_torn_one_stands_on_a_line_of_its_own(capsys, monkeypatch):
     for _ in range(2):
         assert call(capsys, f"quest.py --bits 16 {SHORT}")[0] == 0
     good = pathlib.Path("out/results.jsonl").read_text()
@@ -415,7 +415,8 @@ def test_a_row_after_a_torn_one_stands_on_a_line_of_its_own(capsys):
     lines = pathlib.Path("out/results.jsonl").read_text().splitlines()
     assert "\n".join(lines[:2]) + "\n" == good and lines[2] == good[:100]
     assert len(lines) == 4 and json.loads(lines[3])["seed"] == 1
-    status, out, err = call(capsys, "quest.py --fit")
+    monkeypatch.syspath_prepend(ROOT / "assets")
+    status, out, err = call(capsys, "law.py")
     assert status == 2 and "3 usable rows" in err and "line 3, not a row" in err
 
 def test_the_row_is_written_where_the_folder_is_gone(capsys, monkeypatch):
@@ -428,8 +429,8 @@ def test_the_row_is_written_where_the_folder_is_gone(capsys, monkeypatch):
     assert len(rows()) == 1
 
 def test_a_run_of_random_weights_writes_its_row_into_a_new_folder(capsys):
-    flags = "--init random --steps 1 --batch-size 1 --accumulate 1 --seq-len 8 --out a/new"
-    status, out, err = call(capsys, f"lrqat.py {flags}")
+    flags = "--size tiny --steps 1 --batch-size 1 --accumulate 1 --seq-len 8 --out a/new"
+    status, out, err = call(capsys, f"time_lrqat_memory.py {flags}")
     assert status == 0, err
     assert rows("a/new/results.jsonl") == [json.loads(out.splitlines()[-1])]
 

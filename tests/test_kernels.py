@@ -223,6 +223,37 @@ def test_code_for_sm_90_uses_tensor_cores_and_no_loop_spills(bits, M, O, tmp_pat
     assert ("UTMALDG" in sass) == (M > 32 and O > 4096 or M > 256)     # else few steps, k split
     assert not overwritten_operands(sass)
 
+# ---- Their benchmark ----------------------------------------------------------------------------
+
+def test_every_product_is_timed_behind_the_cublas_that_it_is_a_ratio_to():
+    """Of the same shape and tokens, just before; none at bits or tokens that it does not have."""
+    import time_kernels
+    args = time_kernels.parse_args(["--bits", "3", "4", "--batches", "1", "600"])
+    jobs = time_kernels.jobs_of(args)
+    assert {(c.name, bits) for _, M, c, bits in jobs if M == 1} == {
+        ("cuBLAS", 16), ("lowbit_matmul", 3), ("lowbit_matmul", 4), ("quest_linear", 4),
+        ("tinygemm", 4), ("gemlite", 4), ("humming", 3), ("humming", 4)}
+    many = {c.name for _, M, c, _ in jobs if M == 600}
+    assert many == {"cuBLAS", "lowbit_matmul", "quest_linear"}
+    base = None
+    for shape, M, candidate, _ in jobs:
+        if candidate.name == "cuBLAS":
+            base = shape, M
+        assert base == (shape, M)
+    only = time_kernels.jobs_of(time_kernels.parse_args(["--only", "aqlm", "--batches", "4", "16"]))
+    assert [c.name for _, _, c, _ in only] == 4 * ["cuBLAS", "aqlm", "cuBLAS"]
+
+def test_benchmark_runs_from_any_folder_and_refuses_in_one_line(tmp_path, monkeypatch, capsys):
+    from conftest import call, check_refused
+    script = ROOT / "tests" / "time_kernels.py"
+    result = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, text=True,
+                            capture_output=True)
+    assert result.returncode == 0 and "--batches" in result.stdout, result.stderr
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags, word in (("", "no GPU"), ("--shapes 4096", "4096x4096"), ("--shapes 0x9", "0x9"),
+                        ("--bits 5", "5"), ("--batches 0", "0"), ("--only cutlass", "cutlass")):
+        check_refused(call(capsys, f"time_kernels.py {flags}"), word)
+
 if __name__ == "__main__":
     poison()
     print(json.dumps({f"{bits} {case}": relative_error(bits, case, "cpu", torch.float16)

@@ -7,6 +7,9 @@ import copy
 import hashlib
 import json
 import math
+import pathlib
+import subprocess
+import sys
 import types
 import weakref
 
@@ -26,10 +29,12 @@ import nanobit.train
 import quantizers
 from conftest import TrainingTextOnly, call, check_refused, double, random_base
 from lrqat import (ALPHA, PHI, FullQATLinear, LRQATFunction, LRQATLinear, convert, downcast,
-                   integers, latent, ledger, limits, linear_schedule, make_optimizer, measure,
-                   start_range, svd_start, tensor_bytes, to_grid)
+                   integers, latent, limits, linear_schedule, make_optimizer, start_range,
+                   svd_start, to_grid)
 from model import LlamaConfig, LLaMA, UsageError, quantized
+from nanobit.checkpoint import tensor_bytes
 from quantizers import EPS, QuantLinear, bits_per_weight, dequantize, rtn, unpack
+from time_lrqat_memory import ledger, measure, random_model
 
 def layer(O=6, C=256, bits=4, group_size=-1, rank=4, phi="fp32", svd=False, seed=0, moved=1.0):
     """An LRQATLinear of Gaussian weights in float64 whose A B already moved the latent weight."""
@@ -77,7 +82,7 @@ def small_model(bits=4, phi="fixed", arm="LR-QAT", seed=0, **flags):
 def memory_args(**flags):
     """The settings of a lean run of random weights."""
     return types.SimpleNamespace(**dict(
-        bits=4, phi="packed", rank=32, group_size=-1, init="random", a_bits=16, kv_bits=16,
+        bits=4, phi="packed", rank=32, group_size=-1, init="zero", lean=True, a_bits=16, kv_bits=16,
         device="cpu", dtype="bfloat16", seed=0, tied=False, size="7B", batch_size=1, accumulate=1,
         seq_len=1024, steps=2, lr=1e-2, compile=False) | flags)
 
@@ -343,7 +348,7 @@ def test_ledger_predicts_every_component_within_ten_percent(bits, phi, dtype, mi
     c = LlamaConfig(512, 2, 256, 4, 4, 704, 128)
     args = memory_args(bits=bits, phi=phi, rank=8, dtype=dtype, batch_size=2 * micro, accumulate=2,
                        seq_len=128)
-    m = lrqat.random_model("LR-QAT", c, args)
+    m = random_model("LR-QAT", c, args)
     found, expected = measure(m, args, tokens(vocab=512), report=True), ledger(c, args)
     for name in ("frozen weights", "adapters", "gradients", "optimizer", "activations"):
         assert abs(found[name] / expected[name] - 1) < 0.1, name
@@ -361,7 +366,7 @@ def test_ledger_predicts_every_component_within_ten_percent(bits, phi, dtype, mi
 def test_gpu_peak_is_within_ten_percent_of_the_ledger():
     args = memory_args(device="cuda", batch_size=2, accumulate=2)
     c = LlamaConfig(32000, 4, 4096, 32, 32, 11008, 1024)
-    found = measure(lrqat.random_model("LR-QAT", c, args), args, tokens(vocab=32000), report=True)
+    found = measure(random_model("LR-QAT", c, args), args, tokens(vocab=32000), report=True)
     for name, size in ledger(c, args).items():
         assert abs(found[name] / size - 1) < 0.1, name
 
@@ -759,8 +764,8 @@ def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, monkeyp
         hessians.append((tuple(hessian.shape), hessian.trace().item() > 0))
         return quantizers.rtn(w, bits, group_size, symmetric, mse)
     monkeypatch.setattr(lrqat, "gptq", gptq)
-    flags = ("--bits 2 --group-size 16 --rank 4 --init svd --a-bits 8 --kv-bits 4 --memory-report "
-             "--steps 3 --batch-size 4 --seq-len 32 --device cpu")
+    flags = ("--bits 2 --group-size 16 --rank 4 --init svd --a-bits 8 --kv-bits 4 --steps 3 "
+             "--batch-size 4 --seq-len 32 --device cpu")
     command, rows = f"lrqat.py {flags} --model {tmp_path}/base.pt --out {tmp_path}", []
     for more in ("", " --resume"):
         _, out, _ = call(capsys, command + more)
@@ -780,7 +785,7 @@ def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, monkeyp
     packed = {row["bpw"] for arm, row in rows[0]["arms"].items() if not arm.startswith("dense")}
     assert packed == {rows[0]["bpw"]}
     assert len(hessians) == 2 * 14 and set(hessians) == {((32, 32), True), ((48, 48), True)}
-    assert "resumed" in out and out.count("predicted") == 6
+    assert "resumed" in out
     m, content = nanobit.checkpoint.load_checkpoint(str(tmp_path / "lrqat-w2a8.pt"))
     loss = nanobit.train.evaluate(m, data.val, 32)["loss"]
     assert abs(loss - rows[0]["val_loss"]) < 1e-6 and content["config"]["kv_bits"] == 4
@@ -802,28 +807,78 @@ def test_one_arm_alone_ends_as_beside_the_others_and_is_packed(arm, own_cache, t
     m, _ = nanobit.checkpoint.load_checkpoint(str(tmp_path / f"lrqat-w3-{arm}.pt"))
     assert nanobit.train.evaluate(m, data.val, 32)["loss"] == pytest.approx(rows[1]["val_loss"], abs=1e-6)
 
+# ---- Its bytes and speed: tests/time_lrqat_memory.py --------------------------------------------
+
+SHORT = "--rank 4 --steps 2 --batch-size 2 --accumulate 2 --device cpu"
+
 def test_random_run_needs_no_base_and_reports_three_arms(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(trunk.PRESETS, "tiny", trunk.PRESETS["tiny"]._replace(n_layer=1))
-    flags = ("--init-base random --bits 4 --phi packed --rank 4 --steps 2 --batch-size 2 "
-             "--accumulate 2 --seq-len 8 --device cpu")
-    _, out, _ = call(capsys, f"lrqat.py {flags} --out {tmp_path}")
+    flags = f"--bits 4 --phi packed --seq-len 8 {SHORT} --out {tmp_path}"
+    _, out, _ = call(capsys, f"time_lrqat_memory.py {flags}")
     row = json.loads(out.strip().splitlines()[-1])
+    assert (tmp_path / "results.jsonl").read_text() == out.strip().splitlines()[-1] + "\n"
+    assert row["method"] == "lrqat-random" and out.count("predicted") == 0
     ours, full = row["results"]["LR-QAT"], row["results"]["full QAT (LSQ)"]
     assert row["val_loss"] is None and "dense, longer" in row["results"]
     assert row["tokens"] == 2 * 2 * 8                  # steps, windows a step, tokens a window
     assert ours["frozen weights"] + 3 * ours["adapters"] < full["adapters"] + full["frozen weights"]
+
+def test_lean_run_keeps_fewer_activations_and_prints_the_ledger(tmp_path, monkeypatch, capsys):
+    """By default at 7B alone: at other sizes by --lean."""
+    monkeypatch.setitem(trunk.PRESETS, "tiny", trunk.PRESETS["tiny"]._replace(n_layer=1))
+    kept = {}
+    for flag in ("--lean", "--no-lean"):
+        flags = f"{flag} --seq-len 64 {SHORT} --out {tmp_path}"
+        _, out, _ = call(capsys, f"time_lrqat_memory.py {flags}")
+        kept[flag] = json.loads(out.strip().splitlines()[-1])["results"]["LR-QAT"]["activations"]
+        assert out.count("predicted") == (6 if flag == "--lean" else 0)
+    assert 2 * kept["--lean"] < kept["--no-lean"]
+
+def test_ledger_of_a_trained_base_is_of_its_shapes_and_writes_no_row(tmp_path, capsys):
+    """17,408 weights in 2 blocks, half a byte each; 4 bytes for each of A, B and the scales."""
+    random_base(tmp_path, 2)
+    flags = f"--base {tmp_path}/base.pt {SHORT} --out {tmp_path}"
+    status, out, err = call(capsys, f"time_lrqat_memory.py {flags}")
+    assert status == 0, err
+    lines = dict(line.split("|", 1) for line in out.splitlines() if "predicted" in line)
+    measured = {name.strip(): int(line.split("measured")[1].split("|")[0])
+                for name, line in lines.items() if "GPU only" not in line}
+    sides, rows = 2 * (4 * 64 + 3 * 80), 2 * (4 * 32 + 2 * 48 + 32)        # O + C; O
+    assert len(lines) == 6 and measured["adapters"] == 4 * (4 * sides + rows)
+    assert measured["frozen weights"] == 17408 // 2 + 4 * (2 * 300 * 32 + 5 * 32)
+    assert not (tmp_path / "results.jsonl").exists()
+
+@pytest.mark.parametrize("flags,words", [
+    ("--rank 300", ["300", "256"]), ("--group-size 100", ["100", "256", "128"]),
+    ("--phi packed --bits 6", ["packed", "4"]), ("--bits 9", ["--bits", "9"]),
+    ("--limit 0", ["--limit", "0"]), ("--size 9B", ["--size", "9B"]),
+    ("--base x.pt --size tiny", ["--base x.pt", "--size"]), ("--base x.pt", ["x.pt"]),
+    ("--size 7B", ["7B", "GPU", "GiB"])])
+def test_a_memory_run_refuses_in_one_line(flags, words, tmp_path, capsys):
+    command = f"time_lrqat_memory.py {flags} --device cpu --out {tmp_path}"
+    check_refused(call(capsys, command), *words)
+    assert not list(tmp_path.iterdir())
+
+def test_a_memory_run_starts_in_any_folder(tmp_path):
+    script = pathlib.Path(__file__).with_name("time_lrqat_memory.py")
+    result = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, text=True,
+                            capture_output=True)
+    assert result.returncode == 0 and "--phi" in result.stdout, result.stderr
 
 # ---- Bad input ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags,words", [
     ("--rank 0", ["0", ">= 1"]), ("--bits 8", ["fixed", "7", "bf16"]),
     ("--bits 6 --phi packed", ["packed", "4"]), ("--bits 1", ["1", "2 to 8"]),
-    ("--init random --rank 300", ["300", "256"]),
-    ("--init random --group-size 100", ["100", "256", "128"]),
-    ("--init random --model x.pt", ["--model x.pt"]),
-    ("--size 7B --init-base random --bits 4", ["7B", "GPU", "GiB"])])
+    ("--init random", ["--init", "random", "svd"]), ("--init-base zero", ["--init-base"])])
 def test_bad_input_is_one_line(flags, words, tmp_path, capsys):
     check_refused(call(capsys, f"lrqat.py {flags} --device cpu --out {tmp_path}"), *words)
+
+def test_a_rank_or_a_group_that_the_base_cannot_have_is_one_line(own_cache, tmp_path, capsys):
+    random_base(tmp_path, 1)
+    base = f"--model {tmp_path}/base.pt --device cpu --out {tmp_path}"
+    check_refused(call(capsys, f"lrqat.py --rank 33 {base}"), "--rank 33", "wq, 32 x 32")
+    check_refused(call(capsys, f"lrqat.py --rank 4 --group-size 20 {base}"), "20", "32", "wq")
 
 def test_odd_columns_cannot_be_packed_and_groups_must_divide():
     m = LLaMA(LlamaConfig(64, 1, 32, 4, 4, 33, 32))

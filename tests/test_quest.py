@@ -7,10 +7,7 @@ the recipe's (P28: rates, P29: decay, and the presets' sizes) in test_model.py.
 P31, gradients closer to the exact ones than the baselines', was measured after billions of tokens:
 a fresh model cannot show it, so here the alignment must only grow with the bits.
 """
-import json
 import math
-import re
-import sys
 
 import pytest
 import torch
@@ -317,71 +314,3 @@ def test_lsq_starts_at_the_published_step_and_one_bit_does_not_divide_by_zero(bi
     for step, v in ((layer.w_step, layer.weight), (layer.a_step, x)):
         assert step.item() == pytest.approx(2 * v.abs().mean().item() / qmax**0.5, rel=1e-5)
     assert all(map(math.isfinite, fit(model, idx, 20)))
-
-# ---- The scaling law, against rows made by a known law ----------------------------------------
-
-def law_rows(noise=0.0, bits=(16, 4, 2)):
-    generator, rows = torch.Generator().manual_seed(0), []
-    true = torch.tensor([8.0, 80.0, 0.5, 0.12, 0.3] + [0.7, 0.15][:len(bits) - 1]).double().log()
-    for n in (1e6, 2e6, 4e6, 8e6):
-        for ratio in (25, 50, 100):
-            for i, b in enumerate(bits):
-                one = [torch.tensor([v]).double() for v in (n, n * ratio)]
-                loss = quest.law(true, *one, torch.tensor([i])).item()
-                loss *= math.exp(noise * torch.randn(1, generator=generator).item())
-                rows.append({"method": "quest" if b < 16 else "dense", "w_bits": b, "a_bits": b,
-                             "linear_params": n, "tokens": n * ratio, "val_loss": loss})
-    return rows
-
-def fit_command(rows, tmp_path, monkeypatch):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(quest, "BOOTSTRAPS", 3)
-    monkeypatch.setattr(sys, "argv", ["quest.py", "--fit", str(path), "--device", "cpu"])
-    quest.main()
-
-def test_fit_recovers_effective_parameters_of_a_known_law(tmp_path, monkeypatch, capsys):
-    fit_command(law_rows(noise=1e-4), tmp_path, monkeypatch)
-    out = capsys.readouterr().out
-    eff = {b: float(v) for b, v in re.findall(r"eff\((\d)\) \| ([\d.]+)", out)}
-    assert abs(eff["4"] - 0.7) < 0.03 and abs(eff["2"] - 0.15) < 0.03
-    assert "best: 4 bits" in out
-
-def test_fit_calls_a_law_degenerate_that_the_runs_do_not_determine(tmp_path, monkeypatch, capsys):
-    fit_command(law_rows(noise=0.02), tmp_path, monkeypatch)
-    assert "degenerate" in capsys.readouterr().out
-
-@pytest.mark.parametrize("eff, worth, best", [((0.7, 0.15), (2.8, 1.2), 4),
-    ((0.4, 0.1), (1.6, 0.8), 4), ((0.2, 0.05), (0.8, 0.4), 16), ((0.5, 0.3), (2.0, 2.4), 2)])
-def test_the_best_bits_are_those_whose_bit_of_memory_is_worth_most(eff, worth, best, tmp_path,
-                                                                   monkeypatch, capsys):
-    """eff(P) 16 / P, by hand, of a fit that is given."""
-    theta = torch.tensor([8.0, 80.0, 0.5, 0.12, 0.3, *eff]).double().log()
-    monkeypatch.setattr(quest, "fit_law", lambda *_: theta)
-    fit_command(law_rows(), tmp_path, monkeypatch)
-    out = capsys.readouterr().out
-    assert f"best: {best} bits" in out
-    for bits, value in zip((4, 2), worth):
-        assert f"{bits} bits {value:.2f}" in out
-
-def test_the_fit_takes_equal_bits_of_both_operands_on_the_uniform_grid(tmp_path, monkeypatch):
-    """Rows of another kind are left out, however far off their losses are."""
-    seen = []
-    def fit_law(N, D, P, L, starts=None):
-        seen.append(torch.stack((N, D, P, L), 1))
-        return torch.zeros(7).double()
-    monkeypatch.setattr(quest, "fit_law", fit_law)
-    good = law_rows()
-    other = [{"a_bits": 16}, {"grid": "fp4"}, {"method": "lsq"}, {"method": "gptq"},
-             {"linear_params": None}]
-    bad = [row | change | {"val_loss": 99.0} for row in good if row["w_bits"] == 4
-           for change in other]
-    fit_command(bad + good, tmp_path, monkeypatch)
-    want = [(r["linear_params"], r["tokens"], (16, 4, 2).index(r["w_bits"]), r["val_loss"])
-            for r in good]
-    assert torch.equal(seen[0], torch.tensor(want).double())
-
-@pytest.mark.parametrize("rows", [[], law_rows(bits=(4, 2))[:9], law_rows()[:3]])
-def test_fit_refuses_rows_that_cannot_carry_it(rows, tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match="usable rows"):
-        fit_command(rows, tmp_path, monkeypatch)

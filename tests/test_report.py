@@ -69,7 +69,7 @@ def test_a_file_of_the_users_own_runs_is_enough(tmp_path, monkeypatch, capsys):
 
 def test_torn_rows_and_rows_without_a_loss_are_left_out(tmp_path, monkeypatch, capsys):
     """A killed run's half row, one that a next run was glued to, bytes of a broken disk; and a row
-    of bytes and speed alone, as lrqat.py --init random writes it."""
+    of bytes and speed alone, as tests/time_lrqat_memory.py writes it."""
     path, good = tmp_path / "results.jsonl", json.dumps(row("quest", 0, 3.5))
     speed = json.dumps(row("lrqat-random", 0, None) | {"params": None})
     torn = (good[:50], good[:50] + good, "\xff\xfe", "[1]")

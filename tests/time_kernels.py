@@ -1,0 +1,326 @@
+"""Time of the kernels against cuBLAS and every peer that is installed, on this GPU.
+
+    python tests/time_kernels.py                                # every shape, bits and batch
+    python tests/time_kernels.py --shapes 14336x4096 --bits 4   # one shape, 4 bits beside cuBLAS
+    python tests/time_kernels.py --only tinygemm gemlite        # some candidates beside cuBLAS
+    python tests/time_kernels.py --out rows.jsonl --plot kernels.png
+
+Every candidate multiplies bfloat16 activations x (M, C) with a layer of random weights (O, C),
+groups of 128. A time is the median replay of one CUDA graph that reads at least 200 MB of copies of
+the weights in turn, so that no call finds its weights in the L2 cache. The floor of a time is what
+a copy of as many bytes takes, or as many operations at 790 TFLOP/s, whichever is longer.
+The peers are torch's own products and, where they are installed, gemlite, humming and aqlm. What
+torch's 8-bit products need besides, quantizing x, is not timed.
+"""
+import argparse
+import functools
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from kernels import (LowBit, hadamard_quantize, lowbit_matmul, quest_linear, quest_operand,
+                     vq_matmul)
+from model import UsageError
+from nanobit.cli import Parser, number, run
+from nanobit.ranks import progress, say
+
+GROUP = 128                            # inputs that share a scale and a zero point
+COPIES = 200e6                         # bytes of weights that a graph reads: four times the L2
+TFLOPS = 790                           # of dense bfloat16 products, as measured on an H100
+QUERY = "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+
+# ---- The candidates ---------------------------------------------------------------------------
+# Each is a function of x (M, C), O and bits that makes a layer of random weights and returns its
+# call.
+
+def _lowbit(x, O, bits):
+    C = x.size(1)
+
+    def random_words(b):
+        shape = (O // 16, C * b // 256, 128)
+        return torch.randint(-2**31, 2**31, shape, dtype=torch.int32, device="cuda")
+
+    # At 3 bits the low two bits of the codes and their third bit stand in words of their own.
+    words = random_words(2 if bits == 3 else bits)
+    high = random_words(1) if bits == 3 else words
+
+    # A float32 holds a group's scale and, in its last 8 bits, the zero point.
+    grid = torch.rand(C // GROUP, O, device="cuda").view(torch.int32)
+    grid = grid & -256 | 2 ** (bits - 1)
+    w = LowBit(words, high, grid, bits, GROUP, (O, C))
+    return lambda: lowbit_matmul(x, w)
+
+def _cublas(x, O, bits):
+    w = torch.randn(O, x.size(1), device="cuda", dtype=x.dtype)
+    return lambda: F.linear(x, w)
+
+def _tinygemm(x, O, bits):
+    w = torch.randint(256, (O, x.size(1) // 2), dtype=torch.uint8, device="cuda")
+    w = torch.ops.aten._convert_weight_to_int4pack(w, 8)
+    grid = torch.rand(x.size(1) // GROUP, O, 2, device="cuda").to(x.dtype)
+    return lambda: torch.ops.aten._weight_int4pack_mm(x, w, GROUP, grid)
+
+def _int_mm(x, O, bits):
+    tokens = max(17, len(x))                           # it takes no fewer rows
+    x = x.new_ones(tokens, x.size(1)).to(torch.int8)
+    w = torch.randint(-128, 128, (O, x.size(1)), dtype=torch.int8, device="cuda")
+    return lambda: torch._int_mm(x, w.t())
+
+def _scaled_mm(x, O, bits):
+    w = torch.randn(O, x.size(1), device="cuda").to(torch.float8_e4m3fn)
+    x = x.to(torch.float8_e4m3fn)
+    x_scale = torch.ones(len(x), 1, device="cuda")
+    w_scale = torch.ones(1, O, device="cuda")
+    return lambda: torch._scaled_mm(x, w.t(), x_scale, w_scale, out_dtype=torch.bfloat16,
+                                    use_fast_accum=True)
+
+def _gemlite(x, O, bits):
+    from gemlite import DType, GemLiteLinear
+    C = x.size(1)
+    layer = GemLiteLinear(bits, GROUP, C, O, DType.BF16, DType.BF16)
+    q = torch.randint(2**bits, (O, C), dtype=torch.uint8, device="cuda")
+    scale, zero = torch.rand(2, O * C // GROUP, 1, device="cuda").to(x.dtype)
+    layer.pack(q, scale, zero, None)
+    return lambda: layer(x)
+
+def _humming(x, O, bits):
+    from humming.layer import HummingLayer
+    layer = HummingLayer(shape_n=O, shape_k=x.size(1), torch_dtype=x.dtype,
+                         weight_config={"dtype": f"int{bits}", "group_size": GROUP}).cuda()
+    layer.load_from_unquantized(torch.randn(O, x.size(1), device="cuda", dtype=x.dtype))
+    layer.transform()
+    return lambda: layer(x)
+
+def _quest(x, O, bits):
+    """QuEST's layer; its time includes rotating and quantizing x."""
+    C = x.size(1)
+    codes = torch.randint(256, (O, C * bits // 8), dtype=torch.uint8, device="cuda")
+    w = quest_operand(codes, torch.rand(O, 1, device="cuda"), bits, C)
+    return lambda: quest_linear(x, w, bits, bits)
+
+def _codebooks(x, O):
+    """Codes (O, C / 8, 2), codebooks (2, 256, 8) in x's dtype and scales (O,)."""
+    codes = torch.randint(256, (O, x.size(1) // 8, 2), dtype=torch.uint8, device="cuda")
+    books = torch.randn(2, 256, 8, device="cuda").to(x.dtype)
+    return codes, books, torch.rand(O, device="cuda")
+
+def _vq(x, O, bits):
+    codes, books, scales = _codebooks(x, O)
+    codes = codes.permute(2, 1, 0).contiguous()
+    return lambda: vq_matmul(x, codes, books, scales)
+
+def _aqlm(x, O, bits):
+    from aqlm.inference_kernels.triton_kernel import triton_matmul
+    x = x.half()
+    codes, books, scales = _codebooks(x, O)
+    codes = codes.view(torch.int8)
+    books = books.unsqueeze(2)
+    scales = scales.half().view(-1, 1, 1, 1)
+    return lambda: triton_matmul(x, codes, books, scales, None)
+
+class Candidate(NamedTuple):
+    name: str
+    make: Callable                     # (x, O, bits) -> the call that is timed
+    bits: tuple                        # of the weights, that it has
+    most: float                        # tokens that it is measured at
+    grouped: bool = False              # it reads a scale and a zero point a group
+
+CANDIDATES = [                         # cuBLAS is first, the others are ratios to it
+    Candidate("cuBLAS", _cublas, (16,), math.inf),
+    Candidate("lowbit_matmul", _lowbit, (1, 2, 3, 4, 8), math.inf, grouped=True),
+    Candidate("quest_linear", _quest, (4, 8), math.inf),
+    Candidate("vq_matmul", _vq, (2,), 4),
+    Candidate("tinygemm", _tinygemm, (4,), 512, grouped=True),
+    Candidate("_int_mm", _int_mm, (8,), math.inf),
+    Candidate("_scaled_mm", _scaled_mm, (8,), math.inf),
+    Candidate("gemlite", _gemlite, (1, 2, 4), 512, grouped=True),
+    Candidate("humming", _humming, (1, 2, 3, 4, 8), 512, grouped=True),
+    Candidate("aqlm", _aqlm, (2,), 4)]
+
+# ---- The time of a call -----------------------------------------------------------------------
+
+def graph_us(calls, replays=20):
+    """Microseconds a call: the median replay of a CUDA graph of 20 calls or more, in turn."""
+    # The first call compiles, and chooses what there is to choose.
+    calls[0]()
+    torch.cuda.synchronize()
+
+    graph = torch.cuda.CUDAGraph()
+    n = max(20, len(calls))
+    with torch.cuda.graph(graph):
+        for i in range(n):
+            calls[i % len(calls)]()
+
+    # For a twentieth of a second the clock adapts to this load, from what was before.
+    start = time.time()
+    while time.time() - start < 0.05:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    times = []
+    for _ in range(replays):
+        before = torch.cuda.Event(enable_timing=True)
+        after = torch.cuda.Event(enable_timing=True)
+        before.record()
+        graph.replay()
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after) * 1e3 / n)
+    return sorted(times)[replays // 2]
+
+def copy_speed():
+    """TB/s that a simple kernel reads and writes: 512 MB of each."""
+    blocks = torch.zeros(2, 2**27, device="cuda")
+    return 2**30 / graph_us([lambda: torch.neg(blocks[0], out=blocks[1])]) / 1e6
+
+# ---- The run ----------------------------------------------------------------------------------
+
+def shape(text):
+    """argparse type: outputs x inputs, as it is written."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text} is not outputs x inputs, such as 4096x4096")
+    return text
+
+def parse_args(argv=None):
+    p = Parser(prog="time_kernels.py", description=__doc__.splitlines()[0])
+    add = p.add_argument
+    add("--shapes", nargs="+", type=shape, help="outputs x inputs (default: four of LLaMAs)",
+        default=["4096x4096", "14336x4096", "4096x14336", "28672x8192"])
+    add("--bits", nargs="+", type=int, choices=(1, 2, 3, 4, 8), default=[1, 2, 3, 4, 8],
+        help="of the weights (default: all)")
+    add("--batches", nargs="+", type=number(int, 1), default=[1, 16, 64, 512, 4096],
+        help="tokens (default: 1 16 64 512 4096)")
+    add("--only", nargs="+", choices=[c.name for c in CANDIDATES],
+        help="these candidates (default: every one installed)")
+    add("--out", help="append the rows to this file, one JSON object each")
+    add("--plot", help="draw times against their floors into this file")
+    return p.parse_args(argv)
+
+def jobs_of(args):
+    """[(shape, tokens, candidate, bits)]. Each product stands beside its own cuBLAS, which comes
+    first: the clock drifts during a run."""
+    jobs = []
+    for shape in args.shapes:
+        for M in args.batches:
+            for c in CANDIDATES:
+                wanted = not args.only or c.name in (*args.only, "cuBLAS")
+                if not wanted or M > c.most:
+                    continue
+                jobs += [(shape, M, c, bits) for bits in c.bits if bits in (*args.bits, 16)]
+    return jobs
+
+def measure(jobs, copy, out):
+    """Time the jobs -> their rows; each is printed, and appended to the file `out`, as it comes."""
+    rows, missing, base = [], set(), {}
+    for shape, M, candidate, bits in progress(jobs, "measured"):
+        name = candidate.name
+        O, C = map(int, shape.split("x"))
+        if name in missing:
+            continue
+
+        # Each call of the graph has weights of its own, enough of them to fill the L2 anew.
+        x = torch.randn(M, C, device="cuda", dtype=torch.bfloat16)
+        size = O * C * bits // 8
+        if candidate.grouped:
+            size += 4 * O * C // GROUP
+        copies = max(2, math.ceil(COPIES / size))
+        try:
+            us = graph_us([candidate.make(x, O, bits) for _ in range(copies)])
+        except ImportError as e:
+            missing.add(name)
+            say(f"{name}: not installed ({e})")
+            continue
+        except (RuntimeError, ValueError, NotImplementedError, AssertionError) as e:
+            # A peer that does not have this shape, or does not fit, ends nothing.
+            say(f"{name} W{bits} {shape} batch {M}: {str(e).splitlines()[0][:80]}")
+            continue
+
+        cublas = base.setdefault((shape, M), us)
+        size += 2 * M * (O + C)                        # x and y
+        floor = max(size / copy, 2 * M * O * C / TFLOPS) / 1e6             # microseconds
+        row = dict(shape=shape, batch=M, kernel=name, bits=bits, us=round(us, 2),
+                   gb_s=round(size / us / 1e3), of_copy=round(size / us / copy / 1e6, 3),
+                   floor_us=round(floor, 2), cublas=round(cublas / us, 3))
+        rows.append(row)
+        say(f"{shape:>10} batch {M:4} | {name:13} W{bits:<2} | {us:7.1f} us | "
+            f"{size / us / 1e3:5.0f} GB/s, {size / us / copy / 1e4:3.0f}% of copy | "
+            f"{cublas / us:5.2f} x cuBLAS")
+        if out:
+            with open(out, "a") as file:
+                print(json.dumps(row), file=file)
+    return rows
+
+def measure_rotation(copy):
+    """QuEST's rotation, scale, codes and trust mask in one pass, against reading and writing."""
+    for T, C in ((512, 4096), (4096, 4096), (4096, 14336)):
+        parts = math.ceil(1e8 / T / C)
+        x = torch.randn(parts, T, C, device="cuda").bfloat16()
+        us = graph_us([functools.partial(hadamard_quantize, part, 4) for part in x])
+        floor = T * C * 3 / copy / 1e6                 # two bytes in, one out
+        say(f"hadamard_quantize {T} x {C} | {us:.1f} us, {us / floor:.2f} x its bytes' {floor:.1f}")
+
+def main():
+    args = parse_args()
+    if not torch.cuda.is_available():
+        raise UsageError("time_kernels.py times Triton kernels, and there is no GPU here; run it "
+                         "on one")
+    clocks = subprocess.getoutput(f"nvidia-smi --format=csv,noheader {QUERY}").strip()
+    copy = copy_speed()
+    say(f"{torch.cuda.get_device_name()} | torch {torch.__version__} | triton {triton.__version__} "
+        f"| SM, memory, highest SM clock, power limit: {clocks} | copy {copy:.2f} TB/s")
+    rows = measure(jobs_of(args), copy, args.out)
+    if not args.only:
+        measure_rotation(copy)
+    if args.plot:
+        plot(rows, args.plot)
+
+# ---- The figure -------------------------------------------------------------------------------
+
+LINES = {                              # (kernel, bits): its color
+    ("cuBLAS", 16): "black", ("lowbit_matmul", 4): "#0b6e4f", ("lowbit_matmul", 2): "#3a86c8",
+    ("humming", 4): "#e69f00", ("tinygemm", 4): "#8d6cab", ("gemlite", 4): "#d1495b"}
+
+def plot(rows, path):
+    """Draw time over tokens of cuBLAS, ours and the peers, with the floor of each of the first two.
+
+    rows: what `measure` returns, or those of a file that --out wrote; the first two shapes of them.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    shapes = list(dict.fromkeys(r["shape"] for r in rows))[:2]
+    figure, axes = plt.subplots(1, len(shapes), figsize=(4.2 * len(shapes), 4.2), squeeze=False)
+    for ax, shape in zip(axes[0], shapes):
+        for (kernel, bits), color in LINES.items():
+            line = sorted((r["batch"], r["us"], r["floor_us"]) for r in rows
+                          if (r["shape"], r["kernel"], r["bits"]) == (shape, kernel, bits))
+            if not line:
+                continue
+            tokens, us, floor = zip(*line)
+            ours = kernel in ("cuBLAS", "lowbit_matmul")
+            ax.loglog(tokens, us, "o-" if ours else "o--", color=color, markersize=3.5,
+                      linewidth=1.5 if ours else 1.0, label=f"{kernel}, {bits} bits")
+            if ours:
+                ax.loglog(tokens, floor, ":", color=color, linewidth=1.0)
+        ax.set_title(f"{shape.replace('x', ' outputs, ')} inputs", fontsize=10)
+        ax.set_xticks([1, 16, 64, 512, 4096], ["1", "16", "64", "512", "4096"])
+        ax.set(xlabel="tokens", ylabel="microseconds; dotted: floor")
+        ax.minorticks_off()
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.3)
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=160)
+
+if __name__ == "__main__":
+    run(main)
