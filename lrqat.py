@@ -292,8 +292,7 @@ def gptq_model(model, data, args):
         for name, m, h in block:
             with definite_hessian(name, 64 * args.seq_len,
                                   "try another --data, or a longer --seq-len"):
-                codes = gptq(m.weight, h, args.bits, args.group_size, symmetric=args.bits > 2,
-                             mse=True)
+                codes = gptq(m.weight, h, args.bits, args.group_size, symmetric=args.bits > 2)
             model.set_submodule(name, QuantLinear.affine(*codes, args.bits, args.group_size))
     return model
 

@@ -60,6 +60,8 @@ def parse_args(argv=None):
     add("--group-size", type=number(int, -1), default=-1,
         help="input channels that share one scale; -1: one scale a row (default: -1)")
     add("--symmetric", action="store_true", help="grids without zero points")
+    add("--act-order", action="store_true", help="GPTQ rounds the columns of the largest inputs "
+        "first, as in the paper's runs (default: from left to right, as everywhere here)")
     add("--a-bits", type=int, choices=(4, 8, 16), default=16,
         help="of the linears' inputs, one scale a token; 16: not quantized (default: 16)")
     add("--smooth", type=number(float, 0, 1),
@@ -209,7 +211,7 @@ def quantize_block(block, windows, tables, args, host, label):
                 tokens = sum(x[..., 0].numel() for x in windows)
                 with definite_hessian(f"{label}{name}", tokens,
                                       "give more with --steps, or another --calib"):
-                    codes = gptq(w, h, act_order=True, **how)
+                    codes = gptq(w, h, act_order=args.act_order, **how)
                 left = output_error(w, dequantize(*codes, args.group_size), h)
                 report.append(f"{name.split('.')[1]} {100 * lost:.1f} -> {100 * left:.1f}")
             block.set_submodule(name, FrozenLinear(
@@ -344,8 +346,8 @@ def main():
         + "\n".join(rows))
     finish(args, "normtweak", model, scores, {"tokens": ids.numel(), "seconds": seconds},
            w_bits=args.bits, a_bits=args.a_bits, group_size=args.group_size,
-           base_val_loss=base["loss"], symmetric=args.symmetric, solver=args.solver,
-           loss=args.loss, calib=args.calib, lr=args.lr, arms=arms)
+           base_val_loss=base["loss"], symmetric=args.symmetric, act_order=args.act_order,
+           solver=args.solver, loss=args.loss, calib=args.calib, lr=args.lr, arms=arms)
 
 def line(name, scores, bpw, seconds=0.0, losses=()):
     """One row of the final table."""

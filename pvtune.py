@@ -477,7 +477,7 @@ def fit(model, data, args):
             if args.scheme == "affine":
                 with definite_hessian(name, 64 * args.seq_len,
                                       "try another --data, or a longer --seq-len"):
-                    parts = gptq(m.weight, h, args.bits, args.group_size, mse=True)
+                    parts = gptq(m.weight, h, args.bits, args.group_size)
                 form = Grid(*(x[None] for x in parts), args.bits)
             else:
                 with torch.enable_grad():

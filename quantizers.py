@@ -174,13 +174,14 @@ def code_linear(x, x_scale, w, w_scale, dtype):
 
 # ---- The affine grid and round-to-nearest ---------------------------------------------------
 
-def rtn(w, bits, group_size=-1, symmetric=False, mse=False):
+def rtn(w, bits, group_size=-1, symmetric=False, mse=True):
     """Round to nearest, the baseline of every table: w (O, C) -> q (O, C), scale and zero (O, G).
 
     asymmetric: q uint8 in 0..2^bits-1 over the range of the row or group, widened to hold 0.
     symmetric:  q int8 in -2^(bits-1)..2^(bits-1)-1, zero_point None. As in GPTQ's code one step
     is 2 max|w| / (2^bits - 1), so that the largest positive weight is clipped.
-    mse: the shrink of the range, among 1, 0.99 .. 0.21, with the least sum of |error|^2.4.
+    mse: the shrink of the range, among 1, 0.99 .. 0.21, with the least sum of |error|^2.4. It is on
+    in every table here; without it the range is that of the extremes.
     """
     groups = _grouped(w, group_size)                                               # (O, G, g)
     scale, zero_point = affine_grid(groups, bits, symmetric, mse)                  # (O, G)
@@ -272,7 +273,7 @@ def full_float32():
 
 @full_float32()
 @torch.no_grad()
-def gptq(w, hessian, bits, group_size=-1, symmetric=False, mse=False, act_order=False,
+def gptq(w, hessian, bits, group_size=-1, symmetric=False, mse=True, act_order=False,
          percdamp=0.01):
     """w (O, C), hessian (C, C) = E[x x^T] over the inputs, in any unit -> as `rtn` returns it.
 

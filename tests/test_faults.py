@@ -41,10 +41,10 @@ PRESET = model.Preset(2, 128, 2, 256, 4e-3, 12, 4, 2, 16)      # its state file 
 CHILD = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch, model
+import torch, model, nanobit.cli
 torch.set_num_threads(1)
 model.PRESETS["tiny"] = model.Preset(*{tuple(PRESET)!r})
-model.run(model.main)
+nanobit.cli.run(nanobit.cli.main)
 """
 
 @pytest.fixture(autouse=True)
@@ -394,8 +394,8 @@ def test_python_itself_says_nothing_about_a_closed_pipe(length):
     """What waits in the buffer at the end, as --help does, is written by Python's shutdown."""
     read, write = os.pipe()
     os.close(read)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import model\n"
-    code += f"model.run(lambda: print('x' * {length}))"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import nanobit.cli\n"
+    code += f"nanobit.cli.run(lambda: print('x' * {length}))"
     child = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE,
                            env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"})
     os.close(write)
@@ -518,12 +518,12 @@ def test_a_row_counts_the_codes_that_the_file_has_otherwise_than_training(
         for m in net.modules():
             if isinstance(m, QuantLinear):
                 m.packed[0, 0] ^= 1
-        nanobit.runs.save_result(path, net, *rest)
+        save_result(path, net, *rest)
+    save_result = nanobit.runs.save_result
     shutil.copytree(finished, "out")
     for flipped in (False, True):
         if flipped:
-            script = importlib.import_module(COMPARED[what].split(".")[0])
-            monkeypatch.setattr(script, "save_result", flip_and_save)
+            monkeypatch.setattr(nanobit.runs, "save_result", flip_and_save)
         status, out, err = call(capsys, f"{COMPARED[what]} {SHORT}")
         assert status == 0, err
         row = json.loads(out.splitlines()[-1])
@@ -559,7 +559,7 @@ def test_a_hessian_that_is_not_positive_definite_is_one_line(
 
 def test_compiling_is_tried_before_the_run_starts(tmp_path):
     """On a machine without a compiler, in a process of its own: torch remembers compilers."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import model\nmodel.run(model.main)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import nanobit.cli as c\nc.run(c.main)"
     child = subprocess.run([sys.executable, "-c", code, *SHORT.split(), "--compile"],
                            capture_output=True, text=True, env=os.environ | {
                                "PATH": str(tmp_path / "bin"), "CXX": "no-such-compiler",

@@ -41,7 +41,7 @@ def surgery(w, h, scale, zero_point, bits):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_codes_equal_optimal_brain_surgery_with_explicit_inverses(bits, symmetric):
     w, h = problem()
-    q, scale, zero_point = gptq(w, h, bits, symmetric=symmetric)
+    q, scale, zero_point = gptq(w, h, bits, symmetric=symmetric, mse=False)
     grid = affine_grid(w, bits, symmetric)
     expected = surgery(w, damped(h), *(t[:, None].expand_as(w) for t in grid), bits)
     assert torch.equal(q.double(), expected - 2 ** (bits - 1) * symmetric)
@@ -62,7 +62,7 @@ def test_groups_take_their_grid_from_fresh_weights(g):
         error = work[:, i] - (expected[:, i] - z) * s
         work -= error[:, None] * (inverse[i] / inverse[i, i])
         inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
-    q, scale, zero_point = gptq(w, h, 3, group_size=g)
+    q, scale, zero_point = gptq(w, h, 3, group_size=g, mse=False)
     assert torch.equal(q.double(), expected)
     assert scale.shape == zero_point.shape == (48, 96 // g)
     assert stale > 0 or g == 96                        # the grids of the original weights differ
@@ -70,8 +70,8 @@ def test_groups_take_their_grid_from_fresh_weights(g):
 @pytest.mark.parametrize("g", [256, 192, 200])
 def test_a_group_wider_than_a_lazy_block_is_fresh_too(g):
     w, h = problem(O=6, C=2 * g, tokens=900)
-    first = gptq(w[:, :g], h[:g, :g], 3, percdamp=0)   # fixes the first group's codes and grid
-    q, scale, _ = gptq(w, h, 3, group_size=g, percdamp=0)
+    first = gptq(w[:, :g], h[:g, :g], 3, mse=False, percdamp=0)   # fixes the first group's codes and grid
+    q, scale, _ = gptq(w, h, 3, group_size=g, mse=False, percdamp=0)
     # what is left for group 2 is w2 + (w1 - w1_hat) H12 H22^-1: the least squares answer
     error = w[:, :g] - dequantize(q[:, :g], scale[:, :1], _[:, :1])
     fresh = w[:, g:] + error @ h[:g, g:] @ torch.linalg.inv(h[g:, g:])
@@ -177,7 +177,7 @@ def test_act_order_moves_with_a_permutation_of_the_inputs(symmetric):
 
 def test_act_order_with_groups_is_surgery_in_order_of_variance_on_the_original_grids():
     w, h = problem()
-    q, scale, zero_point = gptq(w, h, 3, group_size=24, act_order=True)
+    q, scale, zero_point = gptq(w, h, 3, group_size=24, mse=False, act_order=True)
     s, z = affine_grid(w.view(48, 4, 24), 3)
     assert torch.equal(scale, s) and torch.equal(zero_point, z)
     order = sorted(range(96), key=lambda i: -h[i, i].item())
@@ -216,7 +216,7 @@ def test_inputs_that_are_always_zero_get_the_code_of_zero():
     grid = [t[:, None].expand(48, len(alive)) for t in affine_grid(w, 3)]
     damping = 0.01 * (h.diagonal().sum() + len(dead)) / 96
     expected = surgery(w[:, alive], h[alive][:, alive] + damping * torch.eye(len(alive)), *grid, 3)
-    assert torch.equal(gptq(w, h, 3)[0][:, alive].double(), expected)
+    assert torch.equal(gptq(w, h, 3, mse=False)[0][:, alive].double(), expected)
 
 @pytest.mark.parametrize("bits, clipped", [(2, 2 / 3), (3, 6 / 7), (4, 14 / 15)])
 def test_symmetric_grid_of_a_row_without_negative_weights_clips_the_top_only(bits, clipped):

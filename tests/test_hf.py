@@ -25,6 +25,7 @@ import nanobit.hf
 import nanobit.tokenizer
 import normtweak
 from conftest import TEXT, call, check_refused
+import nanobit.generate
 from model import LLaMA, UsageError
 from quantizers import QuantLinear, quest_fake_quant, rotate, rtn
 
@@ -563,9 +564,9 @@ def test_eval_scores_what_transformers_scores(folder, capsys):
     assert float(out.split("loss ")[-1]) == pytest.approx(nll / (len(tokens) - 1), abs=2e-5)
 
 def test_a_sample_starts_with_the_start_token(folder, capsys, monkeypatch):
-    seen, generate = [], LLaMA.generate
-    monkeypatch.setattr(LLaMA, "generate",
-                        lambda self, x, *rest: seen.append(x) or generate(self, x, *rest))
+    seen, generate = [], nanobit.generate.generate
+    monkeypatch.setattr(nanobit.generate, "generate",
+                        lambda m, x, *rest: seen.append(x) or generate(m, x, *rest))
     status, out, err = call(capsys, "model.py sample hf --prompt 'def f' --tokens 5")
     assert status == 0 and out.startswith("def f") and seen[0][0, 0] == 1, err
 

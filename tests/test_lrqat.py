@@ -672,7 +672,7 @@ def test_optimizer_has_two_rates_and_no_decay():
 def test_progress_counts_the_integers_that_the_adapters_moved():
     """Of the whole model's: none at first, then those of rows that A B pushes up by one step."""
     m, _, _ = small_model(phi="fp32")
-    assert lrqat.flipped(m) == " flipped 0.00% |"
+    assert lrqat.flipped(m) == 0 and lrqat.status(m) == " flipped 0.00% |"
     linear, expected = m.blocks[0].mlp.w_down, 0                           # 32 x 48
     before = linear.merge()[0]
     with torch.no_grad():
@@ -680,8 +680,8 @@ def test_progress_counts_the_integers_that_the_adapters_moved():
         linear.B.fill_(1.0)
     pushed = (before[:3] < limits(4)[1]).sum().item()  # the others are clipped already
     total = sum(w.codes.numel() for _, w in m.linears())
-    share = float(lrqat.flipped(m).split()[1].removesuffix("%"))
-    assert pushed > 100 and abs(share - 100 * pushed / total) < 0.006      # two decimals
+    # Of a pair of ties, -1/2 and 1/2, both become 0: that one is pushed and does not move.
+    assert pushed > 100 and abs(lrqat.flipped(m) * total - pushed) < 3
 
 def test_schedule_is_linear_up_and_down():
     assert [linear_schedule(t, 1000, 1.0) for t in (0, 50, 100, 1000)] == [0, 0.5, 1, 0]
@@ -760,17 +760,17 @@ def own_cache(tmp_path, monkeypatch):
 def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, monkeypatch, capsys):
     data = random_base(tmp_path, 2)
     hessians = []
-    def gptq(w, hessian, bits, group_size, symmetric, mse):
+    def gptq(w, hessian, bits, group_size, symmetric):
         hessians.append((tuple(hessian.shape), hessian.trace().item() > 0))
-        return quantizers.rtn(w, bits, group_size, symmetric, mse)
+        return quantizers.rtn(w, bits, group_size, symmetric)
     monkeypatch.setattr(lrqat, "gptq", gptq)
     flags = ("--bits 2 --group-size 16 --rank 4 --init svd --a-bits 8 --kv-bits 4 --steps 3 "
              "--batch-size 4 --seq-len 32 --device cpu")
     command, rows = f"lrqat.py {flags} --model {tmp_path}/base.pt --out {tmp_path}", []
     for more in ("", " --resume"):
         _, out, _ = call(capsys, command + more)
-        assert "merged" in out and " 0 of 17408 integers differ, loss by 0.0e+00" in out
         rows.append(json.loads(out.strip().splitlines()[-1]))
+        assert rows[-1]["integers_differ"] == 0 and abs(rows[-1]["packed_minus_live"]) < 1e-5
     first, again = ({arm: row["val_loss"] for arm, row in r["arms"].items()} for r in rows)
     assert list(first) == list(lrqat.ARMS) and first == again
     base = nanobit.checkpoint.load_checkpoint(str(tmp_path / "base.pt"))[0]             # floats, also inside

@@ -293,13 +293,14 @@ def test_hessian_is_the_second_moment_however_tokens_are_split(teacher, ids, in_
             torch.testing.assert_close(h, v.T @ v / len(v), rtol=1e-10, atol=1e-10)
             torch.testing.assert_close(peak, v.abs().amax(0), rtol=1e-10, atol=0)
 
-@pytest.mark.parametrize("extra", [(), ("--a-bits", "8")])
+@pytest.mark.parametrize("extra", [(), ("--a-bits", "8"), ("--act-order",)])
 def test_gptq_sees_what_is_quantized_before_it(teacher, ids, options, monkeypatch, extra):
     """Order k, v, q, o, up, gate, down; each Hessian is that of the smoothed block with everything
     before already quantized, recomputed here from the finished block."""
     calls, quantize = [], nt.gptq
     def spy(w, h, **kwargs):
-        assert kwargs["act_order"] and kwargs.get("percdamp", 0.01) == 0.01        # the paper's
+        assert not {"mse", "percdamp"} & set(kwargs)                       # the one recipe
+        assert kwargs["act_order"] == ("--act-order" in extra)
         calls.append((w.clone(), h.clone()))
         return quantize(w, h, **kwargs)
     monkeypatch.setattr(nt, "gptq", spy)
@@ -308,7 +309,7 @@ def test_gptq_sees_what_is_quantized_before_it(teacher, ids, options, monkeypatc
     names = sum(nt.ORDER, ())
     reference = copy.deepcopy(teacher)
     x, rope = reference.embed(ids), reference.rope(ids)
-    if extra:
+    if "--a-bits" in extra:
         nt.smooth(reference.blocks[0], x.split(1), rope, args.smooth)
     for i, name in enumerate(names):
         block = copy.deepcopy(reference.blocks[0])
