@@ -673,7 +673,7 @@ def test_progress_counts_the_integers_that_the_adapters_moved():
     """Of the whole model's: none at first, then those of rows that A B pushes up by one step."""
     m, _, _ = small_model(phi="fp32")
     assert lrqat.flipped(m) == 0 and lrqat.status(m) == " flipped 0.00% |"
-    linear, expected = m.blocks[0].mlp.w_down, 0                           # 32 x 48
+    linear = m.blocks[0].mlp.w_down                           # 32 x 48
     before = linear.merge()[0]
     with torch.no_grad():
         linear.A[:3] = 4 / ALPHA / 4                   # rank 4: alpha/r A B = 1
@@ -757,13 +757,8 @@ def test_activation_bits_reach_every_site_and_kv_bits_only_keys_and_values(monke
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, monkeypatch, capsys):
+def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, capsys):
     data = random_base(tmp_path, 2)
-    hessians = []
-    def gptq(w, hessian, bits, group_size, symmetric):
-        hessians.append((tuple(hessian.shape), hessian.trace().item() > 0))
-        return quantizers.rtn(w, bits, group_size, symmetric)
-    monkeypatch.setattr(lrqat, "gptq", gptq)
     flags = ("--bits 2 --group-size 16 --rank 4 --init svd --a-bits 8 --kv-bits 4 --steps 3 "
              "--batch-size 4 --seq-len 32 --device cpu")
     command, rows = f"lrqat.py {flags} --model {tmp_path}/base.pt --out {tmp_path}", []
@@ -784,7 +779,6 @@ def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, monkeyp
     assert rows[0]["bpw"] == 2 + (32 + 8) / 16
     packed = {row["bpw"] for arm, row in rows[0]["arms"].items() if not arm.startswith("dense")}
     assert packed == {rows[0]["bpw"]}
-    assert len(hessians) == 2 * 14 and set(hessians) == {((32, 32), True), ((48, 48), True)}
     assert "resumed" in out
     m, content = nanobit.checkpoint.load_checkpoint(str(tmp_path / "lrqat-w2a8.pt"))
     loss = nanobit.train.evaluate(m, data.val, 32)["loss"]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import model as trunk
 import nanobit.checkpoint
 import nanobit.data
+import nanobit.train
 import normtweak as nt
 import quantizers
 from conftest import call, check_refused, double
@@ -419,7 +420,7 @@ def test_self_calibration_follows_the_rule(teacher, data, options, in_float64):
     assert not torch.equal(out, nt.calibration(teacher, train_only, options("--seed", "4")))
 
 def test_the_token_after_the_greedy_ones_is_the_first_that_is_drawn(teacher, data, options):
-    """In 64 windows: a draw is the likeliest token in some of them, and not in all."""
+    """In 64 windows: greedy tokens are the likeliest in all of them, draws in few."""
     out = nt.calibration(teacher, data, options("--steps", "64", "--seq-len", "8"))
     logits = teacher(out)[0]
     logits[..., data.tokenizer.eot_token] = -torch.inf
@@ -457,14 +458,16 @@ def base(teacher, data, tmp_path):
 
 @pytest.mark.parametrize("bits, extra", [(2, ""), (4, "--a-bits 8 --group-size 16"),
                                          (3, "--symmetric --solver closed")])
-def test_saved_checkpoints_evaluate_to_the_reported_loss(base, tmp_path, capsys, bits, extra):
+def test_saved_checkpoints_evaluate_to_the_reported_loss(base, teacher, data, tmp_path, capsys,
+                                                         bits, extra):
     _, out, _ = call(capsys, f"normtweak.py --model {base} --out {tmp_path} --steps 4 --seq-len 24 "
                              f"--bits {bits} {extra}")
     row = json.loads(out.splitlines()[-1])
     assert row == json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
     assert list(row["arms"]) == ["dense", "rtn", "rtn-tweak", "gptq", "gptq-tweak"]
     assert row["base_val_loss"] == row["arms"]["dense"]["val_loss"]
-    assert row["tokens"] == 4 * 24
+    dense = nanobit.train.evaluate(teacher, data.val, 24)["loss"]
+    assert row["base_val_loss"] == pytest.approx(dense, abs=1e-5) and row["tokens"] == 4 * 24
     # 7680 weights in 224 rows a block; a scale has 32 bits, a zero point 8
     bpw = bits + {2: 40 * 224 / 7680, 3: 32 * 224 / 7680, 4: 40 / 16}[bits]
     for name, arm in row["arms"].items():
