@@ -22,6 +22,7 @@ import functools
 import importlib.metadata
 import math
 import warnings
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -49,17 +50,34 @@ from quantizers import (EPS, GAUSSIAN_CLIP, clip_limit, code_offset, hadamard_si
 
 # ---- What a packed linear asks ------------------------------------------------------------------
 
-@torch.compiler.disable
 def linear(layer, x):
     """The product of a QuantLinear with inputs x (..., C) in 16 bits -> (..., O), or None where there
     is no kernel for it. Its weight in the order that the kernels read is made at the first use and
     kept in layer.fast, beside the `packed` tensor that it was made from."""
+    if torch.compiler.is_compiling():
+        # One operation to the compiler, which knows neither the layer nor the kernels. The weight
+        # was made in a call before, or else there is no kernel.
+        if layer.fast is None or layer.fast[1] is None:
+            return None
+        return torch.ops.nanobit.packed_linear(x, id(layer), len(layer.packed))
+
     product, operand = FORMS[layer.spec["kind"]]
     if layer.fast is None or layer.fast[0] is not layer.packed:        # first use, or it moved
         layer.fast = layer.packed, operand(layer, x)
+        LAYERS[id(layer)] = layer
     if layer.fast[1] is None:
         return None
     return product(layer, x, layer.fast[1])
+
+LAYERS = weakref.WeakValueDictionary()  # id: a layer that compiled code asks for
+
+@torch.library.custom_op("nanobit::packed_linear", mutates_args=())
+def packed_linear(x: torch.Tensor, layer: int, outputs: int) -> torch.Tensor:
+    return linear(LAYERS[layer], x)
+
+@packed_linear.register_fake
+def _(x, layer, outputs):
+    return x.new_empty(*x.shape[:-1], outputs)
 
 def affine_operand(layer, x):
     """A LowBit; None, and a warning, for a shape without a kernel."""

@@ -233,13 +233,17 @@ def sample_checkpoint(argv):
                    help="0 takes the most likely token (default: 0.8)")
     p.add_argument("--top-k", type=number(int, 1), default=50,
                    help="choose among so many tokens (default: 50)")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks: faster on a "
-                   "GPU after a start of 20 to 40 s")
+    p.add_argument("--compile", action="store_true", help="torch.compile a step: faster on a "
+                   "GPU, after a start of 20 to 40 s for 7B")
     add_flags(p, data=False, trains=False)
     args = resolve(p.parse_args(argv))
     model, content = load_checkpoint(args.checkpoint, args.device, getattr(torch, args.dtype))
-    say(sample_text(prepare(model, args.compile), make_tokenizer(content["tokenizer"]), args.prompt,
-                    args.tokens, args.seed, args.temperature, args.top_k))
+    if args.compile:
+        try_compiling(args.device)
+    text = sample_text(prepare(model, args.compile), make_tokenizer(content["tokenizer"]),
+                       args.prompt, args.tokens, args.seed, args.temperature, args.top_k,
+                       args.compile)
+    say(text)
 
 def export_checkpoint(argv):
     p = Parser(prog="model.py export", description="Write a checkpoint as a Hugging Face folder.")

@@ -10,6 +10,8 @@ A test holds all of that to the plain loop.
 One token's step reads every weight once and computes next to nothing: its yardstick is the time
 that a copy of the weights takes. `prepare` serves that, and so do packed weights.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -23,18 +25,17 @@ def prepare(model, compile=False):
     """For generation alone, which waits for memory: the weights in the activations' dtype, and
     linears that share an input joined, so that a step has fewer kernels. Returns the model.
 
-    compile: torch.compile each block, in which the small operations between the products become
-    few. It takes 20 to 40 s at the first tokens.
+    compile: for compiled steps, where the compiler joins float linears better than this does.
     """
     for p in model.parameters():
         if p.dim() == 2:
             p.requires_grad_(False).data = p.data.to(model.dtype)
     for block in model.blocks:
         a, m = block.attn, block.mlp
+        if compile and isinstance(a.wq, Linear):
+            continue
         a.wq, a.wk, a.wv = joined(a.wq, a.wk, a.wv)
         m.w_gate, m.w_up = joined(m.w_gate, m.w_up)
-    if compile:
-        model.compile_parts()
     return model
 
 class Joined(nn.Module):
@@ -109,8 +110,8 @@ class Chooser:
 class Cache:
     """A layer's keys and values, (B, nkv, S, hs) each, for S tokens at most.
 
-    Before a step, `at` (T,) holds the positions of its tokens, and `mask` (T, S) says which
-    positions each of them sees."""
+    Before a step, `at` (T,) holds the positions of its tokens, and `mask` (T, S) is added to their
+    scores: 0 at the positions that each of them sees, else minus infinity."""
 
     def __init__(self, model, batch, length):
         c = model.config
@@ -134,18 +135,25 @@ class Cache:
 # ---- Many tokens --------------------------------------------------------------------------------
 
 @torch.no_grad()
-def decode(model, idx, n, choose):
+def decode(model, idx, n, choose, compile=False):
     """Yield the n tokens (B, 1) after idx (B, T), in one tensor that changes: T + n - 1 tokens have
-    to fit in the window. On a GPU every step but the first two is one CUDA graph."""
+    to fit in the window. On a GPU every step but the first two is one CUDA graph.
+
+    compile: torch.compile the step, all blocks at once, so that the small operations between the
+    products become few. It takes 20 to 40 s at the second token of a 7B model.
+    """
     B, T = idx.shape
-    c, S, device = model.config, T + n - 1, idx.device
+    c, device = model.config, idx.device
+    S = math.ceil((T + n - 1) / 64) * 64               # else attention copies the mask to pad it
     caches = [Cache(model, B, S) for _ in model.blocks]
     cos, sin = rope_tables(S, c.head_dim, c.rope_theta, device, c.rope_scaling)    # (S, hs) each
     slots = torch.arange(S, device=device)
 
     def forward(idx, at):
         """Ids (B, t) at positions `at` (t,) -> logits of the last one, (B, vocab)."""
-        mask = slots <= at.unsqueeze(1)                                            # (t, S)
+        ahead = slots > at.unsqueeze(1)                                            # (t, S)
+        mask = torch.zeros(ahead.shape, dtype=model.dtype, device=device)
+        mask = mask.masked_fill(ahead, -torch.inf)
         cos_at, sin_at = cos[at], sin[at]                                          # (t, hs) each
         x = model.embed(idx).to(model.dtype)
         for block, cache in zip(model.blocks, caches):
@@ -153,8 +161,13 @@ def decode(model, idx, n, choose):
             x = block(x, cos_at, sin_at, cache)                                    # (B, t, C)
         return model.predict(x[:, -1:])[0][:, -1]
 
+    # A product with one token waits for its weight: the compiler's own, tuned kernels read it
+    # faster than a library's.
+    options = {"coordinate_descent_tuning": True} if idx.is_cuda else None
+    forward_one = torch.compile(forward, dynamic=False, options=options) if compile else forward
+
     def step():
-        token.copy_(choose(forward(token, at)))
+        token.copy_(choose(forward_one(token, at)))
         at.add_(1)
 
     # The prompt, all of its tokens at once.
@@ -184,7 +197,7 @@ def capturable(model):
                if isinstance(m, QuantLinear))
 
 @torch.no_grad()
-def generate(model, idx, n, temperature=1.0, top_k=None, generator=None):
+def generate(model, idx, n, temperature=1.0, top_k=None, generator=None, compile=False):
     """Append n sampled tokens to idx (B, T), as LLaMA.generate does, with a cache.
 
     Keys and values are kept up to seq_len tokens. Beyond, the window slides, all of its positions
@@ -193,7 +206,7 @@ def generate(model, idx, n, temperature=1.0, top_k=None, generator=None):
     longest = model.config.seq_len
     choose = Chooser(model, len(idx), temperature, top_k, generator)
     ahead = max(0, min(n, longest + 1 - idx.size(1)))  # contexts that fit
-    for token in decode(model, idx, ahead, choose) if ahead else ():
+    for token in decode(model, idx, ahead, choose, compile) if ahead else ():
         idx = torch.cat((idx, token), dim=1)
     for _ in range(n - ahead):
         choose.draw()
@@ -201,7 +214,7 @@ def generate(model, idx, n, temperature=1.0, top_k=None, generator=None):
         idx = torch.cat((idx, token), dim=1)
     return idx
 
-def sample_text(model, tokenizer, prompt, n, seed, temperature=0.8, top_k=50):
+def sample_text(model, tokenizer, prompt, n, seed, temperature=0.8, top_k=50, compile=False):
     """The prompt and n generated tokens, as text; the same for the same seed. Raises UsageError."""
     try:
         prompt.encode()
@@ -212,5 +225,5 @@ def sample_text(model, tokenizer, prompt, n, seed, temperature=0.8, top_k=50):
     start = getattr(tokenizer, "start_token", tokenizer.eot_token)
     ids = torch.tensor([[start] + tokenizer.encode_ordinary(prompt)], device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    ids = generate(model, ids, n, temperature, top_k, generator)
+    ids = generate(model, ids, n, temperature, top_k, generator, compile)
     return tokenizer.decode(ids[0, 1:].tolist())

@@ -71,12 +71,12 @@ def bytes_of_a_step(model, tokens):
     return size
 
 @torch.no_grad()
-def measure(model, tokens, device, prompt=8, first=8):
+def measure(model, tokens, device, compile=False, prompt=8, first=8):
     """Seconds for a step of one sequence, in the mean of `tokens` steps after the first ones."""
     idx = torch.randint(model.config.vocab_size, (1, prompt), device=device)
     choose = Chooser(model, 1, 0.8, 50, torch.Generator(device).manual_seed(0))
     marks = []
-    for i, _ in enumerate(decode(model, idx, first + tokens + 1, choose)):
+    for i, _ in enumerate(decode(model, idx, first + tokens + 1, choose, compile)):
         if i in (first, first + tokens):
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
@@ -98,9 +98,9 @@ def main():
         for form in args.forms:
             torch._dynamo.reset()
             model = random_weights(args.size, bits, args.tokens, device, dtype)
-            prepare(model, compile=form == "compile")
+            prepare(model, form == "compile")
             start = time.perf_counter()
-            seconds = measure(model, args.tokens, device)
+            seconds = measure(model, args.tokens, device, form == "compile")
             start = time.perf_counter() - start - args.tokens * seconds
             size = bytes_of_a_step(model, 16 + args.tokens // 2)
             row = dict(size=args.size, bits=bits, form=form, tokens_per_second=round(1 / seconds, 1),
