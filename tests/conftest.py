@@ -1,8 +1,11 @@
 """What several test files share."""
 import importlib
+import pathlib
 import re
 import shlex
+import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -32,6 +35,29 @@ def double(m):
     """The LLaMA m, its weights and its activations in float64. To be used with in_float64."""
     m.dtype = torch.float64
     return m.double()
+
+def machine_code(kernel, types, constants, aligned, options):
+    """Compile a Triton kernel for an H100, which need not be there -> (bytes of shared memory, what
+    cuobjdump says of its resources, its assembly).
+
+    types: of every argument, "constexpr" of those in constants; aligned: names of the arguments
+    that 16 divides."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    places = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names},
+                       {places[name]: value for name, value in constants.items()},
+                       {places[name]: [["tt.divisibility", 16]] for name in aligned})
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(code.asm["cubin"])
+        f.flush()
+        said = [subprocess.run([tools / tool, flag, f.name], text=True, capture_output=True,
+                               check=True).stdout
+                for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))]
+    return code.metadata.shared, *said
 
 class Launch:
     """In the place of a Triton kernel: launches nothing, and notes with which constants and options

@@ -364,6 +364,15 @@ def test_every_command_of_the_readme_parses(readme, monkeypatch):
         with pytest.raises(Parsed):
             scripts[script].main()
 
+@pytest.mark.parametrize("script", ["model", "quest", "lrqat", "pvtune", "normtweak"])
+def test_every_script_has_a_smoke_run_that_ends_with_its_row(work, capsys, script):
+    status, out, err = call(capsys, f"{script}.py --smoke --data text.txt --vocab 300 --out new")
+    assert status == 0, err
+    row = json.loads(out.splitlines()[-1])
+    assert set(KEYS) <= set(row) and row["val_loss"] > 0 and row["dev_loss"] > 0
+    lines = pathlib.Path("new/smoke/results.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1]) == row
+
 def test_smoke_runs_write_nothing_but_out_smoke(work, capsys):
     before = {p: p.read_bytes() for p in pathlib.Path("out").iterdir() if p.is_file()}
     status, out, err = call(capsys, f"quest.py --smoke {TRAIN}")

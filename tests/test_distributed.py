@@ -28,6 +28,7 @@ import quest
 import time_lrqat_memory
 from model import UsageError
 
+pytestmark = pytest.mark.slow                          # two processes, a dozen runs each
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = ["--data", "text.txt", "--vocab", "300", "--seq-len", "16", "--batch-size", "8", "--device",
          "cpu", "--accumulate", "4"]

@@ -277,6 +277,7 @@ def test_float32_agrees_with_float64():
             for r in (a, b)]
     assert abs(loss[0] / loss[1] - 1) < 1e-3
 
+@pytest.mark.slow
 def test_kernel_for_gpus_equals_the_plain_loop_bit_for_bit():
     """In Triton's interpreter, so that no GPU is needed; rows and columns are no powers of two."""
     code = """

@@ -99,6 +99,7 @@ def interpreted():
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout)
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("bits", BITS)
 def test_product_equals_float64_in_float16(request, bits, case):
@@ -181,16 +182,16 @@ def overwritten_operands(sass):
                 found += [line] * any(registers & set(operand) for operand in flying)
     return found
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("bits, M, O", [(b, m, 14336) for b in BITS for m in (8, 16, 256)]
                          + [(1, 16, 4096), (3, 16, 4096)]
                          + [(4, 32, 14336), (2, 64, 14336), (3, 128, 14336), (8, 128, 14336),
                             (8, 64, 4096), (4, 512, 4096), (8, 512, 4096)])
-def test_code_for_sm_90_uses_tensor_cores_and_no_loop_spills(bits, M, O, tmp_path, monkeypatch):
+def test_code_for_sm_90_uses_tensor_cores_and_no_loop_spills(bits, M, O, monkeypatch):
     """Every entry of the tables, as lowbit_matmul would launch it for a layer of an 8B model."""
     import triton
     import kernels
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from conftest import machine_code
     C = 4096
     w = kernels.LowBit(range(O // 16), None, None, bits, 128, (O, C))
     monkeypatch.setattr(kernels, "HOPPER", True)
@@ -202,16 +203,9 @@ def test_code_for_sm_90_uses_tensor_cores_and_no_loop_spills(bits, M, O, tmp_pat
     kinds = dict(x=x, y="*bf16", parts="*fp32", M="i32", O="i32", N="i32", MASK="i32")
     signature = {n: "constexpr" if n in constants else kinds.get(n, "*i32")
                  for n in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, (n, kind) in enumerate(signature.items())
-               if kind[0] == "*" or n in "ON"}
-    code = triton.compile(ASTSource(kernel, signature, constants, aligned),
-                          target=GPUTarget("cuda", 90, 32), options=options)
-    assert code.metadata.shared <= 227 * 1024
-    (tmp_path / "cubin").write_bytes(code.asm["cubin"])
-    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    use, sass = (subprocess.run([tools / t[0], t[1], tmp_path / "cubin"], text=True, check=True,
-                                capture_output=True).stdout
-                 for t in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
+    aligned = [n for n, kind in signature.items() if kind[0] == "*" or n in "ON"]
+    shared, use, sass = machine_code(kernel, signature, constants, aligned, options)
+    assert shared <= 227 * 1024
     assert re.search(r"LOCAL:0 ", use), use
     loops = re.findall(r"(\.L_x_\d+):(.*?)BRA `\(\1\)", sass, re.DOTALL)
     known = (bits, M, O) in ((1, 16, 14336), (3, 16, 14336)) and triton.__version__[:3] == "3.6"

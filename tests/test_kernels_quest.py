@@ -13,14 +13,13 @@ import pathlib
 import re
 import subprocess
 import sys
-import tempfile
 import traceback
 
 import pytest
 import torch
 
 import quantizers
-from conftest import Launch
+from conftest import Launch, machine_code
 
 ROOT = pathlib.Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -249,6 +248,7 @@ def outcomes():
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_kernels(name, outcomes):
     assert outcomes[name] == "ok", outcomes[name]
@@ -282,26 +282,16 @@ def compiled(kernel, warps, stages=3, **arguments):
 
     arguments: the constants, or types of the others ("*i8", "i32"), pointers aligned as torch's.
     """
-    triton = pytest.importorskip("triton", "3.5")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    names = kernel.arg_names
+    pytest.importorskip("triton", "3.5")
     types = {n: v if isinstance(v, str) else "constexpr" for n, v in arguments.items()}
-    constants = {(names.index(n),): v for n, v in arguments.items() if not isinstance(v, str)}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, v in types.items() if "*" in v}
-    binary = triton.compile(ASTSource(kernel, {n: types[n] for n in names}, constants, aligned),
-                            target=GPUTarget("cuda", 90, 32),
-                            options=dict(num_warps=warps, num_stages=stages))
-    tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(binary.asm["cubin"])
-        f.flush()
-        usage, code = (subprocess.run([tools / command[0], command[1], f.name], text=True,
-                                      capture_output=True, check=True).stdout
-                       for command in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
+    constants = {n: v for n, v in arguments.items() if not isinstance(v, str)}
+    aligned = [n for n, kind in types.items() if "*" in kind]
+    shared, usage, code = machine_code(kernel, types, constants, aligned,
+                                       dict(num_warps=warps, num_stages=stages))
     spills = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
-    return spills, binary.metadata.shared, collections.Counter(re.findall(r"\b[A-Z]{2,}\b", code))
+    return spills, shared, collections.Counter(re.findall(r"\b[A-Z]{2,}\b", code))
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("b, tile, eight", [(1, 2, False), (2, 0, False), (4, 0, False),
                                             (4, 2, False), (8, 2, False), (8, 2, True)])
 def test_integer_matmul_compiles_for_an_h100_to_tensor_cores_without_spills(b, tile, eight):
@@ -315,6 +305,7 @@ def test_integer_matmul_compiles_for_an_h100_to_tensor_cores_without_spills(b, t
         BK=256 if b == 1 else BK)
     assert spills == 0 and shared <= 227 * 1024 and count["IGMMA"] and count["LDGSTS"]
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("eight", [False, True])
 def test_integer_matmul_of_tiles_compiles_for_an_h100_without_spills(eight):
     import kernels
@@ -343,6 +334,7 @@ def test_hadamard_quantize_compiles_for_an_h100_to_tensor_cores_without_spills(x
         trusted="*u8", T="i32", **launch.constants)
     assert spills == 0 and shared <= 227 * 1024 and count["HGMMA"] + count["HMMA"]
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("count, out", [(1, "*fp32"), (3, "*bf16")])
 def test_rotation_of_gradients_compiles_for_an_h100_without_spills(count, out):
     import kernels
@@ -352,6 +344,7 @@ def test_rotation_of_gradients_compiles_for_an_h100_without_spills(count, out):
         signs="*bf16", out=out, blocks="i32", COUNT=count, n=128, R=R, STAGES=stages)
     assert spills == 0 and shared <= 227 * 1024 and count["HGMMA"]
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("entry", [0, 1])
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 def test_lookups_compile_for_an_h100_without_spills(entry, tokens):
