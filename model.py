@@ -9,11 +9,11 @@
 
 The model:
   1. Tokens become vectors. Each block adds two things to them: what attention gathers from earlier
-     tokens, and what a small two-layer network, the SwiGLU, makes of each token alone.
+     tokens, and what a small network, the SwiGLU, makes of each token alone.
   2. Both read the vectors through an RMSNorm. Positions enter as rotations of queries and keys.
   3. A last norm and a linear, the head, give a score for each token that may come next.
-All that is quantized anywhere in this project are the seven linears of a block: wq, wk, wv, wo,
-w_gate, w_up, w_down. Embedding, norms and head stay floats.
+The only weights that are quantized anywhere in this project are those of a block's seven linears:
+wq, wk, wv, wo, w_gate, w_up, w_down. Embedding, norms and head stay floats.
 
 Paper: Llama 2 (arXiv 2307.09288); the presets' shapes and rates are QuEST's (2502.05003).
 Training, data, checkpoints and the commands are in nanobit/. Not here: dropout, biases.
@@ -57,8 +57,8 @@ class LlamaConfig:
         heads_fit = self.n_head % self.n_kv_head == 0
         width_fits = self.head_dim or self.n_embd % self.n_head == 0
         if not (heads_fit and width_fits):
-            raise UsageError(f"width {self.n_embd}, heads {self.n_head} and key/value heads "
-                             f"{self.n_kv_head} must divide one another")
+            raise UsageError(f"width {self.n_embd} must be a multiple of the {self.n_head} heads, "
+                             f"and these of the {self.n_kv_head} key/value heads")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
 
 class Preset(NamedTuple):
@@ -77,11 +77,13 @@ class Preset(NamedTuple):
         return LlamaConfig(vocab_size, self.n_layer, self.n_embd, self.n_head, self.n_head,
                            self.n_hidden, seq_len or self.seq_len, tied=tied)
 
-PRESETS = {  # 30M to 800M: QuEST's shapes, peak learning rates and steps of 512 x 512 tokens
+# 0.5M to 3.4M: for the scaling law, 25 tokens per parameter at the default vocabulary.
+# 30M to 800M: QuEST's shapes, peak learning rates and steps of 512 x 512 tokens.
+PRESETS = {
     "tiny": Preset(3, 256, 4, 768, 2e-3, 400, 16, 1, 128),
-    "0.5M": Preset(4, 96, 3, 288, 4e-3, 1033, 64, 1, 256),       # to 3.4M: for the scaling law,
-    "0.9M": Preset(4, 128, 2, 384, 4e-3, 1702, 64, 1, 256),      # 25 tokens per parameter at the
-    "1.9M": Preset(4, 192, 3, 576, 4e-3, 1765, 128, 1, 256),     # default vocabulary
+    "0.5M": Preset(4, 96, 3, 288, 4e-3, 1033, 64, 1, 256),
+    "0.9M": Preset(4, 128, 2, 384, 4e-3, 1702, 64, 1, 256),
+    "1.9M": Preset(4, 192, 3, 576, 4e-3, 1765, 128, 1, 256),
     "3.4M": Preset(4, 256, 4, 768, 4e-3, 3001, 128, 1, 256),
     "30M": Preset(6, 640, 5, 1792, 1.2e-3, 11444, 512, 8, 512),
     "50M": Preset(7, 768, 6, 2048, 1.2e-3, 19073, 512, 8, 512),
@@ -146,7 +148,8 @@ def apply_rope(x, cos, sin):
     return (x.float() * cos + turned * sin).to(x.dtype)
 
 def quantized(x, bits):
-    """Activations, a token (of a head) at a time; 16 bits: not quantized. Only LR-QAT uses it."""
+    """Activations on a grid of their own for each token (of each head); at 16 bits x as it is. Only
+    LR-QAT sets fewer bits."""
     return fake_quant_tokens(x, bits, symmetric=False)
 
 # ---- A block ----------------------------------------------------------------------------------
@@ -179,7 +182,7 @@ class Attention(nn.Module):
         k = quantized(apply_rope(k, cos, sin), a_bits)
 
         # with a cache (nanobit/generate.py) the earlier tokens' keys and values come from there
-        if cache:
+        if cache is not None:
             y = cache.attend(q, k, v)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
@@ -190,7 +193,7 @@ class Attention(nn.Module):
         return self.wo(y.reshape(B, T, -1))                                # (B, T, C)
 
 class MLP(nn.Module):
-    """SwiGLU: one half of the hidden units gates the other."""
+    """SwiGLU: w_down(silu(w_gate x) * w_up x), a gate for each of the n_hidden units."""
 
     def __init__(self, c):
         super().__init__()
@@ -255,7 +258,8 @@ class LLaMA(nn.Module):
         return read_folder(folder, dtype, as_stored)
 
     def forward(self, idx, targets=None):
-        """Ids (B, T) -> logits (B, T, vocab) and the mean loss in nats (None without targets)."""
+        """Ids (B, T) -> logits (B, T, vocab) and the loss, its mean in nats, None without targets.
+        With lean and targets the logits are None: they are never whole."""
         cos, sin = self.rope(idx)                                          # (T, hs)
         x = self.embed(idx).to(self.dtype)                                 # (B, T, C)
         for block in self.blocks:
@@ -279,6 +283,7 @@ class LLaMA(nn.Module):
 
     def loss_in_parts(self, x, targets):
         """The mean loss without ever holding all logits: those of n tokens at a time."""
+        # 256 tokens keep the backward pass small; without one, as many as have 2^26 logits.
         n = 256 if torch.is_grad_enabled() else max(256, 2**26 // self.config.vocab_size)
 
         def loss(x, y):
@@ -312,7 +317,8 @@ class LLaMA(nn.Module):
     # What the methods need of a model: the linears that they replace, and compiled parts.
 
     def linears(self):
-        """(name, module) of the linears inside the blocks: all that any method quantizes."""
+        """(name, module) of the linears inside the blocks: all that any method quantizes. By their
+        names, since a method's own class may stand there."""
         return [(name, m) for name, m in self.named_modules()
                 if name.startswith("blocks.") and name.rsplit(".", 1)[-1].startswith("w")]
 
@@ -323,11 +329,13 @@ class LLaMA(nn.Module):
         return self
 
     def compile_parts(self):
-        """torch.compile of one block, which serves all blocks, and of the head with the loss."""
+        """torch.compile the blocks, for which the code of the first serves all, and predict: the last
+        norm, the head, the loss."""
         for block in self.blocks:
             block.compile()
         self.predict = torch.compile(self.predict)
 
 if __name__ == "__main__":
+    # The rooms import this file once more, as `model`; nothing of this copy is used.
     from nanobit.cli import main, run
     run(main)

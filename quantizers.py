@@ -143,24 +143,10 @@ def keep_two_of_four(h):
     keep.scatter_(-1, length.topk(2, dim=-1).indices, True)
     return keep.repeat_interleave(2, dim=-1).view(h.shape)
 
-class _PassTrusted(torch.autograd.Function):
-    """Forward: the quantized value. Backward: the gradient where trusted, else zero."""
-
-    @staticmethod
-    def forward(ctx, h, h_hat, trusted):
-        ctx.save_for_backward(trusted)
-        return h_hat.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * ctx.saved_tensors[0], None, None
-
 def quest_fake_quant(x, bits):
-    """The nearest levels of x's rotated rows, as floats (..., C) in the rotated domain. The
-    gradient to x is the upstream one times the trust mask, rotated back (QuEST algorithm 1)."""
-    h = rotate(x if x.dtype == torch.float64 else x.float())
-    q, scale, u = quest_codes(h.detach(), bits)
-    return _PassTrusted.apply(h, (q + code_offset(bits)) * scale, u.abs() <= trust_limit(bits))
+    """QuEST's fake quantizer, the heart of quest.py, where it is written out."""
+    from quest import quest_fake_quant
+    return quest_fake_quant(x, bits)
 
 def code_linear(x, x_scale, w, w_scale, dtype):
     """y = (x * x_scale) @ (w * w_scale).T, with the scales outside of the product.

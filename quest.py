@@ -4,30 +4,46 @@
     python quest.py --bits 4 --smoke            # every line of it in a few seconds
     python quest.py --bits 16                   # the dense control: same data, same schedule
     python model.py sample out/quest-w4a4.pt    # use the packed result
+    python assets/law.py out/results.jsonl      # the scaling law of many such runs
     torchrun --standalone --nproc_per_node=8 quest.py --size 800M --bits 4 --fsdp     # 8 GPUs
 
 The idea:
   1. Rotate both operands of every linear with the same Hadamard matrix H. Outliers spread over
      their block, and the product does not change: (x H)(w H)^T = x w^T.
-  2. Round each row to the levels that suit a Gaussian of the row's root mean square best: one
-     constant per bit-width, nothing to learn, nothing to calibrate.
+  2. Round each row to even levels between -clip and clip times its root mean square. clip is one
+     constant per bit-width, that of the least squared error on a Gaussian: nothing to learn,
+     nothing to calibrate.
   3. In the backward pass, let the gradient through only where rounding moved a value by at most
      half a step (the trust mask), and rotate it back. Weights and optimizer stay float32.
 
+The symbols:
+  h        rotated rows, x H
+  scale    width of one step of a row's grid, (..., 1)
+  u        h in units of its scale
+  q        integer code of u: floor(u), clipped to the grid (ternary, FP4: the nearest level)
+  levels   q + 1/2 (ternary, FP4: q), so that levels * scale is the rounded value h_hat
+  trusted  bool: |u| is at most the outermost level plus 1/2 (FP4: plus 2; 1 bit: 1.30 times it)
+
 Paper: QuEST, Panferov et al. 2025 (arXiv 2502.05003); code: github.com/IST-DASLab/QuEST.
-Ours differs: clips are exact (theirs stop early); the ternary grid has three levels (theirs four);
-FP4's trust zone comes from FP4's own levels; rows of zeros keep learning; weight-only runs rotate
-both operands, so that they also suit a trained model; H is exact, not bfloat16.
 Not here: a speed-up. On a GPU the forward products are integer products, but training is still
 slower than dense training; the gradients' products are of bfloat16.
 
-Shapes: x (..., C) inputs, w (O, C) weights, y (..., O); h rotated rows, q integer codes.
+Where ours differs from the official code: clips are exact (theirs stop early at their optimizer's
+tolerance); the ternary grid has three levels (theirs four); FP4's trust zone comes from FP4's own
+levels; a row of zeros has a scale above 0, and so a gradient; where only weights are quantized x is
+rotated too, so that the layer still computes x w^T and can start from a trained w; H is exact, not
+bfloat16.
+
+Shapes: x (..., C) inputs, w (O, C) weights, y (..., O); B rows of x in all.
 """
 import math
 import os
+from argparse import ArgumentTypeError
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from model import UsageError
 from nanobit.checkpoint import tensor_bytes
@@ -44,153 +60,174 @@ from quantizers import (QuantLinear, bits_per_weight, clip_limit, code_linear, c
 
 kernels = find_kernels() if torch.cuda.is_available() else None
 
-BITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8, 16)
-# --quantizer: rotate?, and the largest |h| / scale that gets a gradient, from (bits, grid). The
-# baselines share QuEST's grid and scale; "lsq" learns its step instead (LsqLinear).
+# ---- The method for one layer, as the paper writes it (algorithm 1) ---------------------------
+
+class TrustedGradient(torch.autograd.Function):
+    """Forward: the rounded value. Backward: the gradient where it is trusted, else zero."""
+
+    @staticmethod
+    def forward(ctx, h, h_hat, trusted):               # h: backward returns its gradient
+        ctx.save_for_backward(trusted)
+        return h_hat.clone()                           # a new tensor: autograd treats inputs apart
+
+    @staticmethod
+    def backward(ctx, g):
+        trusted, = ctx.saved_tensors
+        return g * trusted, None, None
+
+def quest_fake_quant(x, bits):
+    """x (..., C) -> its rotated rows on their grid, (..., C), differentiable."""
+    # Rotate. Outliers spread over their block of up to 128, and the row looks Gaussian.
+    h = rotate(x if x.dtype == torch.float64 else x.float())
+
+    # Round to the nearest level. The scale is that of a Gaussian with the row's root mean square;
+    # no gradient passes through it.
+    q, scale, u = quest_codes(h.detach(), bits)
+    h_hat = (q + code_offset(bits)) * scale
+
+    # Trust the gradient where rounding moved a value by half a step at most: that is everything
+    # inside the grid, and half a step outside. The gradient is taken at h_hat. Farther out h_hat
+    # stays at the last level however far h goes: straight through, the same gradient would push h
+    # on and on with no effect on the output. A masked value is not frozen: the optimizer moves w,
+    # after the rotation back, where each weight has a part in every value of its block.
+    trusted = u.abs() <= trust_limit(bits)
+    return TrustedGradient.apply(h, h_hat, trusted)
+
+def quest_linear(x, w, bits, a_bits):
+    """y = x_hat w_hat^T, for a_bits of at most 8. H is symmetric and H H = I: the rotations cancel
+    in the product, and the backward pass of `rotate`, which autograd applies to the masked
+    gradients, is `rotate` again."""
+    return F.linear(quest_fake_quant(x, a_bits), quest_fake_quant(w, bits))        # (..., O)
+
+# ---- The same, kept small: codes in the place of floats ---------------------------------------
+# Autograd would keep x_hat and w_hat as floats and both masks, 5 bytes a value. QuestFunction keeps
+# int8 codes and masks, 2 bytes; it takes the scales out of the product, and lets weights that read
+# the same x share its codes.
+
+class Quantizer(NamedTuple):
+    """What QuEST and its baselines differ in."""
+    rotates: bool
+    limit: Callable              # (bits, grid) -> the largest |u| that gets a gradient
+
 QUANTIZERS = {
-    "quest": (True, trust_limit),
-    "trust": (False, lambda bits, grid: trust_limit(bits, grid, one_bit=1.25)),
-    "clip": (False, clip_limit),
-    "ste": (False, lambda bits, grid: math.inf),
-    "lsq": (False, clip_limit),
+    # QuEST: half a step outside of the outermost level; at 1 bit 1.30 times that level
+    "quest": Quantizer(rotates=True, limit=trust_limit),
+    # The baselines take one thing more away each. First the rotation (at 1 bit: 1.25 times),
+    "trust": Quantizer(rotates=False,
+                       limit=lambda bits, grid: trust_limit(bits, grid, one_bit=1.25)),
+    # then the half step outside: the gradient ends where the grid ends,
+    "clip": Quantizer(rotates=False, limit=clip_limit),
+    # then the mask: the straight-through estimator has a gradient everywhere.
+    "ste": Quantizer(rotates=False, limit=lambda bits, grid: math.inf),
 }
 
-def parse_args(argv=None):
-    def bits(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0
-        if value not in BITS:
-            raise ValueError
-        return value if value == 1.58 else int(value)
+class Operand(NamedTuple):
+    """One operand of the product, on its grid. At 16 bits it has only levels: the rotated rows."""
+    levels: torch.Tensor                 # (N, C) float: levels * scale is about the rotated rows
+    scale: torch.Tensor = None           # (N, 1)
+    codes: torch.Tensor = None           # (N, C) int8: q, a quarter of the bytes of levels
+    trusted: torch.Tensor = None         # (N, C) bool
+    kept: torch.Tensor = None            # (N, C) bool: not pruned (grid "sparse" alone)
 
-    bits.__name__ = f"bits value (one of {', '.join(map(str, BITS))})"     # argparse prints it
-    p = Parser(prog="quest.py", description="Train with quantized weights and activations (QuEST).")
-    p.add_argument("--bits", type=bits, default=4, help="of the weights, 1, 1.58 (three levels), "
-                   "2 to 8, or 16: the dense control (default: 4)")
-    p.add_argument("--a-bits", type=bits,
-                   help="of the activations; 16: weights only (default: --bits)")
-    p.add_argument("--quantizer", choices=tuple(QUANTIZERS), default="quest",
-                   help="quest, or a baseline: trust (no Hadamard), clip and ste (no trust mask "
-                   "either), lsq (learned step) (default: quest)")
-    p.add_argument("--grid", choices=("uniform", "fp4", "sparse"), default="uniform",
-                   help="fp4: E2M1 levels; sparse: keep 2 of 4 pairs of weights (default: uniform)")
-    add_flags(p, fsdp=True)
-    args = p.parse_args(argv)
-    args.a_bits = args.a_bits or args.bits
-    if args.bits == 16 and (args.a_bits, args.quantizer, args.grid) != (16, "quest", "uniform"):
-        raise UsageError("--bits 16 is the dense control; leave --a-bits, --quantizer, --grid out")
-    if args.grid == "fp4" and (args.bits, args.a_bits) not in ((4, 4), (4, 16)):
-        raise UsageError(f"--grid fp4 has 4 bits; --bits {args.bits} --a-bits {args.a_bits} do not")
-    if args.grid == "sparse" and args.bits in (1.58, 16):
-        raise UsageError(f"--grid sparse needs whole --bits from 1 to 8, not {args.bits}")
-    if args.quantizer == "lsq" and (args.grid != "uniform" or 1.58 in (args.bits, args.a_bits)):
-        raise UsageError("--quantizer lsq needs --grid uniform and whole --bits and --a-bits")
-    if args.quantizer == "lsq" and args.fsdp:
-        raise UsageError("--fsdp cannot share out the single numbers of --quantizer lsq; leave one "
-                         "of the two out")
-    return resolve(args)
-
-def check_shapes(model, args):
-    """Raise UsageError where --grid sparse cannot cut a linear's inputs into four pairs."""
-    for name, linear in model.linears() if args.grid == "sparse" else ():
-        C = linear.in_features
-        if C % 8:
-            raise UsageError(f"--grid sparse keeps 2 of 4 pairs of inputs, and 8 does not divide "
-                             f"the {C} of {name}; leave --grid out")
-
-# ---- The method -------------------------------------------------------------------------------
-
-TRUST = None  # a list while `trust_status` collects masks
-LEVELS = None  # a list while `levels_in_use` collects what the weights' products are made of
-
-def quantize_operand(v, bits, grid, quantizer):
-    """One operand's rows v (..., C) -> levels, scale (..., 1), saved; levels * scale ~ rotated v.
-
-    saved = (q int8, trusted bool, keep bool or None) is all that the backward pass needs. At 16
-    bits v is only rotated: (h, None, (h, None, None)).
-    """
-    rotated, limit = QUANTIZERS[quantizer]
-    h = rotate(v) if rotated else v.float()
+def to_grid(v, bits, grid, quantizer):
+    """Rows v (N, C) -> Operand. quantizer: a name of QUANTIZERS; grid: see "Other grids" below."""
+    how = QUANTIZERS[quantizer]
+    h = rotate(v) if how.rotates else v.float()
     if bits == 16:
-        h = h.to(v.dtype)
-        return h, None, (h, None, None)
-    q, scale, u = quest_codes(h, bits, grid)
-    trusted, keep = u.abs() <= limit(bits, grid), None
-    codes, levels = q.to(torch.int8), q.add_(code_offset(bits, grid))
-    if grid == "sparse":                               # a pruned value is 0, trusted within half
-        keep = keep_two_of_four(h)                     # a step of it
-        levels, trusted = levels * keep, trusted & (keep | (u.abs() <= 0.5))
-    return levels, scale, (codes, trusted, keep)
+        return Operand(h.to(v.dtype))
 
-def restore(q, offset, scale, dtype):
-    """(q + offset) * scale from int8 codes; levels are exact in every dtype."""
-    return (q.to(dtype).add_(offset) * scale).to(dtype)
+    q, scale, u = quest_codes(h, bits, grid)
+    codes = q.to(torch.int8)
+    levels = q.add_(code_offset(bits, grid))           # in place: q is not needed any more
+    trusted = u.abs() <= how.limit(bits, grid)
+
+    kept = None
+    if grid == "sparse":
+        # A pruned value is rounded to 0: it is trusted where that is within half a step.
+        kept = keep_two_of_four(h)
+        levels = levels * kept
+        trusted = trusted & (kept | (u.abs() <= 0.5))
+    return Operand(levels, scale, codes, trusted, kept)
+
+def restore(codes, offset, scale, dtype):
+    """(codes + offset) * scale, rounded once, to dtype: levels of at most 127.5 in steps of 1/2 have
+    8 significant bits and are exact even in bfloat16."""
+    return (codes.to(dtype).add_(offset) * scale).to(dtype)
 
 class QuestFunction(torch.autograd.Function):
-    """y = x_hat w_hat^T with QuEST's gradient (paper, algorithm 1): x (B, C), w (O, C) -> (B, O).
+    """y = x_hat w_hat^T with QuEST's gradient, for every w of `weights`: a tuple of (B, O).
 
-    forward:   x_h = x H,  w_h = w H,  x_hat and w_hat their nearest grid values
-               y = (q_x + 1/2) (q_w + 1/2)^T * s_x s_w^T
-    backward:  g_x = (M_x * (g w_hat)) H,   g_w = (M_w * (g^T x_hat)) H,   M the trust masks
-    Kept in between: int8 codes, boolean masks, one scale a row; no float copy of x or w (except
-    the rotated x where only weights are quantized).
-    Several weights may share x: its codes are made once and a tuple of results comes back.
+    forward:   x_hat = round(x H),  w_hat = round(w H),  y = x_hat w_hat^T
+    backward:  g_x = (trusted_x * (g w_hat)) H,   g_w = (trusted_w * (g^T x_hat)) H
+    Where only weights are quantized, the rotated x is kept as it is.
     """
 
     @staticmethod
-    def forward(ctx, x, bits, a_bits, grid, quantizer, *weights):
-        a_grid = "fp4" if grid == "fp4" else "uniform"                     # sparse: weights only
-        x_levels, x_scale, (x_q, x_trusted, _) = quantize_operand(x, a_bits, a_grid, quantizer)
-        saved, ys = [x_q, x_trusted, x_scale], []
+    def forward(ctx, x, bits, a_bits, grid, quantizer, *weights):          # x (B, C), w (O, C)
+        a_grid = activation_grid(grid)                 # "fp4" for both, else "uniform" for x
+        xq = to_grid(x, a_bits, a_grid, quantizer)
+
+        ys = []
+        saved = [xq.levels if a_bits == 16 else xq.codes, xq.trusted, xq.scale]
         for w in weights:
-            w_levels, w_scale, w_saved = quantize_operand(w, bits, grid, quantizer)
-            if LEVELS is not None:
-                LEVELS.append(w_levels.to("cpu", torch.bfloat16))          # exact up to 8 bits
-            ys.append(code_linear(x_levels, x_scale, w_levels, w_scale, x.dtype))
-            saved += [*w_saved, w_scale]
-            if TRUST is not None:
-                TRUST.append((w_saved[1], x_trusted))
+            wq = to_grid(w, bits, grid, quantizer)
+            ys.append(code_linear(xq.levels, xq.scale, wq.levels, wq.scale, x.dtype))      # (B, O)
+            saved += [wq.codes, wq.scale, wq.trusted, wq.kept]
+
         ctx.save_for_backward(*saved)
-        ctx.x_offset, ctx.w_offset = code_offset(a_bits, a_grid), code_offset(bits, grid)
-        ctx.rotated, ctx.dtype = QUANTIZERS[quantizer][0], x.dtype
+        ctx.x_offset = code_offset(a_bits, a_grid)
+        ctx.w_offset = code_offset(bits, grid)
+        ctx.rotates = QUANTIZERS[quantizer].rotates
+        ctx.dtype = x.dtype
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *gs):
-        x_q, x_trusted, x_scale, *saved = ctx.saved_tensors
-        x_hat = x_q if x_scale is None else restore(x_q, ctx.x_offset, x_scale, ctx.dtype)
-        gx, gws = 0, []
-        for g, w_q, w_trusted, keep, w_scale in zip(gs, *(saved[i::4] for i in range(4))):
-            w_hat = restore(w_q, ctx.w_offset, w_scale, ctx.dtype)         # (O, C)
-            if keep is not None:
-                w_hat = w_hat * keep
+        x_kept, x_trusted, x_scale, *saved = ctx.saved_tensors     # codes, or at 16 bits x H itself
+        x_quantized = x_scale is not None
+        x_hat = restore(x_kept, ctx.x_offset, x_scale, ctx.dtype) if x_quantized else x_kept
+
+        gx = 0
+        gws = []
+        for i, g in enumerate(gs):                                         # g (B, O)
+            w_codes, w_scale, w_trusted, w_kept = saved[4 * i:4 * i + 4]
+
+            # dL/dx_hat, summed over the weights that read x
+            w_hat = restore(w_codes, ctx.w_offset, w_scale, ctx.dtype)     # (O, C)
+            if w_kept is not None:
+                w_hat = w_hat * w_kept
             gx = gx + g @ w_hat                                            # (B, C)
-            gw = (g.t() @ x_hat) * w_trusted.to(ctx.dtype)                 # (O, C)
-            gws.append((rotate(gw) if ctx.rotated else gw).float())
-        if x_trusted is not None:
-            gx = gx * x_trusted.to(ctx.dtype)          # a CPU is slow at float times bool
-        if ctx.rotated:
-            gx = rotate(gx, dtype=ctx.dtype)
+
+            # dL/dw: the mask is one of rotated values, so mask first and then rotate back
+            gw = g.t() @ x_hat                                             # (O, C)
+            gw = gw * w_trusted.to(ctx.dtype)          # a CPU is slow at float times bool
+            if ctx.rotates:
+                gw = rotate(gw)                        # float32, for the optimizer
+            gws.append(gw.float())
+
+        if x_quantized:
+            gx = gx * x_trusted.to(ctx.dtype)
+        if ctx.rotates:
+            gx = rotate(gx, dtype=ctx.dtype)           # as the layer before expects it
         return gx, None, None, None, None, *gws
 
 class FusedQuest(torch.autograd.Function):
     """QuestFunction on a GPU: a kernel for each of its lines, and integer products forward.
 
-    One pass makes codes, x_hat in x's dtype and the trust mask, a bit a value. x_hat and w_hat are
-    kept as they are, as the backward pass multiplies with them: 2 1/8 bytes a value.
+    One pass over an operand makes its codes, x_hat in x's dtype and the trust mask, a bit a value.
+    x_hat and w_hat are kept in the place of codes: hardly more in bfloat16, 2 1/8 bytes a value, and
+    the backward pass need not restore them.
     """
 
     @staticmethod
     def forward(ctx, x, bits, a_bits, *weights):
+        # a is (codes, scale, sums of codes), of which the integer product is made.
         *a, x_hat, x_trusted = kernels.hadamard_quantize(x, a_bits, x.dtype)
-        ys, saved = [], [x_hat, x_trusted]
+
+        ys = []
+        saved = [x_hat, x_trusted]
         for weight in weights:
             *w, w_hat, w_trusted = kernels.hadamard_quantize(weight, bits, x.dtype)
-            if LEVELS is not None:                     # below 8 bits the kernel doubles them
-                levels = w[0] + 0.5 if bits == 8 else w[0] / 2
-                LEVELS.append(levels.to("cpu", torch.bfloat16))
             ys.append(kernels.quest_matmul(a, w, a_bits, bits, x.dtype))           # (B, O)
             saved += [w_hat, w_trusted]
         ctx.save_for_backward(*saved)
@@ -199,46 +236,125 @@ class FusedQuest(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gs):
         x_hat, x_trusted, *saved = ctx.saved_tensors
-        gxs, gws = [], []
-        for g, w_hat, w_trusted in zip(gs, saved[::2], saved[1::2]):
+        gxs = []
+        gws = []
+        for i, g in enumerate(gs):
+            w_hat, w_trusted = saved[2 * i:2 * i + 2]
             gxs.append(g @ w_hat)                                                  # (B, C)
-            gws.append(kernels.rotate_trusted([g.t() @ x_hat], w_trusted, torch.float32))
-        return kernels.rotate_trusted(gxs, x_trusted, x_hat.dtype), None, None, *gws
+            gw = g.t() @ x_hat                                                     # (O, C)
+            gws.append(kernels.rotate_trusted([gw], w_trusted, torch.float32))
+
+        # The kernel adds up the summands that it is given, masks and rotates.
+        gx = kernels.rotate_trusted(gxs, x_trusted, x_hat.dtype)
+        return gx, None, None, *gws
 
 class QuestLinear(nn.Module):
     """A linear with quantized weights and inputs; `weight` is the float32 master (O, C)."""
+    watch = None                 # while somebody looks on: called with each linear and its x (B, C)
 
     def __init__(self, weight, bits, a_bits, grid="uniform", quantizer="quest"):
         super().__init__()
-        self.weight, self.how = weight, (bits, a_bits, grid, quantizer)
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):       # or torch.compile sees
-            hadamard_signs(math.gcd(weight.size(1), 128), weight.device, dtype)    # them change
+        self.weight = weight
+        self.bits = bits
+        self.a_bits = a_bits
+        self.grid = grid
+        self.quantizer = quantizer
+
+        # Fill the cache of Hadamard matrices that `rotate` reads: torch.compile has to meet them as
+        # constants, made before it traces.
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            hadamard_signs(math.gcd(weight.size(1), 128), weight.device, dtype)
 
     def forward(self, x):
         return self.fused(x, [self])[0]
 
     @staticmethod
     def fused(x, linears):
-        """[linear(x) for each], quantizing x once."""
-        (bits, a_bits, grid, quantizer), weights = linears[0].how, [m.weight for m in linears]
+        """[linear(x) for each], quantizing x once. The linears agree in all but their weights.
+        model.apply_linears calls this."""
+        first = linears[0]
+        weights = [m.weight for m in linears]
         flat = x.flatten(0, -2)                                                    # (B, C)
-        if (TRUST is None and (grid, quantizer) == ("uniform", "quest") and x.is_cuda and kernels
-                and kernels.quest_fits(x, bits, a_bits)):
-            ys = FusedQuest.apply(flat, bits, a_bits, *weights)
+        if QuestLinear.watch:
+            for m in linears:
+                QuestLinear.watch(m, flat)
+        if first.has_kernels(x):
+            ys = FusedQuest.apply(flat, first.bits, first.a_bits, *weights)
         else:
-            ys = QuestFunction.apply(flat, *linears[0].how, *weights)
+            ys = QuestFunction.apply(flat, first.bits, first.a_bits, first.grid, first.quantizer,
+                                     *weights)
         return [y.view(*x.shape[:-1], -1) for y in ys]
+
+    def has_kernels(self, x):
+        """Does FusedQuest compute this layer for inputs x? The baselines and other grids it does
+        not."""
+        own = self.quantizer == "quest" and self.grid == "uniform"
+        return own and x.is_cuda and kernels and kernels.quest_fits(x, self.bits, self.a_bits)
+
+    def levels(self, x):
+        """The levels (O, C) that the forward pass for x (B, C) multiplies with."""
+        if not self.has_kernels(x):
+            return to_grid(self.weight, self.bits, self.grid, self.quantizer).levels
+        # The kernel's codes are twice the levels, integers, where int8 holds that; at 8 bits q.
+        codes = kernels.hadamard_quantize(self.weight, self.bits, x.dtype)[0]
+        return codes + 0.5 if self.bits == 8 else codes / 2
 
     @torch.no_grad()
     def packed(self):
         """The same layer from packed codes and one float32 scale a row."""
-        bits, a_bits, grid, quantizer = self.how
-        return QuantLinear.quest(whole(self.weight), bits, a_bits, grid, QUANTIZERS[quantizer][0])
+        return QuantLinear.quest(whole(self.weight), self.bits, self.a_bits, self.grid,
+                                 QUANTIZERS[self.quantizer].rotates)
+
+# ---- What the run looks at --------------------------------------------------------------------
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def look_on(model, x, see):
+    """A forward pass over ids x that calls see(linear, its inputs (B, C)) for each linear."""
+    QuestLinear.watch = see
+    try:
+        model(x)
+    finally:
+        QuestLinear.watch = None
+
+def trusted_share(masks):
+    return sum(m.sum().item() for m in masks) / sum(m.numel() for m in masks)
+
+def trust_status(model, x):
+    """The trusted shares of weights and inputs over all linears, for the progress line."""
+    w_masks, x_masks = [], []
+
+    def see(m, rows):
+        if m.quantizer == "lsq":                       # it has no such mask
+            return
+        w_masks.append(to_grid(m.weight, m.bits, m.grid, m.quantizer).trusted)
+        if m.a_bits < 16:
+            x_masks.append(to_grid(rows, m.a_bits, activation_grid(m.grid), m.quantizer).trusted)
+
+    look_on(model, x, see)
+    text = f" trust w {100 * trusted_share(w_masks):.1f}%" if w_masks else ""
+    text += f" a {100 * trusted_share(x_masks):.1f}%" if x_masks else ""
+    return text + " |" if text else ""
+
+def levels_in_use(model, x):
+    """The levels (O, C), exact in bfloat16, that the linears, in order, multiply with for ids x."""
+    found = []
+    look_on(model, x, lambda m, rows: found.append(m.levels(rows).to("cpu", torch.bfloat16)))
+    return found
+
+# ---- Other grids, and the baseline that learns its step ----------------------------------------
+# fp4: the levels of E2M1, in the place of even ones. sparse: of every 4 pairs of weights the 2
+# longest are kept, the others are 0 (section 4.4); inputs are never pruned.
+
+def activation_grid(grid):
+    return "fp4" if grid == "fp4" else "uniform"
 
 class LsqLinear(QuestLinear):
-    """The paper's learned baseline, LSQ (1902.08153): one learned step a tensor, no rotation."""
+    """The paper's learned baseline, LSQ (1902.08153): one learned step a tensor, no rotation.
 
-    fused = None
+    LR-QAT's full QAT is another LSQ, on another grid: see lrqat.py."""
+
+    fused = None                                       # it does not share the codes of x
 
     def __init__(self, weight, bits, a_bits, grid="uniform", quantizer="lsq"):
         super().__init__(weight, bits, a_bits, grid, quantizer)
@@ -246,75 +362,59 @@ class LsqLinear(QuestLinear):
         self.a_step = nn.Parameter(torch.ones_like(self.w_step))           # see lsq_calibrate
 
     def forward(self, x):
-        bits, a_bits, _, _ = self.how
-        w, w_step = lsq_levels(self.weight, self.w_step, bits)
-        if LEVELS is not None:                         # straight through: off by a last digit
-            LEVELS.append(((w - 0.5).round() + 0.5).to("cpu", torch.bfloat16))
-        h, a_step = (x, None) if a_bits == 16 else lsq_levels(x.float(), self.a_step, a_bits)
+        if QuestLinear.watch:
+            QuestLinear.watch(self, x.flatten(0, -2))
+        w, w_step = lsq_levels(self.weight, self.w_step, self.bits)
+        h, a_step = x, None
+        if self.a_bits < 16:
+            h, a_step = lsq_levels(x.float(), self.a_step, self.a_bits)
         return code_linear(h, a_step, w, w_step, x.dtype)
+
+    def levels(self, x):
+        w, _ = lsq_levels(self.weight, self.w_step, self.bits)
+        return (w - 0.5).round() + 0.5                 # straight through: off by a last digit
 
     @torch.no_grad()
     def packed(self):
-        bits, a_bits, grid, _ = self.how
-        return QuantLinear.quest(self.weight, bits, a_bits, grid, False, self.w_step.detach(),
-                                 None if a_bits == 16 else self.a_step.detach())
+        a_step = None if self.a_bits == 16 else self.a_step.detach()
+        return QuantLinear.quest(self.weight, self.bits, self.a_bits, self.grid, False,
+                                 self.w_step.detach(), a_step)
 
 def lsq_first_step(x, bits):
     """2 mean|x| / sqrt(qmax), where qmax is taken as 1 at 1 bit: it would be 0."""
-    return 2 * x.float().abs().mean() / max(num_levels(bits) // 2 - 1, 1) ** 0.5
+    qmax = max(num_levels(bits) // 2 - 1, 1)
+    return 2 * x.float().abs().mean() / qmax ** 0.5
+
+def scale_gradient(x, grad_scale):
+    """x forward, grad_scale times the gradient backward."""
+    return x.detach() + (x * grad_scale - (x * grad_scale).detach())
 
 def lsq_levels(x, step, bits):
     """(levels, step): floor(x / step) clipped, plus 1/2; straight through inside the clip."""
     half = num_levels(bits) // 2
-    scale = (x.numel() * max(half - 1, 1)) ** -0.5     # LSQ's scale of the step's gradient only
-    step = step.detach() + (step * scale - (step * scale).detach())
+    step = scale_gradient(step, (x.numel() * max(half - 1, 1)) ** -0.5)
     u = x / step
-    v = (u - 0.5).clamp(-half, half - 1)               # carries the gradient
-    q = u.detach().floor().clamp(-half, half - 1)      # carries the value
-    return v + (q - v).detach() + 0.5, step
+    v = (u - 0.5).clamp(-half, half - 1)               # q before rounding: floor(u) = round(u - 1/2)
+    q = u.detach().floor().clamp(-half, half - 1)
+    return v + (q - v).detach() + 0.5, step            # q forward, v's gradient backward
 
 @torch.no_grad()
 def lsq_calibrate(model, x):
     """Set the steps of the inputs from one batch of token ids."""
-    def set_step(m, inputs):
-        m.a_step.copy_(lsq_first_step(inputs[0], min(m.how[1], 8)))
-    hooks = [m.register_forward_pre_hook(set_step) for _, m in model.linears()]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")
-def trust_status(model, x):
-    """The trusted shares of weights and inputs over all linears, for the progress line."""
-    global TRUST
-    TRUST, text = [], ""
-    model(x)
-    for name, masks in zip(("trust w", "a"), zip(*TRUST)):
-        masks = [m for m in masks if m is not None]    # there are none of unquantized inputs
-        if masks:
-            share = sum(m.sum().item() for m in masks) / sum(m.numel() for m in masks)
-            text += f" {name} {100 * share:.1f}%"
-    TRUST = None
-    return text and text + " |"
-
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")
-def levels_in_use(model, x):
-    """The levels (O, C) that the linears, in order, multiply with in a forward pass over ids x."""
-    global LEVELS
-    LEVELS = []
-    model(x)
-    found, LEVELS = LEVELS, None
-    return found
+    def set_step(m, rows):
+        m.a_step.copy_(lsq_first_step(rows, min(m.a_bits, 8)))     # at 16 bits it is not used
+    look_on(model, x, set_step)
 
 # ---- The run ----------------------------------------------------------------------------------
 
 def main():
     args = parse_args()
     name = f"{args.quantizer}-w{args.bits:g}a{args.a_bits:g}"
-    name += "" if args.grid == "uniform" else f"-{args.grid}"
+    if args.grid != "uniform":
+        name += f"-{args.grid}"
     path = os.path.join(args.out, f"{name}.pt")
+
+    # The data and the model, whose linears are replaced by quantized ones.
     data = load_training_data(args)
     model = new_model(args, data)
     keep_model(args, path)
@@ -325,16 +425,22 @@ def main():
         model.replace_linears(lambda name, linear: kind(linear.weight, args.bits, args.a_bits,
                                                         args.grid, args.quantizer))
     header(f"{name} | W{args.bits:g}A{args.a_bits:g}", args, model, data)
+
+    # Train.
     x, _ = batch(data.train, 0, min(args.batch_size, 8), args.seq_len, args.seed, args.device)
     if args.quantizer == "lsq":
         lsq_calibrate(model, x)
     result = train(model, data, args, f"{path}.state", lambda: trust_status(model, x[:2]))
+
+    # Evaluate it as it was trained.
     scores = evaluate(model.eval(), data.val, args.seq_len, data.tokenizer)
     params = sum(p.numel() for p in model.parameters())
     linear = sum(m.weight.numel() for _, m in model.linears())
     say(f"trained | {show(scores)} | {len(data.val) - 1} tokens, after "
         f"{result['tokens'] / linear:.3g} training tokens per parameter of the linears")
-    live = levels_in_use(model, x[:1])
+
+    # Pack it, and report what the file holds.
+    live = levels_in_use(model, x[:1]) if args.bits < 16 else []
     report(args, model, data, path, scores, live, result, base, params)
 
 def report(args, model, data, path, scores, live, result, base, params):
@@ -345,6 +451,8 @@ def report(args, model, data, path, scores, live, result, base, params):
         model.replace_linears(lambda name, linear: linear.packed())
     method = args.quantizer if args.bits < 16 else "dense"
     model, reloaded = through_the_file(path, model, args, data, method)
+
+    # Do the file's integers equal those of training?
     bpw, weights = bits_per_weight(model)
     differ, count = None, ""
     if weights:
@@ -364,6 +472,8 @@ def report(args, model, data, path, scores, live, result, base, params):
         say(f"size | linears {2 * weights} bytes in bfloat16 -> {round(bpw * weights / 8)} packed "
             f"({bpw:.3f} bits per weight with scales) | whole model {2 * params} -> {size} "
             f"(embedding, head and norms stay float32) | {path}")
+
+    # Text, and the row as the last line.
     prompt = "def "
     text = sample_text(model, data.tokenizer, prompt, 200, args.seed)
     say(f"--- 200 tokens after {prompt!r}, from the saved file ---\n{text}\n---")
@@ -373,6 +483,62 @@ def curve(losses, points=40):
     """The training loss over the run: means of equal parts of the steps."""
     parts = torch.tensor(losses).tensor_split(min(points, len(losses)))
     return [round(part.mean().item(), 4) for part in parts]
+
+# ---- Flags ------------------------------------------------------------------------------------
+
+BITS = (1, 1.58, 2, 3, 4, 5, 6, 7, 8, 16)
+
+def bits_value(text):
+    """argparse type: one of BITS, 1.58 as a float and the others as integers."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if value not in BITS:
+        raise ArgumentTypeError(f"{text} is not one of {', '.join(map(str, BITS))}")
+    return value if value == 1.58 else int(value)
+
+def parse_args(argv=None):
+    p = Parser(prog="quest.py", description="Train with quantized weights and activations (QuEST).")
+    p.add_argument("--bits", type=bits_value, default=4, help="of the weights, 1, 1.58 (three "
+                   "levels), 2 to 8, or 16: the dense control (default: 4)")
+    p.add_argument("--a-bits", type=bits_value,
+                   help="of the activations; 16: weights only (default: --bits)")
+    p.add_argument("--quantizer", choices=(*QUANTIZERS, "lsq"), default="quest",
+                   help="quest, or a baseline: trust (no Hadamard), clip and ste (no trust mask "
+                   "either), lsq (learned step) (default: quest)")
+    p.add_argument("--grid", choices=("uniform", "fp4", "sparse"), default="uniform",
+                   help="fp4: E2M1 levels; sparse: keep 2 of 4 pairs of weights (default: uniform)")
+    add_flags(p, fsdp=True)
+    args = p.parse_args(argv)
+    args.a_bits = args.a_bits or args.bits
+    check_args(args)
+    return resolve(args)
+
+def check_args(args):
+    """Raise UsageError for flags that do not go together."""
+    dense = args.bits == 16
+    if dense and not (args.a_bits == 16 and args.quantizer == "quest" and args.grid == "uniform"):
+        raise UsageError("--bits 16 is the dense control; leave --a-bits, --quantizer, --grid out")
+    if args.grid == "fp4" and not (args.bits == 4 and args.a_bits in (4, 16)):
+        raise UsageError(f"--grid fp4 has 4 bits; --bits {args.bits} --a-bits {args.a_bits} do not")
+    if args.grid == "sparse" and args.bits in (1.58, 16):
+        raise UsageError(f"--grid sparse needs whole --bits from 1 to 8, not {args.bits}")
+    if args.quantizer == "lsq" and (args.grid != "uniform" or 1.58 in (args.bits, args.a_bits)):
+        raise UsageError("--quantizer lsq needs --grid uniform and whole --bits and --a-bits")
+    if args.quantizer == "lsq" and args.fsdp:
+        raise UsageError("--fsdp cannot share out the single numbers of --quantizer lsq; leave one "
+                         "of the two out")
+
+def check_shapes(model, args):
+    """Raise UsageError where --grid sparse cannot cut a linear's inputs into four pairs."""
+    if args.grid != "sparse":
+        return
+    for name, linear in model.linears():
+        C = linear.in_features
+        if C % 8:
+            raise UsageError(f"--grid sparse keeps 2 of 4 pairs of inputs, and 8 does not divide "
+                             f"the {C} of {name}; leave --grid out")
 
 if __name__ == "__main__":
     run(main)

@@ -89,20 +89,32 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, as_stored=False):
     content = read_checkpoint(path)
     if "tokenizer" not in content:
         raise UsageError(f"{path} is a training state for --resume; use the .pt file beside it")
-    model, state = LLaMA(LlamaConfig(**content["config"]), dtype), content["model"]
+    with torch.device("meta"):                         # shapes alone: no memory, no random numbers
+        model = LLaMA(LlamaConfig(**content["config"]), dtype)
+    state = content["model"]
     for name, spec in content["linears"].items():
         model.set_submodule(name, QuantLinear.of(spec, {
             k.rsplit(".", 1)[1]: v for k, v in state.items() if k.startswith(name + ".")}))
-    load_weights(model, state, path)
+
+    # The file's tensors become the model's own, floats as float32.
+    own = model.state_dict()
+    check_fit(own, state, path)
+    model.load_state_dict({k: t.to(own[k].dtype) for k, t in state.items()}, assign=True)
+    if model.config.tied:
+        model.head.weight = model.embed.weight
     return model.to(device).eval(), content
 
 def load_weights(model, state, path):
-    """load_state_dict, naming in one line the first tensor that does not fit or is not finite."""
+    """Overwrite the weights of a model that may be sharded."""
     own = model.state_dict()
+    check_fit(own, state, path)
+    model.load_state_dict({name: placed_like(t, own[name]) for name, t in state.items()})
+
+def check_fit(own, state, path):
+    """Raise UsageError for the first tensor of a file's state that does not fit or is not finite."""
     for name in sorted(own.keys() | state.keys()):
         here, there = (tuple(s[name].shape) if name in s else "missing" for s in (own, state))
         if here != there:
             raise UsageError(f"{path} does not fit: {name} is {there} there and {here} here; "
                              "use the --size and the method that wrote it")
     check_weights(state.items(), path)
-    model.load_state_dict({name: placed_like(t, own[name]) for name, t in state.items()})

@@ -18,9 +18,9 @@ from model import PRESETS, UsageError
 from nanobit.checkpoint import SAVED, load_checkpoint
 from nanobit.export import write_hf
 from nanobit.generate import prepare, sample_text
-from nanobit.ranks import (join_ranks, put, rank, say, show_every_letter, take_gpu, world_size)
-from nanobit.runs import (check_numbers, finish, header, keep_model, load_training_data, new_model,
-                          open_model, save_result, show)
+from nanobit.ranks import join_ranks, put, rank, say, show_every_letter, take_gpu, world_size
+from nanobit.runs import (check_numbers, header, keep_model, load_training_data, new_model,
+                          open_model, record, save_result, score, show)
 from nanobit.tokenizer import make_tokenizer
 from nanobit.train import evaluate, train
 from quantizers import QuantLinear, bits_per_weight
@@ -100,7 +100,7 @@ def resolve(args):
     cuda = args.device.startswith("cuda")
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high" if cuda else "highest")
+    torch.set_float32_matmul_precision("high" if cuda else "highest")      # high: TF32 on a GPU
     if "size" not in args:
         return args
     if args.smoke:                                     # never in the place of a real result
@@ -207,9 +207,10 @@ def pretrain(argv):
     header("dense", args, model, data)
     result = train(model, data, args, path + ".state")
     save_result(path, model, args, data, "dense")
-    scores = evaluate(model.eval(), data.val, args.seq_len, data.tokenizer)
+    scores = score(model.eval(), data, args)
+    row = record(args, "dense", model, scores, result)
     say(f"{show(scores)} | {len(data.val) - 1} tokens | saved {path}")
-    finish(args, "dense", model, scores, result)
+    say(row)
 
 def eval_checkpoint(argv):
     p = Parser(prog="model.py eval", description="Loss of a checkpoint on the validation split.")
@@ -265,4 +266,7 @@ def export_checkpoint(argv):
 def main():
     commands = {"eval": eval_checkpoint, "sample": sample_checkpoint, "export": export_checkpoint}
     command = commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
-    command(sys.argv[2:]) if command else pretrain(sys.argv[1:])
+    if command:
+        command(sys.argv[2:])
+    else:
+        pretrain(sys.argv[1:])

@@ -119,6 +119,7 @@ class Cache:
         place = dict(dtype=model.dtype, device=model.embed.weight.device)
         self.keys = torch.zeros(shape, **place)
         self.values = torch.zeros(shape, **place)
+        self.at = self.mask = None                     # the same for all layers; `decode` sets them
 
     def attend(self, q, k, v):
         """Store k and v (B, nkv, T, hs); q (B, nh, T, hs) -> attention over the cache, like q."""
@@ -136,8 +137,8 @@ class Cache:
 
 @torch.no_grad()
 def decode(model, idx, n, choose, compile=False):
-    """Yield the n tokens (B, 1) after idx (B, T), in one tensor that changes: T + n - 1 tokens have
-    to fit in the window. On a GPU every step but the first two is one CUDA graph.
+    """Yield the n tokens (B, 1) after idx (B, T). It is the same tensor each time: copy it before
+    the next. T + n - 1 tokens have to fit in the window. On a GPU every step but the first two is one CUDA graph.
 
     compile: torch.compile the step, all blocks at once, so that the small operations between the
     products become few. It takes 20 to 40 s at the second token of a 7B model.
@@ -205,10 +206,11 @@ def generate(model, idx, n, temperature=1.0, top_k=None, generator=None, compile
     """
     longest = model.config.seq_len
     choose = Chooser(model, len(idx), temperature, top_k, generator)
-    ahead = max(0, min(n, longest + 1 - idx.size(1)))  # contexts that fit
-    for token in decode(model, idx, ahead, choose, compile) if ahead else ():
-        idx = torch.cat((idx, token), dim=1)
-    for _ in range(n - ahead):
+    fit = max(0, min(n, longest + 1 - idx.size(1)))    # tokens whose contexts fit in the window
+    if fit:
+        for token in decode(model, idx, fit, choose, compile):
+            idx = torch.cat((idx, token), dim=1)
+    for _ in range(n - fit):
         choose.draw()
         token = choose(model(idx[:, -longest:])[0][:, -1])
         idx = torch.cat((idx, token), dim=1)

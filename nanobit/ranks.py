@@ -2,7 +2,7 @@
 
 torchrun starts one process for each GPU, a rank. All ranks run the whole script and stay equal;
 rank 0 alone prints and writes. They share the windows of a training step, and with --fsdp also the
-weights. Without torchrun there is one rank, 0, and everything here is what it would be anyway.
+weights. Without torchrun there is one rank, 0, and nothing here does anything.
 """
 import contextlib
 import datetime
@@ -104,8 +104,9 @@ def from_rank_0(tensors):
         dist.broadcast(t.detach(), 0)
 
 def distribute(model, args):
-    """Let all ranks begin with rank 0's weights. --fsdp: of which each rank then keeps a share; a
-    block's are whole only while it computes."""
+    """All ranks begin with the same weights: rank 0's are sent to the others. With --fsdp the same
+    seed or file made them, and each rank keeps a share; a block's are whole only while it computes.
+    """
     if world_size() == 1:
         return
     if not args.fsdp:
@@ -147,7 +148,7 @@ def gather(x):
     return None if rank() else x.cpu()
 
 def placed_like(t, p):
-    """The whole tensor t as p is: on its device and, if p is, sharded."""
+    """The whole tensor t, sharded as p is. Where p is not, t itself: whoever loads it moves it."""
     if not hasattr(p, "placements"):
         return t
     return dist.tensor.distribute_tensor(t.to(p.device), p.device_mesh, p.placements)

@@ -30,7 +30,8 @@ from quantizers import bits_per_weight
 
 def load_training_data(args, content=None):
     """The Data of --data and --vocab, or, unless --data is given, of a checkpoint's content."""
-    old, spec = content.get("settings", {}) if content else {}, content and content["tokenizer"]
+    old = content.get("settings", {}) if content else {}
+    spec = content["tokenizer"] if content else None
     if not content and os.path.isdir(args.model or ""):
         spec = read_hf_tokenizer(args.model)
     smoke = args.smoke or (old.get("smoke") and args.data is None)
@@ -60,8 +61,8 @@ def through_the_file(path, model, args, data, method):
     return model, score(model, data, args)
 
 def open_model(args, path, as_stored=False, dense=True):
-    """load_checkpoint on the command's device; --seq-len defaults to the window of its training.
-    Raises UsageError where the linears are packed and dense ones are needed."""
+    """load_checkpoint on the command's device. Without --seq-len, which is then 0 or None, its window
+    is the model's own, at most 2048. Raises UsageError where the linears are packed and dense ones are needed."""
     model, content = load_checkpoint(path, args.device, getattr(torch, args.dtype), as_stored)
     if dense and content["linears"]:
         raise UsageError(f"{path} is packed already; give the dense checkpoint as --model, or to "
@@ -97,7 +98,7 @@ def new_model(args, data):
     config = PRESETS[args.size].config(data.tokenizer.n_vocab, args.seq_len, args.tied)
     if not args.model:
         model = LLaMA(config, getattr(torch, args.dtype))
-        return model if args.fsdp else model.to(args.device)               # else see distribute
+        return model if args.fsdp else model.to(args.device)   # --fsdp: distribute places shares
     model, content = open_model(args, args.model)
     if os.path.isdir(args.model):                      # its own shape and tokenizer
         args.size = os.path.basename(os.path.abspath(args.model))

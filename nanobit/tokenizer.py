@@ -96,7 +96,8 @@ def train_bpe(docs, vocab_size):
         _, pair = heapq.heappop(heap)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
 
-        # Merge from left to right. Each merge takes two pairs from the counts and brings two.
+        # Merge from left to right. Each merge takes its own pair and those with both neighbours
+        # from the counts, and brings two.
         fresh = set()
         for p in places.pop(pair):
             q = after[p]
@@ -124,7 +125,7 @@ def train_bpe(docs, vocab_size):
     return tokens
 
 class Tokenizer:
-    """What the tokenizers below share. `n_vocab` counts their ids and `eot_token` is END's."""
+    """What BPETokenizer and hf.HFTokenizer share. `n_vocab` counts their ids and `eot_token` is END's."""
     bytes_per_decoded = 1.0      # bytes of text for each byte that decoding gives: see Data
 
     def spans(self, text):
@@ -146,7 +147,7 @@ class Tokenizer:
         return self.bytes_per_decoded * sum(map(len, decoded))
 
 class BPETokenizer(Tokenizer):
-    """An encoding of tiktoken."""
+    """A byte-pair encoding that tiktoken runs: one of its own, or one of train_bpe."""
 
     def __init__(self, inner):
         self.inner, self.n_vocab, self.eot_token = inner, inner.n_vocab, inner.eot_token

@@ -33,8 +33,8 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
 
     tokens: ids (n,) -> {"loss": nats per token, "ppl": its exponential} and, with a tokenizer,
     "bits_per_byte" of the text that was tokenized, the only one to compare across tokenizers.
-    batch_size: windows at a time, by default 2^13 tokens, for which packed weights unpack once; on
-    a GPU, which would wait for the CPU, what takes some 1 GB.
+    batch_size: windows at a time. By default, on a CPU, 2^13 tokens, for which packed weights are
+    unpacked once; on a GPU as many as take some 1 GB, so that it never waits for the CPU.
     """
     device, n = next(model.parameters()).device, len(tokens) - 1
     together = 2**26 // model.config.n_hidden if device.type == "cuda" else 2**13  # tokens
@@ -79,7 +79,7 @@ def learning_rate(step, steps, peak):
 
 def make_optimizer(model, lr):
     """AdamW; weight decay for what the blocks' linears own (with LSQ, as in the QuEST authors'
-    runs, also its steps), not for embedding, head and norms."""
+    runs, also its step sizes), not for embedding, head and norms."""
     decay = {id(p) for _, m in model.linears() for p in m.parameters()}
     groups = [{"params": [p for p in model.parameters() if (id(p) in decay) == d],
                "weight_decay": 0.1 * d} for d in (True, False)]
@@ -157,6 +157,8 @@ def train_step(model, optimizer, data, args, step):
         group["lr"] = schedule(step, args.steps, group.get("peak", args.lr))
     x, y = (ids.chunk(world_size())[rank()] for ids in batch(
         data.train, step, args.batch_size, args.seq_len, args.seed, args.device))
+    # Windows at a time on a rank. The parts of a batch are shared out too: W ranks take
+    # accumulate / W of them each.
     size, total = args.batch_size // args.accumulate, 0.0
     for i in range(0, len(x), size):
         share_gradients_of_last(model, i + size >= len(x))

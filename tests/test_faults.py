@@ -424,9 +424,9 @@ def test_the_row_is_written_where_the_folder_is_gone(capsys, monkeypatch):
     def and_remove(*args):
         shutil.rmtree("out")
         return evaluate(*args)
-    monkeypatch.setattr(nanobit.cli, "evaluate", and_remove)
+    monkeypatch.setattr(nanobit.runs, "evaluate", and_remove)
     assert call(capsys, f"model.py {SHORT}")[0] == 0
-    assert len(rows()) == 1
+    assert len(rows()) == 1 and os.listdir("out") == ["results.jsonl"]
 
 def test_a_run_of_random_weights_writes_its_row_into_a_new_folder(capsys):
     flags = "--size tiny --steps 1 --batch-size 1 --accumulate 1 --seq-len 8 --out a/new"
@@ -446,7 +446,7 @@ def test_out_may_be_a_link(capsys, link):
 def test_ctrl_c_after_the_training_names_the_file_that_is_there(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(nanobit.cli, "evaluate", interrupt)
+    monkeypatch.setattr(nanobit.runs, "evaluate", interrupt)
     status, _, err = call(capsys, f"model.py {SHORT}")
     assert status == 130 and err.count("\n") == 1 and "out/base.pt is saved" in err
     monkeypatch.setattr(quest, "evaluate", interrupt)

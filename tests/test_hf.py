@@ -617,13 +617,13 @@ def test_norm_tweaking_keeps_one_block_at_a_time_in_float(folder, capsys, monkey
     load, teachers = normtweak.load_base, []
     monkeypatch.setattr(normtweak, "load_base", lambda *a, **k: teachers.append(load(*a, **k)) or
                         teachers[0])
-    saves, save = [], normtweak.save_result
+    saves, save = [], nanobit.runs.save_result
     def look(path, m, *rest):
         saves.append({(type(b).__name__, p.dtype) for n, b in m.named_modules()
                       for p in b._parameters.values() if p is not None})
         assert m.embed.weight is teachers[0][0].embed.weight               # shared, not copied
         return save(path, m, *rest)
-    monkeypatch.setattr(normtweak, "save_result", look)
+    monkeypatch.setattr(nanobit.runs, "save_result", look)
     status, out, err = call(capsys, f"normtweak.py --model hf --data text.txt "
                                     f"{RUNS['normtweak.py']}")
     assert status == 0 and len(saves) == 4, err

@@ -19,7 +19,7 @@ from model import Linear, LLaMA, LlamaConfig, UsageError
 from nanobit.checkpoint import load_checkpoint, save_checkpoint
 from nanobit.train import make_optimizer
 from quantizers import (GAUSSIAN_CLIP, QuantLinear, clip_limit, code_offset, keep_two_of_four,
-                        quest_codes, quest_fake_quant, rotate)
+                        quest_codes, quest_fake_quant, rotate, trust_limit)
 from quest import LsqLinear, QuestFunction, QuestLinear, lsq_calibrate, trust_status
 
 BITS = list(GAUSSIAN_CLIP)
@@ -240,16 +240,18 @@ def test_packed_checkpoint_reproduces_the_logits_of_training(tmp_path, how):
     assert layer.scale.numel() == (1 if how[3] == "lsq" else 64)
     assert layer.scale.dtype == torch.float32
 
-def test_only_the_seven_linears_of_each_block_are_quantized_and_inputs_four_times():
+def test_only_the_seven_linears_of_each_block_are_quantized_and_inputs_four_times(monkeypatch):
     """P27: q, k, v share the codes of their inputs, gate and up too."""
     model, idx = tiny(4, 4, n_layer=2)
     kinds = [n for n, m in model.named_modules() if isinstance(m, QuestLinear)]
     assert len(kinds) == 2 * 7 and not any("embed" in n or "head" in n for n in kinds)
     assert model.state_dict().keys() == tiny(n_layer=2)[0].state_dict().keys()
-    quest.TRUST = masks = []
+    rounds, to_grid = [], quest.to_grid
+    monkeypatch.setattr(quest, "to_grid", lambda v, *how: rounds.append(v) or to_grid(v, *how))
     model(idx)
-    quest.TRUST = None
-    assert len(masks) == 2 * 7 and len({id(of_x) for _, of_x in masks}) == 2 * 4
+    weights = {id(m.weight) for _, m in model.linears()}
+    of_weights = [v for v in rounds if id(v) in weights]
+    assert len(of_weights) == 2 * 7 and len(rounds) - len(of_weights) == 2 * 4
 
 @pytest.mark.parametrize("bits", [1, 1.58, 2, 4])
 def test_training_overfits_one_batch_and_stays_finite(bits):
@@ -274,14 +276,31 @@ def test_progress_reports_the_share_of_weights_that_get_a_gradient(how, share):
     assert status[:2] == ["trust", "w"] and abs(float(status[2][:-1]) / 100 - share) < 3e-3
     assert trust_status(*tiny(2, 2, quantizer="lsq")) == ""        # it has no trust mask
 
-def test_shares_are_of_all_values_however_large_their_layers_and_masks_are_not_kept():
-    """By hand: 4 of 4 weights and 2 of 12; of the inputs' 8, 6, and none where they are floats."""
-    def yes(n, of):
-        return torch.arange(of) < n
-    def forward(x):
-        quest.TRUST.extend([(yes(4, 4), yes(6, 8)), (yes(2, 12), None)])
-    assert trust_status(forward, None) == " trust w 37.5% a 75.0% |"
-    assert quest.TRUST is None                         # or training would keep all masks
+def test_trusted_shares_are_of_all_values_and_nobody_looks_on_afterwards():
+    """Of the values and not of the layers, whose sizes differ; only inputs that are quantized."""
+    wide, narrow = QuestLinear(randn(6, 128).float(), 2, 2), QuestLinear(randn(3, 32).float(), 2, 16)
+    x = torch.randn(5, 128)
+    x[0, 0] = 40                                       # far outside of its row's grid
+    def forward(ids):
+        wide(x), narrow(x[:, :32])
+    status = trust_status(forward, None)
+    inside = [(rotate(m.weight).abs() <= trust_limit(2) * quest_codes(rotate(m.weight), 2)[1])
+              for m in (wide, narrow)]
+    w = sum(m.sum() for m in inside) / sum(m.numel() for m in inside)
+    h = rotate(x)
+    a = (h.abs() <= trust_limit(2) * quest_codes(h, 2)[1]).float().mean()
+    assert a < 1 and status == f" trust w {100 * w:.1f}% a {100 * a:.1f}% |"
+    assert QuestLinear.watch is None                   # or training would go on telling
+
+def test_the_fast_layer_is_the_plain_one_forward_and_backward():
+    for bits in [*BITS, 16]:
+        for a_bits in {bits, 4} if bits < 16 else ():
+            x, w, g = operands()
+            plain, fast = quest.quest_linear(x, w, bits, a_bits), QuestLinear(w, bits, a_bits)(x)
+            assert (plain - fast).abs().max() < 1e-6
+            for a, b in zip(torch.autograd.grad(plain, (x, w), g),
+                            torch.autograd.grad(fast, (x, w), g)):
+                assert (a - b).abs().max() < 1e-5 * a.abs().max()
 
 def frozen_lsq(v, step, v0, step0, bits):
     """LSQ near (v0, step0): what is clipped, and how far the rest is rounded, stays fixed."""
