@@ -5,13 +5,13 @@
 
 Every script appends one JSON line a run to OUT/results.jsonl. Here the runs that differ by nothing
 but the seed become one line: mean and standard deviation over seeds, and the paired difference to
-the dense runs of the same seeds, size and tokens. normtweak.jsonl holds one line for each quantized
-model, without and with the tweak; its table pairs them by calibration seed. lrqat.jsonl: one line
-an arm, rate and seed, the arm's rate chosen by the mean loss on the dev split. pvtune.jsonl: one
-line an arm, also those of the search for rates on the dev split. law.jsonl: the runs of the scaling
-law, which assets/law.py fits; kernels.jsonl: what `tests/time_kernels.py --out` wrote. Runs that
-compare several arms on one base hold them under "arms": with the runs from scratch of the same size
-they become one table of methods. The figures need matplotlib.
+the dense runs of the same seeds, size and tokens. Runs that compare several arms on one base hold
+them under "arms": with the runs from scratch of the same size they become one table of methods.
+normtweak.jsonl, lrqat.jsonl and pvtune.jsonl hold such runs on the tiny base, also those that
+searched for rates on the dev split; lrqat.jsonl also what `tests/time_lrqat_memory.py` wrote.
+law.jsonl: the runs of the scaling law, which assets/law.py fits; kernels.jsonl: what
+`tests/time_kernels.py --out` wrote. Two fields of committed rows were written by hand: hardware and
+note. The figures need matplotlib.
 """
 import collections
 import pathlib
@@ -122,91 +122,159 @@ def print_law(rows):
         losses = (f"{cells[N, D, b]:.4f}" if (N, D, b) in cells else "" for b in bits)
         print(f"| {N / 1e6:.2f}M | {D / 1e6:.1f}M | " + " | ".join(losses) + " |")
 
+def split(rows, *names):
+    """{values of the named fields: the rows that have these}. A field that a row lacks is None."""
+    parts = collections.defaultdict(list)
+    for row in rows:
+        parts[tuple(row.get(name) for name in names)].append(row)
+    return parts
+
+def with_std(values, sign=""):
+    """Mean and deviation as a table's cell; a single value has no deviation. sign: "+" for
+    differences."""
+    mean, std = mean_std(values)
+    return f"{mean:{sign}.4f}" + (f" ± {std:.4f}" if len(values) > 1 else "")
+
+def print_head(*names):
+    """The first two lines of a table, after an empty one."""
+    print("\n| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+
+def print_line(*cells):
+    print("| " + " | ".join(map(str, cells)) + " |")
+
 def print_tweaks(rows):
-    """Loss without and with the tweak, and the difference, paired by calibration seed."""
-    same = ("w_bits", "a_bits", "host", "symmetric", "calib", "windows")   # of the plain model
-    plain = {(*(r[k] for k in same), r["seed"]): r["val_loss"] for r in rows if not r["tweak"]}
-    pairs = collections.defaultdict(list)
-    for r in rows:
-        host = tuple(r[k] for k in same)
-        before = plain.get((*host, r["seed"]), plain.get((*host, 0)))      # RTN has one seed
-        if r["tweak"] and before is not None:
-            pairs[(*host, r["solver"], r["loss"], r["lr"])].append((before, r["val_loss"]))
-    print("\n| W bits | A bits | host | grid | calibration | solver | loss | lr | seeds | "
-          "without | with | difference |")
-    print("|---" * 12 + "|")
-    for (w, a, host, symmetric, calib, _, *how), values in sorted(pairs.items(), key=str):
-        without, tweaked = (statistics.mean(v) for v in zip(*values))
-        mean, std = mean_std([b - a for a, b in values])
-        how = [w, a, host, "symmetric" if symmetric else "asymmetric", calib, *how, len(values)]
-        print("| " + " | ".join(map(str, how)) +
-              f" | {without:.4f} | {tweaked:.4f} | {mean:+.4f} ± {std:.4f} |")
+    """Print what normtweak.py's rows say: a host's loss without and with the tweak, and the
+    difference, paired by run. Runs on other bases or tokens, or of other hosts, have a table of
+    their own."""
+    for setup in split(rows, "base_val_loss", "tokens", "group_size", "act_order").values():
+        # Both losses of each host, by the run's settings and its seed.
+        pairs = collections.defaultdict(dict)
+        for row in setup:
+            grid = "symmetric" if row["symmetric"] else "asymmetric"
+            tweak = row["calib"], row["solver"], row["loss"], row["lr"]
+            for host in ("rtn", "gptq", "packed"):
+                if host + "-tweak" in row["arms"]:
+                    key = row["w_bits"], row["a_bits"], host, grid, *tweak
+                    losses = [row["arms"][arm]["val_loss"] for arm in (host, host + "-tweak")]
+                    pairs[key][row["seed"]] = losses
+
+        print_head("W bits", "A bits", "host", "grid", "calibration", "solver", "loss", "lr",
+                   "seeds", "without", "with", "difference")
+        for key, seeds in sorted(pairs.items(), key=lambda item: item[0]):
+            without, tweaked = (statistics.mean(losses) for losses in zip(*seeds.values()))
+            print_line(*key, len(seeds), f"{without:.4f}", f"{tweaked:.4f}",
+                       with_std([b - a for a, b in seeds.values()], "+"))
 
 def print_lrqat(rows):
-    """Every arm at its own best rate on dev; the variants of LR-QAT at one rate; memory of 7B."""
-    runs = collections.defaultdict(list)
-    for r in rows:
-        if r["part"] == "grid":
-            how = r["phi"], r["init"], r["rank"]
-            runs[r["bits"] * (not r["arm"].startswith("dense")), r["arm"], how, r["lr"]].append(r)
-    mean = lambda key, field: mean_std([r[field] for r in runs[key]])
-    best = {}                                          # (bits, arm): the key of its best rate
-    for key in runs:
-        if key[2] == ("fixed", "zero", 32):
-            best[key[:2]] = min(best.get(key[:2], key), key, key=lambda k: mean(k, "dev_loss")[0])
-    print("\n| bits | arm | rate | seeds | val loss | recovered | flipped |\n" + "|---" * 7 + "|")
-    goal = mean(best[0, "dense, longer"], "val_loss")[0]
-    for (bits, arm), key in sorted(best.items()):
-        loss, seeds, moved = mean(key, "val_loss"), runs[key], runs[key][0]["flipped"] is not None
-        rtn = mean(best[bits or 2, "RTN"], "val_loss")[0]
-        share = f"{100 * (rtn - loss[0]) / (rtn - goal):.0f} %" if bits else ""
-        flipped = f"{mean(key, 'flipped')[0]:.1f} %" if moved else ""
-        rate = key[3] if len(seeds) > 1 else ""
-        print(f"| {bits or 16} | {arm} | {rate} | {len(seeds)} | {loss[0]:.4f} ± {loss[1]:.4f} | "
-              f"{share} | {flipped} |")
-    print("\n| phi | start | rank | 2 bits | 3 bits | 4 bits |\n" + "|---" * 6 + "|")
-    for how in dict.fromkeys(key[2] for key in runs if key[1] == "LR-QAT"):
-        losses = [mean((bits, "LR-QAT", how, 0.01), "val_loss") for bits in (2, 3, 4)]
-        print(f"| {' | '.join(map(str, how))} | " +
-              " | ".join(f"{m:.4f} ± {d:.4f}" for m, d in losses) + " |")
-    print("\n| 7B, 1 x 1024 tokens | phi | blocks again | peak GiB | tokens/s |")
-    print("|---" * 5 + "|")
-    for r in (r for r in rows if r["part"] == "memory"):
-        peak = f"{r['peak'] / 2**30:.2f}" if r["fits"] else "more than 79"
-        print(f"| {r['arm']} | {r['phi'] if r['arm'] == 'LR-QAT' else ''} | "
-              f"{'yes' if r['lean'] else 'no'} | {peak} | {r.get('tokens/s', 0):.0f} |")
+    """Print what lrqat.py's rows say: its arms, and the variants of LR-QAT. Runs on other bases or
+    tokens, or with other groups or activations, have tables of their own."""
+    rows = [row for row in rows if row["method"] == "lrqat"]
+    for setup in split(rows, "base_val_loss", "tokens", "group_size", "a_bits", "kv_bits").values():
+        print_arms(setup)
+        print_variants(setup)
 
-def print_pv(rows, seeds=3):
-    """PV-Tuning's arms with `seeds` seeds or more and, paired by seed, what they win over P only.
-    Rows of different runs start from different fits and are never averaged."""
-    groups, p_only = collections.defaultdict(dict), {}
-    for r in rows:
-        names = ["run", "scheme", "start", "arm", "lr"] + ["code_lr", "rank"] * (r["arm"] != "p")
-        key = tuple(r.get(name, "") for name in names)
-        groups[key + ("",) * (7 - len(key))][r["seed"]] = r
-    groups = {k: list(runs.values()) for k, runs in groups.items()
-              if len(runs) >= seeds or k[3] in ("dense", "RTN", "as fitted")}
-    tuned = collections.Counter(key[:3] for key in groups if key[4] != "")
-    for key, runs in groups.items():
-        if key[3] == "p":
-            p_only[key[:3]] = {r["seed"]: r["val_loss"] for r in runs}
-    print("\n| run | scheme | start | arm | lr | code lr | ranking | bits/weight | seeds | "
-          "dev loss | val loss | minus P only | codes changed | budget used |")
-    print("|---" * 14 + "|")
-    order = lambda g: (*g[0][:3], statistics.mean(r["val_loss"] for r in g[1]))
-    for key, runs in sorted(groups.items(), key=order):
-        if tuned[key[:3]] < 2:                         # a run that was only a search
+def print_arms(rows):
+    """Print every arm of lrqat.py at the rate with the least mean loss on the dev split.
+    Recovered: the share of the loss between RTN and the longer dense training."""
+    # What the rows say of an arm, by bits, arm, rate and seed. Dense arms have no bits, and what
+    # does not train has no rate.
+    runs = collections.defaultdict(dict)
+    for row in rows:
+        if (row["phi"], row["init"], row["rank"]) == ("fixed", "zero", 32):
+            for arm, found in row["arms"].items():
+                bits = 16 if arm.startswith("dense") else row["w_bits"]
+                rate = "" if arm in ("dense", "RTN", "GPTQ") else row["lr"]
+                runs[bits, arm, rate][row["seed"]] = found
+    if not runs:
+        return
+
+    best = {}
+    for (bits, arm, rate), seeds in runs.items():
+        dev = statistics.mean(r["dev_loss"] for r in seeds.values())
+        if (bits, arm) not in best or dev < best[bits, arm][0]:
+            best[bits, arm] = dev, rate, list(seeds.values())
+    losses = {key: [r["val_loss"] for r in seeds] for key, (_, _, seeds) in best.items()}
+
+    print_head("bits", "arm", "rate", "seeds", "val loss", "recovered", "flipped")
+    for (bits, arm), (_, rate, seeds) in sorted(best.items(), key=lambda item: item[0]):
+        recovered = flipped = ""
+        if bits < 16 and (16, "dense, longer") in losses:
+            rtn, longer, loss = (statistics.mean(losses[key]) for key in (
+                (bits, "RTN"), (16, "dense, longer"), (bits, arm)))
+            recovered = f"{100 * (rtn - loss) / (rtn - longer):.0f} %"
+        if "flipped" in seeds[0]:
+            flipped = f"{100 * statistics.mean(r['flipped'] for r in seeds):.1f} %"
+        print_line(bits, arm, rate, len(seeds), with_std(losses[bits, arm]), recovered, flipped)
+
+def print_variants(rows):
+    """Print LR-QAT's loss by phi, start and rank, a column for each bit-width, at its default rate
+    of 0.01."""
+    runs = collections.defaultdict(dict)               # (phi, start, rank), bits: {seed: loss}
+    for row in rows:
+        if row["lr"] == 0.01 and "LR-QAT" in row["arms"]:
+            how = row["phi"], row["init"], row["rank"]
+            runs[how, row["w_bits"]][row["seed"]] = row["arms"]["LR-QAT"]["val_loss"]
+    if not runs:
+        return
+    widths = sorted({bits for _, bits in runs})
+    print_head("phi", "start", "rank", *(f"{bits} bits" for bits in widths))
+    for how in sorted({how for how, _ in runs}):
+        print_line(*how, *(with_std(list(runs[how, bits].values())) if (how, bits) in runs else ""
+                           for bits in widths))
+
+def print_memory(rows):
+    """Print the peaks and the speed that tests/time_lrqat_memory.py measured, a line for each arm
+    of a run. A peak is known on a GPU only."""
+    print_head("size", "W bits", "phi", "blocks again", "arm", "peak GiB", "tokens/s")
+    for row in rows:
+        if row["method"] != "lrqat-random":
             continue
-        dev, val = (mean_std([r[k] for r in runs]) for k in ("dev_loss", "val_loss"))
-        cells = [*key, f"{runs[0]['bpw']:.2f}", len(runs),
-                 *(f"{m:.4f} ± {s:.4f}" if len(runs) > 1 else f"{m:.4f}" for m, s in (dev, val))]
-        if key[5] != "" and key[:3] in p_only:
-            p = p_only[key[:3]]
-            less = mean_std([r["val_loss"] - p[r["seed"]] for r in runs if r["seed"] in p])
-            cells += [f"{less[0]:+.4f} ± {less[1]:.4f}",
-                      *(f"{100 * statistics.mean(r[k] for r in runs):.2f} %"
-                        for k in ("changed", "budget"))]
-        print("| " + " | ".join(map(str, cells + [""] * (14 - len(cells)))) + " |")
+        run = row["size"], row["w_bits"], row["phi"], "yes" if row["lean"] else "no"
+        for arm, found in row["results"].items():
+            if found is None:
+                print_line(*run, arm, "does not fit", "")
+            else:
+                peak = f"{found['peak'] / 2**30:.2f}" if "peak" in found else ""
+                print_line(*run, arm, peak, f"{found['tokens/s']:.0f}")
+
+def print_pv(rows):
+    """Print what pvtune.py's rows say of every arm and, paired by seed, what it wins over P only at
+    the rate that the dev split chooses. Settings that fewer seeds tried than others were a search
+    for rates, and are left out. Rows with different notes, on other bases or tokens, or of other
+    schemes have tables of their own."""
+    for (note, *_), setup in split(rows, "note", "base_val_loss", "tokens", "scheme", "w_bits",
+                                   "group_size", "tau").items():
+        # What the rows say of an arm, by arm, rates and seed. P only has no rate of codes.
+        runs = collections.defaultdict(dict)
+        for row in setup:
+            for arm, found in row["arms"].items():
+                how = row["lr"], row["code_lr"], row["rank"]
+                if arm in ("dense", "RTN", "as fitted"):
+                    how = "", "", ""
+                elif arm == "P only":
+                    how = row["lr"], "", ""
+                runs[arm, *how][row["seed"]] = found
+        most = max(len(seeds) for (_, lr, *_), seeds in runs.items() if lr)
+        runs = {key: seeds for key, seeds in runs.items() if not key[1] or len(seeds) == most}
+
+        p_only = min((seeds for (arm, *_), seeds in runs.items() if arm == "P only"), default={},
+                     key=lambda seeds: statistics.mean(r["dev_loss"] for r in seeds.values()))
+        if note:
+            print(f"\n{note}")
+        print_head("scheme", "arm", "lr", "code lr", "ranking", "bits/weight", "seeds", "dev loss",
+                   "val loss", "minus P only", "codes changed", "budget used")
+        order = lambda item: statistics.mean(r["val_loss"] for r in item[1].values())
+        for (arm, *how), seeds in sorted(runs.items(), key=order):
+            dev, loss = ([r[k] for r in seeds.values()] for k in ("dev_loss", "val_loss"))
+            minus = changed = budget = ""
+            found = next(iter(seeds.values()))
+            if "changed" in found:
+                changed, budget = (f"{100 * statistics.mean(r[k] for r in seeds.values()):.2f} %"
+                                   for k in ("changed", "budget"))
+                won = [seeds[s]["val_loss"] - p_only[s]["val_loss"] for s in seeds if s in p_only]
+                minus = with_std(won, "+") if won else ""
+            print_line(setup[0]["scheme"], arm, *how, f"{found['bpw']:.2f}", len(seeds),
+                       with_std(dev), with_std(loss), minus, changed, budget)
 
 def axes_of(width, height, columns=1):
     """matplotlib's figure and axes at the width of a README."""
@@ -300,18 +368,22 @@ def draw_memory(rows, path):
     """Where the memory of a 7B training step goes, by component, blocks computed again."""
     parts = {"frozen weights": "#0b6e4f", "adapters": "#3a86c8", "gradients": "#e69f00",
              "optimizer": "#d1495b", "activations": "#8d6cab", "temporaries": "#999999"}
-    rows = [r for r in rows if r["part"] == "memory" and r["lean"]]
-    names = [f"{r['arm']}, phi {r['phi']}" if r["arm"] == "LR-QAT" else
-             "dense training" if r["arm"].startswith("dense") else r["arm"] for r in rows]
+    rows = [r for r in rows if r["method"] == "lrqat-random" and r["size"] == "7B" and r["lean"]]
+    bars = {}
+    for arm in ("LR-QAT", "full QAT (LSQ)", "dense, longer"):
+        for row in rows:
+            name = {"LR-QAT": f"LR-QAT, phi {row['phi']}", "dense, longer": "dense training"}
+            if row["results"].get(arm):
+                bars[name.get(arm, arm)] = row["results"][arm]
     fig, (ax,) = axes_of(7.2, 3.0)
-    left = [0.0] * len(rows)
+    left = [0.0] * len(bars)
     for part, color in parts.items():
-        sizes = [r[part] / 2**30 for r in rows]
-        ax.barh(names, sizes, left=left, color=color, height=0.7,
+        sizes = [found[part] / 2**30 for found in bars.values()]
+        ax.barh(list(bars), sizes, left=left, color=color, height=0.7,
                 label="weights that train" if part == "adapters" else part)
         left = [a + b for a, b in zip(left, sizes)]
-    for name, end, row in zip(names, left, rows):
-        ax.text(end + 0.5, name, f"{row['peak'] / 2**30:.1f}", va="center", fontsize=8)
+    for (name, found), end in zip(bars.items(), left):
+        ax.text(end + 0.5, name, f"{found['peak'] / 2**30:.1f}", va="center", fontsize=8)
     ax.axvline(8, color="black", lw=0.8, ls=":")
     ax.invert_yaxis()
     ax.set_xlim(0, 60)
@@ -338,6 +410,7 @@ def main():
     print_law(law)
     print_tweaks(read_rows(HERE / "normtweak.jsonl"))
     print_lrqat(lr)
+    print_memory(lr)
     print_pv(pv)
     big = [r for r in rows if r["params"] in bases]
     try:

@@ -1,16 +1,27 @@
-"""assets/report.py: means, deviations and differences against numpy's, and the README's tables
-against what it prints from the committed rows."""
+"""assets/report.py: means, deviations and differences against numpy's, the README's tables against
+what it prints from the committed rows, and these rows against what the scripts write today."""
 import importlib.util
 import io
 import json
 import pathlib
 import re
+import shlex
 import sys
+import types
 
 import numpy as np
 import pytest
+import torch
 
+import lrqat
+import model
 import nanobit.cli
+import normtweak
+import pvtune
+import quest
+import time_lrqat_memory
+from conftest import random_base
+from nanobit.runs import read_rows
 
 ROOT = pathlib.Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("report", ROOT / "assets" / "report.py")
@@ -92,10 +103,164 @@ def test_the_readmes_tables_of_results_are_what_the_committed_rows_give(capsys, 
     monkeypatch.setattr(sys, "argv", ["report.py"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)       # no figures: they are large
     report.main()
-    printed = {re.sub(r"\s+", " ", line) for line in capsys.readouterr().out.splitlines()}
+
+    # The lines below a table's head; the README may have them in an order of its own.
+    def lines_of(text):
+        tables = re.findall(r"\|.*\n\|[- |]+\n((?:\|.*\n)+)", text)
+        return [sorted(re.sub(r"\s+", " ", line) for line in t.splitlines()) for t in tables]
+
+    printed = lines_of(capsys.readouterr().out)
     readme = (ROOT / "README.md").read_text()
-    checked = re.findall(r"<!-- assets/report.py -->\n\n((?:\|.*\n)+)", readme)
-    assert len(checked) >= 2
+    checked = lines_of("".join(re.findall(r"<!-- assets/report.py -->\n\n((?:\|.*\n)+\n)", readme)))
+    assert len(checked) == readme.count("<!-- assets/report.py -->") >= 2
     for table in checked:
-        for line in table.splitlines()[2:]:
-            assert re.sub(r"\s+", " ", line) in printed, line
+        assert table in printed, table
+
+# ---- The committed rows -------------------------------------------------------------------------
+
+ASSETS = ROOT / "assets"
+FILES = {path.stem: read_rows(path) for path in ASSETS.glob("*.jsonl")}
+KERNELS = FILES.pop("kernels")
+SCRIPTS = {"quest.py": quest, "lrqat.py": lrqat, "pvtune.py": pvtune, "normtweak.py": normtweak,
+           "tests/time_lrqat_memory.py": time_lrqat_memory}
+BY_HAND = {"hardware", "note"}
+
+def script_of(row):
+    """Which script wrote a row; the methods without a script of their own are quest.py's."""
+    if row["method"] == "lrqat-random":
+        return "tests/time_lrqat_memory.py"
+    return f"{row['method']}.py" if f"{row['method']}.py" in SCRIPTS else "quest.py"
+
+@pytest.fixture(scope="module")
+def todays(tmp_path_factory):
+    """{script: the row that it writes today}, on a base of one block with random weights."""
+    folder, rows = tmp_path_factory.mktemp("today"), {}
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        m.setenv("XDG_CACHE_HOME", str(folder))
+        m.setitem(model.PRESETS, "tiny", model.Preset(1, 32, 4, 48, 1e-3, 2, 2, 1, 32))
+        random_base(folder, 1)
+        of_base = "--model base.pt --data text.txt"
+        for script, flags in (("quest.py", "--data text.txt --vocab 300"), ("lrqat.py", of_base),
+                              ("pvtune.py", of_base), ("normtweak.py", of_base),
+                              ("tests/time_lrqat_memory.py", "")):
+            steps = 8 if script == "normtweak.py" else 2
+            m.setattr(sys, "argv", [script, *f"{flags} --steps {steps} --device cpu".split()])
+            SCRIPTS[script].main()
+            rows[script] = read_rows("out/results.jsonl")[-1]
+    return rows
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_committed_row_has_fields_that_todays_scripts_write(todays, name):
+    for row in FILES[name]:
+        today = todays[script_of(row)]
+        assert set(row) <= set(today) | BY_HAND, set(row) - set(today)
+        for arm, found in row.get("arms", {}).items():
+            written = set().union(*today["arms"].values())
+            assert "val_loss" in found and set(found) <= written, (arm, set(found) - written)
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_committed_row_has_a_command_of_today_with_the_rows_settings(
+        name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(nanobit.cli, "try_compiling", lambda device: None)
+    for row in FILES[name]:
+        python, script, *argv = shlex.split(row["command"])
+        assert (python, script) == ("python", script_of(row))
+        args = SCRIPTS[script].parse_args(argv)
+
+        # Names that a row and the flags share; of the width, the method and the arm see below.
+        for field in set(row) & set(vars(args)) - {"arm", "device", "variant"}:
+            assert row[field] == getattr(args, field), (field, row["command"])
+        width = args.bits
+        if row["method"] == "pvtune" and args.scheme != "affine":
+            M, B, g = pvtune.parse_scheme(args.scheme)
+            width = M * B / g
+        assert row["w_bits"] == width, row["command"]
+        if script == "quest.py":
+            assert row["method"] == ("dense" if args.bits == 16 else args.quantizer)
+        if script == "pvtune.py" and args.variant:
+            assert row["variant"] == args.variant and pvtune.NAMES[args.variant] in row["arms"]
+        if script == "lrqat.py":
+            alone = lrqat.ALONE[args.arm or "lr-qat"]
+            assert list(row["arms"])[-1] == alone and set(row["arms"]) <= set(lrqat.ARMS)
+
+def test_every_committed_row_of_a_kernel_is_one_of_todays_benchmark(monkeypatch):
+    pytest.importorskip("triton", "3.5")
+    import time_kernels
+    # What is timed needs a GPU; the fields of the rows do not depend on it.
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device, dtype: randn(*shape, dtype=dtype))
+    monkeypatch.setattr(time_kernels, "graph_us", lambda calls: 1.0)
+    monkeypatch.setattr(time_kernels, "COPIES", 1)
+    candidate = types.SimpleNamespace(name="ours", grouped=False, make=lambda x, O, bits: None)
+    today, = time_kernels.measure([("8x8", 1, candidate, 4)], 1.0, None)
+    for row in KERNELS:
+        assert set(today) <= set(row) <= set(today) | BY_HAND
+        python, script, *argv = shlex.split(row["command"])
+        assert (python, script) == ("python", "tests/time_kernels.py")
+        jobs = time_kernels.jobs_of(time_kernels.parse_args(argv))
+        assert (row["shape"], row["batch"], row["kernel"], row["bits"]) in [
+            (shape, M, candidate.name, bits) for shape, M, candidate, bits in jobs], row
+
+@pytest.mark.parametrize("script,name,show", [
+    ("lrqat.py", "lrqat", report.print_lrqat), ("pvtune.py", "pvtune", report.print_pv),
+    ("normtweak.py", "normtweak", report.print_tweaks),
+    ("tests/time_lrqat_memory.py", "lrqat", report.print_memory)])
+def test_a_fresh_row_is_printed_beside_the_committed_ones_and_changes_none(
+        todays, capsys, script, name, show):
+    show(FILES[name])
+    before = capsys.readouterr().out
+    show(FILES[name] + [todays[script]])
+    after = capsys.readouterr().out
+    assert after.startswith(before)
+    added, fresh = after[len(before):], todays[script]
+    if script == "tests/time_lrqat_memory.py":
+        for arm, found in fresh["results"].items():
+            assert f"| tiny | 4 | packed | no | {arm} |  | {found['tokens/s']:.0f} |" in added
+        return
+    shown = set(fresh["arms"]) - ({"dense"} if name == "normtweak" else set())
+    assert len(shown) >= 4
+    for arm in shown:
+        assert f"| {fresh['arms'][arm]['val_loss']:.4f} |" in added, arm
+
+def test_differences_are_paired_by_seed_and_rates_are_chosen_on_dev(capsys):
+    """Three printers on rows whose means and deviations numpy gives."""
+    loss = lambda val, dev=0.0, **more: {"val_loss": val, "dev_loss": dev, "bpw": 2.0, **more}
+    shared = {"w_bits": 2, "base_val_loss": 3.0, "tokens": 1, "group_size": -1}
+    plain, tweaked = np.array([3.2, 3.4, 3.3]), np.array([3.1, 3.2, 3.3])
+    report.print_tweaks([shared | {
+        "a_bits": 16, "act_order": False, "symmetric": False, "calib": "self", "solver": "adam",
+        "loss": "paper", "lr": 0.1, "seed": seed,
+        "arms": {"dense": loss(3.0), "gptq": loss(plain[seed]), "gptq-tweak": loss(tweaked[seed])}}
+        for seed in range(3)])
+    change = tweaked - plain
+    assert (f"| 3 | 3.3000 | 3.2000 | {change.mean():+.4f} ± {change.std(ddof=1):.4f} |"
+            in capsys.readouterr().out)
+
+    # Rate 0.2 is better on dev, rate 0.1 on the split that is only reported.
+    rows = [shared | {
+        "method": "lrqat", "a_bits": 16, "kv_bits": 16, "phi": "fixed", "init": "zero", "rank": 32,
+        "lr": lr, "seed": seed, "arms": {
+            "dense": loss(3.0), "dense, longer": loss(2.0), "RTN": loss(4.0),
+            "LR-QAT": loss(3.0 + lr + seed / 10, dev=-lr, flipped=0.25)}}
+        for lr in (0.1, 0.2) for seed in (0, 1)]
+    report.print_lrqat(rows)
+    out = capsys.readouterr().out
+    assert "| 2 | LR-QAT | 0.2 | 2 | 3.2500 ± 0.0707 | 38 % | 25.0 % |" in out
+    assert "| 2 | RTN |  | 2 | 4.0000 ± 0.0000 | 0 % |  |" in out
+
+    # A rate that one seed alone tried is left out, and so are pairs across notes.
+    pv = [(0, 0.1, 3.2), (1, 0.1, 3.5), (0, 0.5, 2.0)]
+    p_only = {0: 3.3, 1: 3.4}
+    report.print_pv([shared | {
+        "scheme": "affine", "tau": 0.1, "lr": 0.1, "code_lr": code_lr, "rank": "residual",
+        "seed": seed, "note": note, "arms": {
+            "dense": loss(3.0), "P only": loss(p_only[seed] + shift),
+            "PV": loss(val, changed=0.5, budget=0.125)}}
+        for note, shift in (("one", 0.0), ("two", 1.0)) for seed, code_lr, val in pv])
+    one, two = capsys.readouterr().out.split("\ntwo\n")
+    line = "| affine | PV | 0.1 | 0.1 | residual | 2.00 | 2 | 0.0000 ± 0.0000 | 3.3500 ± 0.2121 |"
+    assert f"{line} +0.0000 ± 0.1414 | 50.00 % | 12.50 % |" in one
+    assert f"{line} -1.0000 ± 0.1414 | 50.00 % | 12.50 % |" in two
+    assert "2.0000 |" not in one + two

@@ -33,6 +33,7 @@ from kernels import (LowBit, hadamard_quantize, lowbit_matmul, quest_linear, que
 from model import UsageError
 from nanobit.cli import Parser, number, run
 from nanobit.ranks import progress, say
+from nanobit.runs import command_line
 
 GROUP = 128                            # inputs that share a scale and a zero point
 COPIES = 200e6                         # bytes of weights that a graph reads: four times the L2
@@ -250,7 +251,8 @@ def measure(jobs, copy, out):
         floor = max(size / copy, 2 * M * O * C / TFLOPS) / 1e6             # microseconds
         row = dict(shape=shape, batch=M, kernel=name, bits=bits, us=round(us, 2),
                    gb_s=round(size / us / 1e3), of_copy=round(size / us / copy / 1e6, 3),
-                   floor_us=round(floor, 2), cublas=round(cublas / us, 3))
+                   floor_us=round(floor, 2), cublas=round(cublas / us, 3),
+                   command=command_line())
         rows.append(row)
         say(f"{shape:>10} batch {M:4} | {name:13} W{bits:<2} | {us:7.1f} us | "
             f"{size / us / 1e3:5.0f} GB/s, {size / us / copy / 1e4:3.0f}% of copy | "

@@ -122,8 +122,9 @@ def ledger(c, args):
 def measure(model, args, data, report=False):
     """Take args.steps steps -> bytes by component and tokens/s of all steps but the first.
 
-    activations: what autograd saves in one forward pass; temporaries: the rest of the peak that the
-    GPU's allocator saw. With `report` the model is made lean and the ledger printed beside it.
+    activations: what autograd saves in one forward pass. peak: the most bytes that the GPU's
+    allocator saw; temporaries: what of it no other component explains. With `report` the model is
+    made lean and the ledger printed beside it.
     """
     cuda = args.device.startswith("cuda")
     optimizer = make_optimizer(model, args.lr)
@@ -166,7 +167,9 @@ def measure(model, args, data, report=False):
     moments = (t for state in optimizer.state.values() for t in state.values())
     found["optimizer"] = tensor_bytes(moments)
     if cuda:
-        found["temporaries"] = torch.cuda.max_memory_allocated() - other - sum(found.values())
+        peak = torch.cuda.max_memory_allocated()
+        found["temporaries"] = peak - other - sum(found.values())
+        found["peak"] = peak
     if report:
         print_ledger(ledger(model.config, args), found)
     return found | {"tokens/s": speed}
@@ -251,7 +254,7 @@ def random_run(args):
            {"tokens": args.steps * args.batch_size * args.seq_len,
             "seconds": time.perf_counter() - start},
            w_bits=args.bits, bpw=None, params=None, bytes_dense=None, phi=args.phi, rank=args.rank,
-           size=args.size, results=results)
+           size=args.size, lean=args.lean, results=results)
 
 def base_run(args):
     """The ledger of LR-QAT on a trained model, predicted and measured. Its tokens are random: they
