@@ -102,6 +102,7 @@ def equal(a, b):
 
 # ---- kill -9 and Ctrl-C -----------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_killed_again_and_again_the_weights_end_bit_identical(capsys):
     """Killed in the first steps, then while a later checkpoint is being written (its unfinished
     file is the proof); each time --resume goes on from the last state that was complete."""
@@ -129,6 +130,7 @@ def test_killed_again_and_again_the_weights_end_bit_identical(capsys):
         for key in {"model", "optimizer", "losses", "tokenizer"} & set(a):
             assert equal(a[key], b[key]), (name, key)
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_resume():
     child = start(f"{TRAIN} --steps 100000 --eval-every 0")
     wait_for(lambda: "step    1/" in pathlib.Path("child.log").read_text(), child)
@@ -186,6 +188,7 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_steps(capsys, monkeyp
     assert status == 0, err
     assert json.loads(out.splitlines()[-1])["seconds"] == pytest.approx(250)
 
+@pytest.mark.slow
 def test_a_base_interrupted_inside_another_script_goes_on_with_resume(capsys, monkeypatch):
     """normtweak.py keeps no state of its own, but the base that it trains first does."""
     flags = "--data text.txt --vocab 300 --bits 3 --calib data"
@@ -208,6 +211,7 @@ def test_a_base_interrupted_inside_another_script_goes_on_with_resume(capsys, mo
 
 # ---- Two runs at once -------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_second_run_into_out_is_refused_until_the_first_one_dies(capsys):
     assert call(capsys, f"model.py {TRAIN} --steps 2")[0] == 0
     new_process()
@@ -226,6 +230,7 @@ def test_a_second_run_into_out_is_refused_until_the_first_one_dies(capsys):
     status, _, err = call(capsys, f"model.py {TRAIN} --steps 2")
     assert status == 0, err
 
+@pytest.mark.slow
 def test_one_process_may_use_out_many_times(capsys):
     """A script that trains the base first, and scripts one after the other."""
     flags = "--data text.txt --vocab 300 --out out --steps 2"
@@ -389,6 +394,7 @@ def test_a_log_on_a_full_disk_ends_no_run_and_is_named_once(capsys, monkeypatch)
     err = capsys.readouterr().err
     assert len(rows()) == 1 and err.count("\n") == 1 and "No space left on device" in err
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 100_000])
 def test_python_itself_says_nothing_about_a_closed_pipe(length):
     """What waits in the buffer at the end, as --help does, is written by Python's shutdown."""
@@ -510,6 +516,7 @@ COMPARED = {"quest": "quest.py --bits 3", "lsq": "quest.py --quantizer lsq",
             "zero points": "lrqat.py --bits 2 --arm full", "codebooks": "pvtune.py --variant pv",
             "grid": "pvtune.py --variant pv --scheme affine --code-lr 0.3"}
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", COMPARED)
 def test_a_row_counts_the_codes_that_the_file_has_otherwise_than_training(
         capsys, monkeypatch, finished, what):
@@ -557,6 +564,7 @@ def test_a_hessian_that_is_not_positive_definite_is_one_line(
     check_refused(result, "blocks.0.attn.wq", "1024 calibration tokens", "positive definite",
                   "--data")
 
+@pytest.mark.slow
 def test_compiling_is_tried_before_the_run_starts(tmp_path):
     """On a machine without a compiler, in a process of its own: torch remembers compilers."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import nanobit.cli as c\nc.run(c.main)"

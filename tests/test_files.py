@@ -107,6 +107,7 @@ def test_every_file_is_evaluated_sampled_and_loaded(name, folder, capsys, monkey
         assert out == text + "\n"
     assert out.startswith("def f")
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITES)
 def test_every_file_is_exported_with_the_weights_that_its_codes_stand_for(
         name, folder, capsys, monkeypatch, tmp_path):

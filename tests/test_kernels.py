@@ -237,6 +237,7 @@ def test_every_product_is_timed_behind_the_cublas_that_it_is_a_ratio_to():
     only = time_kernels.jobs_of(time_kernels.parse_args(["--only", "aqlm", "--batches", "4", "16"]))
     assert [c.name for _, _, c, _ in only] == 4 * ["cuBLAS", "aqlm", "cuBLAS"]
 
+@pytest.mark.slow
 def test_benchmark_runs_from_any_folder_and_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     from conftest import call, check_refused
     script = ROOT / "tests" / "time_kernels.py"

@@ -34,6 +34,7 @@ def fit_command(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["law.py", str(path)])
     law.main()
 
+@pytest.mark.slow
 def test_fit_recovers_effective_parameters_of_a_known_law(tmp_path, monkeypatch, capsys):
     fit_command(law_rows(noise=1e-4), tmp_path, monkeypatch)
     out = capsys.readouterr().out
@@ -41,6 +42,7 @@ def test_fit_recovers_effective_parameters_of_a_known_law(tmp_path, monkeypatch,
     assert abs(eff["4"] - 0.7) < 0.03 and abs(eff["2"] - 0.15) < 0.03
     assert "best: 4 bits" in out
 
+@pytest.mark.slow
 def test_fit_calls_a_law_degenerate_that_the_runs_do_not_determine(tmp_path, monkeypatch, capsys):
     fit_command(law_rows(noise=0.02), tmp_path, monkeypatch)
     assert "degenerate" in capsys.readouterr().out

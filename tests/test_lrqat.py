@@ -817,6 +817,7 @@ def test_random_run_needs_no_base_and_reports_three_arms(tmp_path, monkeypatch, 
     assert row["tokens"] == 2 * 2 * 8                  # steps, windows a step, tokens a window
     assert ours["frozen weights"] + 3 * ours["adapters"] < full["adapters"] + full["frozen weights"]
 
+@pytest.mark.slow
 def test_lean_run_keeps_fewer_activations_and_prints_the_ledger(tmp_path, monkeypatch, capsys):
     """By default at 7B alone: at other sizes by --lean."""
     monkeypatch.setitem(trunk.PRESETS, "tiny", trunk.PRESETS["tiny"]._replace(n_layer=1))
@@ -853,6 +854,7 @@ def test_a_memory_run_refuses_in_one_line(flags, words, tmp_path, capsys):
     check_refused(call(capsys, command), *words)
     assert not list(tmp_path.iterdir())
 
+@pytest.mark.slow
 def test_a_memory_run_starts_in_any_folder(tmp_path):
     script = pathlib.Path(__file__).with_name("time_lrqat_memory.py")
     result = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, text=True,

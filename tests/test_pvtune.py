@@ -436,6 +436,7 @@ def test_the_fit_draws_from_its_seed_and_reports_what_its_layers_lose(monkeypatc
     assert float(first.split("wq ")[1].split()[0]) == pytest.approx(100 * lost.item(), abs=0.06)
     assert set(draws) == {3} and len(draws) == 14
 
+@pytest.mark.slow
 def test_the_tables_rtn_is_the_one_that_comes_closest_in_stored_bits():
     """Beside every grid, packed: bytes of codes, 4 of a scale, 1 of a zero point."""
     model = LLaMA(LlamaConfig(32, 1, 128, 4, 4, 256, 16)).requires_grad_(False)
@@ -1001,6 +1002,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(work, capsys, monkeypatch):
     other = nanobit.checkpoint.read_checkpoint(str(work / "pvtune-1x4g4.pt"))["model"]
     assert all(torch.equal(packed[k], other[k]) for k in packed)
 
+@pytest.mark.slow
 def test_demo_prints_the_theory_in_a_process_of_its_own():
     out = subprocess.run([sys.executable, "pvtune.py", "--demo"], cwd=ROOT, text=True,
                          capture_output=True, check=True).stdout.splitlines()
