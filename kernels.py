@@ -51,9 +51,9 @@ from quantizers import (EPS, GAUSSIAN_CLIP, clip_limit, code_offset, hadamard_si
 # ---- What a packed linear asks ------------------------------------------------------------------
 
 def linear(layer, x):
-    """The product of a QuantLinear with inputs x (..., C) in 16 bits -> (..., O), or None where there
-    is no kernel for it. Its weight in the order that the kernels read is made at the first use and
-    kept in layer.fast, beside the `packed` tensor that it was made from."""
+    """The product of a QuantLinear with inputs x (..., C) in 16 bits -> (..., O), or None where
+    there is no kernel for it. Its weight in the order that the kernels read is made at the first
+    use and kept in layer.fast, beside the `packed` tensor that it was made from."""
     if torch.compiler.is_compiling():
         # One operation to the compiler, which knows neither the layer nor the kernels. The weight
         # was made in a call before, or else there is no kernel.
@@ -84,15 +84,15 @@ def affine_operand(layer, x):
     g = layer.spec["group_size"]
     w = pack_weight(layer.codes(), layer.scale, layer.zero_point, layer.bits, g)
     if w is None:
-        warnings.warn(f"kernels.py has no kernel for {layer.bits} bits, {layer.in_features} inputs, "
-                      f"groups of {g}: these layers run in PyTorch")
+        warnings.warn(f"kernels.py has no kernel for {layer.bits} bits, {layer.in_features} "
+                      f"inputs, groups of {g}: these layers run in PyTorch")
     return w
 
 def affine_product(layer, x, w):
     return lowbit_matmul(x, w)
 
 def quest_layer_operand(layer, x):
-    """What quest_operand makes; None where the layer is not QuEST's own or the shape has no kernel."""
+    """What quest_operand makes; None for a baseline's layer or a shape without a kernel."""
     plain = layer.a_scale is None and layer.spec["rotate"] and layer.spec["grid"] == "uniform"
     if not (plain and quest_fits(x, layer.bits, layer.a_bits)):
         return None
@@ -114,8 +114,9 @@ def vq_product(layer, x, w):
     return y.view(*x.shape[:-1], -1)
 
 def launch(early):
-    """Options of a launch that may start while the kernel before it still runs (Hopper's programmatic
-    dependent launch); that kernel says when, and this one waits before it reads what that wrote."""
+    """Options of a launch that may start while the kernel before it still runs, Hopper's
+    programmatic dependent launch: that kernel says when, and this one waits before it reads what
+    that wrote."""
     return {"launch_pdl": True} if early else {}       # the interpreter does not know the option
 
 # ---- GPTQ's columns ---------------------------------------------------------------------------

@@ -19,12 +19,13 @@ The idea:
 
 Paper: LR-QAT, Bondarenko et al. 2024 (arXiv 2406.06385); code: Qualcomm-AI-research/LR-QAT.
 Ours differs: s, A, B and the sum Z are float32 (bfloat16 scales do not move at the paper's rate of
-1e-5); s0 is the range search of `rtn`, norm 2.4 (the paper tries 2 to 5), which begins at one step =
-2 max|w| / (2^bits - 1) and ends at 0.21 of that (theirs: from max|w| / (2^(bits-1) - 1) down to 1 %);
-2 bits have a real asymmetric grid with a zero point z; "packed" is two codes a byte; the SVD start
-divides each row of A by its own scale (the official one is off where a layer is square); alpha and the rates suit a hundred steps. --a-bits also quantizes the norms'
-outputs, where the released code and its flags disagree. On a GPU, A B runs in TF32. Under --compile
-the compiler decides what is kept. Not here: training a checkpoint whose dense form does not fit.
+1e-5); s0 is the range search of `rtn`, norm 2.4 (the paper tries 2 to 5), which begins at one step
+= 2 max|w| / (2^bits - 1) and ends at 0.21 of that (theirs: from max|w| / (2^(bits-1) - 1) down to a
+hundredth); 2 bits have a real asymmetric grid with a zero point z; "packed" is two codes a byte; the SVD
+start divides each row of A by its own scale (the official one is off where a layer is square);
+alpha and the rates suit a hundred steps. --a-bits also quantizes the norms' outputs, where the
+released code and its flags disagree. On a GPU, A B runs in TF32. Under --compile the compiler
+decides what is kept. Not here: training a checkpoint whose dense form does not fit.
 Printed: learn, parameters that learn. recovered, the share of the loss between RTN and dense
 training of the same length that an arm wins back; with --arm there is no such training to compare
 with, and no share. flipped, integers that A B moved to other codes.

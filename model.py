@@ -329,8 +329,8 @@ class LLaMA(nn.Module):
         return self
 
     def compile_parts(self):
-        """torch.compile the blocks, for which the code of the first serves all, and predict: the last
-        norm, the head, the loss."""
+        """torch.compile the blocks, for which the code of the first serves all, and predict: the
+        last norm, the head, the loss."""
         for block in self.blocks:
             block.compile()
         self.predict = torch.compile(self.predict)

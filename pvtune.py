@@ -219,7 +219,8 @@ class Codebooks(nn.Module):
 
     def nearest(self, target, where, keep=1, **how):
         s = self.scales.gather(1, where // self.shape[2]).unsqueeze(2)             # (L, k, 1)
-        codes = vq_search(target / not_zero(s), take(self.codes, where), self.codebooks, keep=keep, **how)
+        codes = vq_search(target / not_zero(s), take(self.codes, where), self.codebooks, keep=keep,
+                          **how)
         values = vq_sum(codes.flatten(1, 2), self.codebooks).view(*codes.shape[:3], -1)
         return codes, values * s.unsqueeze(3)
 

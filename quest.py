@@ -150,8 +150,8 @@ def to_grid(v, bits, grid, quantizer):
     return Operand(levels, scale, codes, trusted, kept)
 
 def restore(codes, offset, scale, dtype):
-    """(codes + offset) * scale, rounded once, to dtype: levels of at most 127.5 in steps of 1/2 have
-    8 significant bits and are exact even in bfloat16."""
+    """(codes + offset) * scale, rounded once, to dtype: levels of at most 127.5 in steps of 1/2
+    have 8 significant bits and are exact even in bfloat16."""
     return (codes.to(dtype).add_(offset) * scale).to(dtype)
 
 class QuestFunction(torch.autograd.Function):
@@ -215,8 +215,8 @@ class FusedQuest(torch.autograd.Function):
     """QuestFunction on a GPU: a kernel for each of its lines, and integer products forward.
 
     One pass over an operand makes its codes, x_hat in x's dtype and the trust mask, a bit a value.
-    x_hat and w_hat are kept in the place of codes: hardly more in bfloat16, 2 1/8 bytes a value, and
-    the backward pass need not restore them.
+    x_hat and w_hat are kept in the place of codes: hardly more in bfloat16, 2 1/8 bytes a value,
+    and the backward pass need not restore them.
     """
 
     @staticmethod
@@ -394,7 +394,7 @@ def lsq_levels(x, step, bits):
     half = num_levels(bits) // 2
     step = scale_gradient(step, (x.numel() * max(half - 1, 1)) ** -0.5)
     u = x / step
-    v = (u - 0.5).clamp(-half, half - 1)               # q before rounding: floor(u) = round(u - 1/2)
+    v = (u - 0.5).clamp(-half, half - 1)               # q unrounded: floor(u) = round(u - 1/2)
     q = u.detach().floor().clamp(-half, half - 1)
     return v + (q - v).detach() + 0.5, step            # q forward, v's gradient backward
 

@@ -111,7 +111,7 @@ def load_weights(model, state, path):
     model.load_state_dict({name: placed_like(t, own[name]) for name, t in state.items()})
 
 def check_fit(own, state, path):
-    """Raise UsageError for the first tensor of a file's state that does not fit or is not finite."""
+    """Raise UsageError for the first tensor of a file that does not fit or is not finite."""
     for name in sorted(own.keys() | state.keys()):
         here, there = (tuple(s[name].shape) if name in s else "missing" for s in (own, state))
         if here != there:

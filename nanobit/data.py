@@ -70,8 +70,8 @@ def load_data(source=None, vocab="1024", seq_len=128, spec=None, limit=None):
     return Data(**arrays, spec=spec, digest=digest, name=name, text_bytes=text_bytes)
 
 def split(docs):
-    """Documents -> {"train": documents, "dev": documents, "val": documents}. By file, 38, 1 and 1 of
-    40; of fewer than 40 documents, 18, 1 and 1 twentieths of each."""
+    """Documents -> {"train": documents, "dev": documents, "val": documents}. By file, 38, 1 and 1
+    of 40; of fewer than 40 documents, 18, 1 and 1 twentieths of each."""
     if len(docs) >= 40:                                # by file: none is in two parts
         return {"train": [d for i, d in enumerate(docs) if i % 20 != 19],
                 "dev": docs[19::40], "val": docs[39::40]}

@@ -138,7 +138,8 @@ class Cache:
 @torch.no_grad()
 def decode(model, idx, n, choose, compile=False):
     """Yield the n tokens (B, 1) after idx (B, T). It is the same tensor each time: copy it before
-    the next. T + n - 1 tokens have to fit in the window. On a GPU every step but the first two is one CUDA graph.
+    the next. T + n - 1 tokens have to fit in the window. On a GPU every step but the first two is
+    one CUDA graph.
 
     compile: torch.compile the step, all blocks at once, so that the small operations between the
     products become few. It takes 20 to 40 s at the second token of a 7B model.

@@ -61,8 +61,9 @@ def through_the_file(path, model, args, data, method):
     return model, score(model, data, args)
 
 def open_model(args, path, as_stored=False, dense=True):
-    """load_checkpoint on the command's device. Without --seq-len, which is then 0 or None, its window
-    is the model's own, at most 2048. Raises UsageError where the linears are packed and dense ones are needed."""
+    """load_checkpoint on the command's device. Without --seq-len, which is then 0 or None, its
+    window is the model's own, at most 2048. Raises UsageError where the linears are packed and
+    dense ones are needed."""
     model, content = load_checkpoint(path, args.device, getattr(torch, args.dtype), as_stored)
     if dense and content["linears"]:
         raise UsageError(f"{path} is packed already; give the dense checkpoint as --model, or to "
@@ -278,7 +279,8 @@ def peak_bytes():
 def arm_row(scores, bpw, seconds, **more):
     """What a row of results keeps of each arm that the run compared."""
     return {"val_loss": scores["loss"], "dev_loss": scores["dev_loss"],
-            "bits_per_byte": scores["bits_per_byte"], "bpw": bpw, "seconds": seconds, "peak_bytes": peak_bytes(), **more}
+            "bits_per_byte": scores["bits_per_byte"], "bpw": bpw, "seconds": seconds,
+            "peak_bytes": peak_bytes(), **more}
 
 def rounded(x):
     if isinstance(x, dict):

@@ -125,7 +125,8 @@ def train_bpe(docs, vocab_size):
     return tokens
 
 class Tokenizer:
-    """What BPETokenizer and hf.HFTokenizer share. `n_vocab` counts their ids and `eot_token` is END's."""
+    """What BPETokenizer and hf.HFTokenizer share. `n_vocab` counts their ids, `eot_token` is END's.
+    """
     bytes_per_decoded = 1.0      # bytes of text for each byte that decoding gives: see Data
 
     def spans(self, text):

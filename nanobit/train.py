@@ -1,8 +1,8 @@
 """Training and evaluation: one recipe for the dense model and for every method.
 
 `train_step` is the step: batch, loss, gradient, clipping, optimizer. `train` is the loop around it:
-progress, looks at the dev split, a state every minute, and --resume. `evaluate` is the one loss that
-is reported anywhere.
+progress, looks at the dev split, a state every minute, and --resume. `evaluate` is the one loss
+that is reported anywhere.
 """
 import contextlib
 import copy

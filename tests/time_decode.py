@@ -1,6 +1,6 @@
 """Tokens a second of one sequence, by random weights, against the time that reading them takes.
 
-    python tests/time_decode.py                            # 7B, 16, 4 and 2 bits, plain and compiled
+    python tests/time_decode.py                            # 7B: 16, 4, 2 bits, plain and compiled
     python tests/time_decode.py --size tiny --bits 4       # anywhere
 
 Random weights tell the speed and nothing else. A step reads every weight once, and the keys and
@@ -103,8 +103,9 @@ def main():
             seconds = measure(model, args.tokens, device, form == "compile")
             start = time.perf_counter() - start - args.tokens * seconds
             size = bytes_of_a_step(model, 16 + args.tokens // 2)
-            row = dict(size=args.size, bits=bits, form=form, tokens_per_second=round(1 / seconds, 1),
-                       gb=round(size / 1e9, 3), of_copy=round(size / copy / seconds, 3),
+            row = dict(size=args.size, bits=bits, form=form,
+                       tokens_per_second=round(1 / seconds, 1), gb=round(size / 1e9, 3),
+                       of_copy=round(size / copy / seconds, 3),
                        start_seconds=round(start, 1), copy_gb_s=round(copy / 1e9),
                        torch=torch.__version__)
             print(f"{args.size}, {bits:2} bits, {form:7} | {1 / seconds:6.1f} tokens/s, "
