@@ -544,7 +544,7 @@ def lowbit_matmul(x, w):
         for i in range(0, O, n):
             part = LowBit(w.words[i // 16:(i + n) // 16], w.high[i // 16:(i + n) // 16],
                           w.grid[:, i:i + n], w.bits, w.group, (min(n, O - i), C))
-            torch.mm(flat, dequantize(part, x.dtype).T, out=y[:, i:i + n])
+            torch.mm(flat, write_out(part, x.dtype).T, out=y[:, i:i + n])
         return y.view(*x.shape[:-1], O)
     kernel, grid, constants, options = plan(M, w)
     if kernel is _tile:
@@ -569,7 +569,7 @@ def _mask(bits, dtype):
     field = 7 if bits == 8 and dtype == torch.bfloat16 else 2 if bits == 3 else bits
     return (2**field - 1) * 0x10001
 
-def dequantize(w, dtype):
+def write_out(w, dtype):
     """The weight (O, C) of a LowBit in 16 bits, by `_dequantize`."""
     (O, C), bits = w.shape, w.bits
     out = torch.empty(O, C, dtype=dtype, device=w.words.device)

@@ -21,10 +21,10 @@ Paper: LR-QAT, Bondarenko et al. 2024 (arXiv 2406.06385); code: Qualcomm-AI-rese
 Ours differs: s, A, B and the sum Z are float32 (bfloat16 scales do not move at the paper's rate of
 1e-5); s0 is the range search of `rtn`, norm 2.4 (the paper tries 2 to 5), which begins at one step
 = 2 max|w| / (2^bits - 1) and ends at 0.21 of that (theirs: from max|w| / (2^(bits-1) - 1) down to a
-hundredth); 2 bits have a real asymmetric grid with a zero point z; "packed" is two codes a byte; the SVD
-start divides each row of A by its own scale (the official one is off where a layer is square);
-alpha and the rates suit a hundred steps. --a-bits also quantizes the norms' outputs, where the
-released code and its flags disagree. On a GPU, A B runs in TF32. Under --compile the compiler
+hundredth); 2 bits have a real asymmetric grid with a zero point z; "packed" is two codes a byte;
+the SVD start divides each row of A by its own scale (the official one is off where a layer is
+square); alpha and the rates suit a hundred steps. --a-bits also quantizes the norms' outputs, where
+the released code and its flags disagree. On a GPU, A B runs in TF32. Under --compile the compiler
 decides what is kept. Not here: training a checkpoint whose dense form does not fit.
 Printed: learn, parameters that learn. recovered, the share of the loss between RTN and dense
 training of the same length that an arm wins back; with --arm there is no such training to compare
@@ -244,7 +244,7 @@ def linear_schedule(step, steps, peak):
     warm = min(max(1, round(0.1 * steps)), steps - 1)
     return peak * (step / warm if step < warm else (steps - step) / (steps - warm))
 
-def make_optimizer(model, lr):
+def arm_optimizer(model, lr):
     """AdamW over what learns, each kind at its own peak rate; weight decay for W alone."""
     learn = [(n.rsplit(".", 1)[1], p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for kind, p in learn if kind == k], "peak": rate * lr,
@@ -330,7 +330,7 @@ def compare(args):
         if learn:
             say(f"--- {arm}: {learn} parameters learn")
             result = train_arm(model, data, args, f"{path}-arm{ARMS.index(arm)}.state",
-                               lambda: status(model), make_optimizer(model, args.lr))
+                               lambda: status(model), arm_optimizer(model, args.lr))
         scores = score(model.eval(), data, args)
         bpw = 16.0 if arm.startswith("dense") else None                    # of all others: below
         rows[arm] = arm_row(scores, bpw, seconds + result["seconds"], learn=learn)

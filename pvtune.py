@@ -152,7 +152,7 @@ def ste(A, b, x, values, lr, steps):
         shadow = shadow - lr * (A @ x - b)
         x = values[(shadow.unsqueeze(1) - values).abs().argmin(1)]
 
-def curve(move, x, phi, steps):
+def values_along(move, x, phi, steps):
     """phi along x, move(x), move(move(x)), ..."""
     values = []
     for _ in range(steps):
@@ -170,7 +170,8 @@ def demo(seed):
     say("phi(x) = (x_1 + ... + x_10 - 4)^2 / 2, x_i in {0, 1}, from x = 0; phi after each step")
     for tau in (10, 1, 2, 3):
         name = f"subspace, tau {tau}" if tau < 10 else "naive, step 1/L"
-        say(f"{name:15} | {ten(curve(lambda x: linear_v(A, b, x, values, tau), x, phi, 10))}")
+        found = values_along(lambda x: linear_v(A, b, x, values, tau), x, phi, 10)
+        say(f"{name:15} | {ten(found)}")
     for lr in (0.02, 0.05, 0.1):
         found = [phi(x) for x in ste(A, b, x, values, lr, 200)]
         say(f"STE, lr {lr:<7} | {ten(found)} ... lowest of 200 steps {min(found)}")
@@ -191,7 +192,7 @@ def pv_curves(c, generator, d=6):
     phi = lambda x: ((x - best) @ A @ (x - best) / 2).item()
     halves = (exact_v, *(lambda A, b, y, tau=tau: linear_v(A, b, y, y.unique(), tau)
                          for tau in (d, 1)))
-    return [curve(lambda x: v(A, b, exact_p(A, b, x)), x, phi, 8) for v in halves]
+    return [values_along(lambda x: v(A, b, exact_p(A, b, x)), x, phi, 8) for v in halves]
 
 # ---- Two representations of L linears of one shape. The method asks of one: what it stands for,
 # and `nearest`, the codes near targets (L, k, g) for the groups `where` (L, k) -> (L, k, keep, M),

@@ -29,7 +29,7 @@ import nanobit.train
 import quantizers
 from conftest import TrainingTextOnly, call, check_refused, double, random_base
 from lrqat import (ALPHA, PHI, FullQATLinear, LRQATFunction, LRQATLinear, convert, downcast,
-                   integers, latent, limits, linear_schedule, make_optimizer, start_range,
+                   integers, latent, limits, linear_schedule, arm_optimizer, start_range,
                    svd_start, to_grid)
 from model import LlamaConfig, LLaMA, UsageError, quantized
 from nanobit.checkpoint import tensor_bytes
@@ -92,7 +92,7 @@ def tokens(n=4000, vocab=64):
     return types.SimpleNamespace(train=(rng.integers(0, 3, n).cumsum() % vocab).astype(np.int64))
 
 def take_steps(m, args, data, steps):
-    optimizer, losses = make_optimizer(m, args.lr), []
+    optimizer, losses = arm_optimizer(m, args.lr), []
     for step in range(steps):
         losses.append(nanobit.train.train_step(m, optimizer, data, args, step)[0].item())
     return losses
@@ -658,7 +658,7 @@ def test_frozen_scales_stay():
 
 def test_optimizer_has_two_rates_and_no_decay():
     m, args, _ = small_model()
-    groups = make_optimizer(m, 1e-2).param_groups
+    groups = arm_optimizer(m, 1e-2).param_groups
     count = {g["peak"]: sum(p.numel() for p in g["params"]) for g in groups}
     shapes = [(linear.scale.size(0), linear.B.size(1)) for _, linear in m.linears()]
     assert all(g["weight_decay"] == 0 for g in groups)
@@ -666,7 +666,7 @@ def test_optimizer_has_two_rates_and_no_decay():
     assert sum(p.numel() for g in groups if g["peak"] == 1e-2 for p in g["params"]) == sum(
         4 * (O + C) for O, C in shapes)
     assert count[lrqat.RATES["scale"] * 1e-2] == sum(O for O, _ in shapes)
-    full = make_optimizer(small_model(arm="full QAT (LSQ)")[0], 1e-2).param_groups
+    full = arm_optimizer(small_model(arm="full QAT (LSQ)")[0], 1e-2).param_groups
     assert sorted(g["weight_decay"] for g in full) == [0, 0.1]
 
 def test_progress_counts_the_integers_that_the_adapters_moved():
@@ -687,7 +687,7 @@ def test_schedule_is_linear_up_and_down():
     assert [linear_schedule(t, 1000, 1.0) for t in (0, 50, 100, 1000)] == [0, 0.5, 1, 0]
     assert math.isclose(linear_schedule(500, 1000, 1.0), 5 / 9)
     m, args, _ = small_model()
-    optimizer = make_optimizer(m, 1e-2)
+    optimizer = arm_optimizer(m, 1e-2)
     nanobit.train.train_step(m, optimizer, tokens(), args, 1)     # steps = 3: the peak
     assert [g["lr"] for g in optimizer.param_groups] == [g["peak"] for g in optimizer.param_groups]
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-from lrqat import PHI, arm_linear, check_phi, check_shapes, convert, make_optimizer, start_range
+from lrqat import PHI, arm_linear, check_phi, check_shapes, convert, arm_optimizer, start_range
 from model import LLaMA, PRESETS, RMSNorm, UsageError
 from nanobit.checkpoint import tensor_bytes
 from nanobit.cli import Parser, number, resolve, run
@@ -127,7 +127,7 @@ def measure(model, args, data, report=False):
     made lean and the ledger printed beside it.
     """
     cuda = args.device.startswith("cuda")
-    optimizer = make_optimizer(model, args.lr)
+    optimizer = arm_optimizer(model, args.lr)
     model.lean = model.lean or report
     held = [*model.parameters(), *model.buffers()]
     learn = [p for p in held if p.requires_grad]
