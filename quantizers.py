@@ -185,7 +185,8 @@ def affine_grid(x, bits, symmetric=False, mse=False):
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    empty = low == high                                # all zeros: any scale does
+    # All zeros, or so small that a step would be no normal number: any scale does, and w_hat is 0.
+    empty = high - low < (2**bits - 1) * torch.finfo(torch.float32).tiny
     low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
     best = torch.full_like(low, math.inf)
     for shrink in ([1 - k / 100 for k in range(80)] if mse else [1]):

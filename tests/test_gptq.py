@@ -234,6 +234,18 @@ def test_rows_of_zeros_stay_zero():
     for symmetric in (False, True):
         assert (dequantize(*gptq(w, h, 2, symmetric=symmetric))[5] == 0).all()
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("mse", [False, True])
+def test_rows_too_small_for_a_float32_step_become_zeros(bits, symmetric, mse):
+    w, h = problem(dtype=torch.float32)
+    w[:4] *= torch.tensor([1e-37, 1e-40, 1e-42, 1e-44]).unsqueeze(1)
+    for result in (rtn(w, bits, 16, symmetric, mse), gptq(w, h, bits, 16, symmetric, mse)):
+        assert (result[1] > 0).all()
+        w_hat = dequantize(*result, group_size=16)
+        assert w_hat.isfinite().all() and (w_hat[:4].abs() < 1e-36).all()
+        assert (w_hat[4:].abs().amax(1) > 0.1).all()
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_shrink_search_never_costs_more_than_the_whole_range(symmetric):
     w, _ = problem()
