@@ -278,7 +278,10 @@ def gptq(w, hessian, bits, group_size=-1, symmetric=False, mse=True, act_order=F
     groups = _grouped(w if group_size == -1 else alive, group_size)                # (O, G, g)
     w, C = alive, w.size(1)
     g, static = groups.size(-1), act_order or group_size == -1
-    scale, zero_point = affine_grid(groups, bits, symmetric, mse)                  # (O, G)
+    if static:
+        scale, zero_point = affine_grid(groups, bits, symmetric, mse)              # (O, G)
+    else:                                              # each group's when its turn comes
+        scale, zero_point = w.new_empty(groups.shape[:2]), w.new_empty(groups.shape[:2])
     order = torch.arange(C, device=w.device)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
