@@ -93,8 +93,9 @@ def random_base(folder, n_layer):
     data = nanobit.data.load_data(str(folder / "text.txt"), "300", 32)
     torch.manual_seed(0)
     base = model.LLaMA(model.LlamaConfig(data.tokenizer.n_vocab, n_layer, 32, 4, 4, 48, 32))
-    nanobit.checkpoint.save_checkpoint(str(folder / "base.pt"), base, tokenizer=data.spec, data=data.digest,
-                          method="dense", settings={"data": data.name, "vocab": "300"})
+    nanobit.checkpoint.save_checkpoint(str(folder / "base.pt"), base, tokenizer=data.spec,
+                                       data=data.digest, method="dense",
+                                       settings={"data": data.name, "vocab": "300"})
     return data
 
 class TrainingTextOnly:

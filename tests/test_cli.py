@@ -293,7 +293,8 @@ def test_a_sample_repeats_the_text_that_the_run_printed(work, capsys):
     m, content = nanobit.checkpoint.load_checkpoint("out/quest-w4a4.pt")
     enc = nanobit.tokenizer.make_tokenizer(content["tokenizer"])
     assert nanobit.generate.sample_text(m, enc, "def ", 200, 0) in (work / "printed").read_text()
-    assert text == nanobit.generate.sample_text(nanobit.generate.prepare(m), enc, "def ", 200, 0) + "\n"
+    m = nanobit.generate.prepare(m)
+    assert text == nanobit.generate.sample_text(m, enc, "def ", 200, 0) + "\n"
     assert call(capsys, f"{sample} --seed 1")[1] != text
 
 def test_dense_pretraining_then_quest_from_its_checkpoint(work, capsys):

@@ -155,7 +155,8 @@ def tiktoken_patterns(monkeypatch):
     return {make()["pat_str"] for make in public.ENCODING_CONSTRUCTORS.values()}
 
 def test_a_cut_changes_no_token_of_any_pattern(monkeypatch):
-    patterns = [regex.compile(p) for p in (nanobit.tokenizer.PATTERN, *tiktoken_patterns(monkeypatch))]
+    sources = nanobit.tokenizer.PATTERN, *tiktoken_patterns(monkeypatch)
+    patterns = [regex.compile(p) for p in sources]
     assert len(patterns) >= 4
     for seed in range(400):
         sample = nasty(12, seed)
@@ -168,7 +169,8 @@ def test_a_cut_changes_no_token_of_any_pattern(monkeypatch):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokens_of_pieces_are_those_of_the_whole(name, monkeypatch):
     monkeypatch.setattr(nanobit.tokenizer, "PIECE", 50)
-    enc, long = nanobit.tokenizer.make_tokenizer(spec_of(name)), text(4000) + nasty(3000, 1) + text(4000)
+    enc = nanobit.tokenizer.make_tokenizer(spec_of(name))
+    long = text(4000) + nasty(3000, 1) + text(4000)
     encode = enc.inner.encode_ordinary if name == "our own" else (
         lambda text: enc.inner.encode(text, add_special_tokens=False).ids)
     assert len(list(enc.spans(long))) > 90
@@ -181,7 +183,8 @@ def test_a_tokenizer_whose_pieces_would_differ_gets_whole_documents(monkeypatch)
     inner = t.Tokenizer.from_str(byte_level())
     inner.normalizer = t.normalizers.Replace(t.Regex("$"), "!")        # each text gets an end
     monkeypatch.setattr(nanobit.tokenizer, "PIECE", 50)
-    enc = nanobit.tokenizer.make_tokenizer(spec_of("byte-level") | {"tokenizer.json": inner.to_str()})
+    spec = spec_of("byte-level") | {"tokenizer.json": inner.to_str()}
+    enc = nanobit.tokenizer.make_tokenizer(spec)
     whole = enc.inner.encode(text(1000), add_special_tokens=False).ids
     assert enc.encode_ordinary(text(1000)) == whole
 
@@ -219,7 +222,7 @@ def test_long_work_on_a_text_says_how_long_it_takes(monkeypatch, capsys):
         assert re.search(rf"data: {step} \d+/\d+ \| eta \d+s", out), step
 
 def test_memory_of_one_file_is_a_few_times_its_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(nanobit.tokenizer, "PIECE", 2**10)         # 64 of them at a time, whatever the size
+    monkeypatch.setattr(nanobit.tokenizer, "PIECE", 2**10)  # 64 of them at a time
     lines = [" ".join(random.Random(i).choices(WORDS, k=8)) for i in range(1000)]
     n = (tmp_path / "a.txt").write_text("\n".join(lines * 70) + "\n")
     tracemalloc.start()
@@ -256,7 +259,8 @@ def test_a_known_text_has_the_tokens_that_it_always_had():
 
 @pytest.mark.parametrize("corpus", CORPORA, ids=("words", "runs", "odd", "tiny", "long word"))
 def test_bpe_merges_the_most_frequent_pair_at_every_step(corpus):
-    words = collections.Counter(w for doc in corpus for w in regex.findall(nanobit.tokenizer.PATTERN, doc))
+    words = collections.Counter(w for doc in corpus
+                                for w in regex.findall(nanobit.tokenizer.PATTERN, doc))
     counts, words = words, {w: [bytes([b]) for b in w.encode()] for w in words}
     tokens = nanobit.tokenizer.train_bpe(corpus, 330)
     assert tokens[:256] == [bytes([i]) for i in range(256)] and len(set(tokens)) == len(tokens)
@@ -327,7 +331,7 @@ def test_cached_tokens_are_the_same_and_follow_content_and_settings(tmp_path, mo
     again = nanobit.data.load_data(str(path), "300", 16)
     assert not calls and again.spec == first.spec and again.digest == first.digest
     assert all((getattr(again, p) == getattr(first, p)).all() for p in ("train", "dev", "val"))
-    nanobit.data.load_data(str(path), "1024", 16, spec=first.spec)        # as a checkpoint's data is read
+    nanobit.data.load_data(str(path), "1024", 16, spec=first.spec)  # as a checkpoint's data is read
     assert not calls
     nanobit.data.load_data(str(path), "301", 16)
     path.write_text(text(20000) + "!")
@@ -402,8 +406,8 @@ def test_a_file_name_that_is_not_utf8_is_like_any_other(tmp_path, monkeypatch):
     data, same = (nanobit.data.load_data(n, "300", 16) for n in (name, "b.txt"))
     assert data.digest == same.digest and (data.train == same.train).all()
     base = model.LLaMA(model.LlamaConfig(data.tokenizer.n_vocab, 1, 16, 2, 2, 16, 16))
-    nanobit.checkpoint.save_checkpoint("a.pt", base, tokenizer=data.spec, data=data.digest, method="dense",
-                          settings={"data": data.name})
+    nanobit.checkpoint.save_checkpoint("a.pt", base, tokenizer=data.spec, data=data.digest,
+                                       method="dense", settings={"data": data.name})
     assert nanobit.checkpoint.load_checkpoint("a.pt")[1]["settings"]["data"] == name
     assert json.loads(json.dumps({"command": name}))["command"] == name
 
@@ -477,7 +481,8 @@ def test_download_is_fetched_once_and_never_kept_in_part(tmp_path):
         server.paths = []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        assert [nanobit.data.download(f"{url}/whole").read_text() for _ in range(2)] == ["hello"] * 2
+        texts = [nanobit.data.download(f"{url}/whole").read_text() for _ in range(2)]
+        assert texts == ["hello"] * 2
         assert server.paths == ["/whole"]
         for path in ("/missing", "/cut-short", "/packed"):
             with pytest.raises(UsageError, match=path):

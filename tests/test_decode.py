@@ -1,5 +1,6 @@
-"""Generation with a cache of keys and values against LLaMA.generate, which computes the whole window
-for each token; sampling against torch.multinomial; and what the timing script says of its bytes.
+"""Generation with a cache of keys and values against LLaMA.generate, which computes the whole
+window for each token; sampling against torch.multinomial; and what the timing script says of
+its bytes.
 """
 import pathlib
 

@@ -61,7 +61,8 @@ def command(script, flags, out):
 def child():
     """All that one rank does; what it saw goes to rank<r>.json."""
     model.PRESETS["tiny"] = TINY
-    rank, seen, tokenize, step = nanobit.ranks.rank(), {"tokenized": 0}, nanobit.data.tokenize, nanobit.train.train_step
+    rank, seen = nanobit.ranks.rank(), {"tokenized": 0}
+    tokenize, step = nanobit.data.tokenize, nanobit.train.train_step
     def counted(*args):
         seen["tokenized"] += 1
         return tokenize(*args)
@@ -160,8 +161,8 @@ def test_every_arm_of_lrqat_is_the_same_with_two_processes(folder):
 def test_codes_are_the_same_on_every_rank_after_every_pv_step(folder):
     one, two = notes(folder)
     assert one["codes"] == two["codes"] and len(one["codes"]) == 4 and one["changed"] > 100
-    two, one = (nanobit.checkpoint.read_checkpoint(folder / home / "pvtune" / "pvtune-2x4g4-pv.state")
-                for home in "ab")
+    states = [folder / home / "pvtune" / "pvtune-2x4g4-pv.state" for home in "ab"]
+    two, one = map(nanobit.checkpoint.read_checkpoint, states)
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
 
 def test_ctrl_c_in_one_process_and_a_bad_loss_stop_both(folder):

@@ -126,7 +126,8 @@ def test_killed_again_and_again_the_weights_end_bit_identical(capsys):
     assert status == 0 and f"resumed out/base.pt.state at step {second}/40" in out, err
     assert not unfinished()                            # what a killed run left is gone
     for name in ("base.pt", "base.pt.state"):
-        a, b = (nanobit.checkpoint.read_checkpoint(f"{folder}/{name}") for folder in ("whole", "out"))
+        a, b = (nanobit.checkpoint.read_checkpoint(f"{folder}/{name}")
+                for folder in ("whole", "out"))
         for key in {"model", "optimizer", "losses", "tokenizer"} & set(a):
             assert equal(a[key], b[key]), (name, key)
 
@@ -182,7 +183,8 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_steps(capsys, monkeyp
     train = f"model.py {TRAIN} --steps 10"
     for more, seconds in (("", 100), (" --resume", 200)):
         assert call(capsys, train + more)[0] == 130
-        assert nanobit.checkpoint.read_checkpoint("out/base.pt.state")["seconds"] == pytest.approx(seconds)
+        state = nanobit.checkpoint.read_checkpoint("out/base.pt.state")
+        assert state["seconds"] == pytest.approx(seconds)
         clock.now += 9999
     status, out, err = call(capsys, f"{train} --resume")
     assert status == 0, err
@@ -205,7 +207,8 @@ def test_a_base_interrupted_inside_another_script_goes_on_with_resume(capsys, mo
     status, out, err = call(capsys, f"normtweak.py {flags} --out out --steps 2 --resume")
     assert status == 0 and "at step 5/12" in out, err
     for name in ("base.pt", "gptq-tweak-w3.pt"):
-        a, b = (nanobit.checkpoint.read_checkpoint(f"{folder}/{name}")["model"] for folder in ("whole", "out"))
+        a, b = (nanobit.checkpoint.read_checkpoint(f"{folder}/{name}")["model"]
+                for folder in ("whole", "out"))
         assert equal(a, b)
     check_refused(call(capsys, f"normtweak.py {flags} --out out --resume"), "--resume")
 
@@ -311,8 +314,9 @@ def test_eval_refuses_a_loss_that_is_no_number(capsys, tmp_path):
     random_base(tmp_path, 1)
     m, content = nanobit.checkpoint.load_checkpoint("base.pt")
     m.head.weight.data.fill_(3e38)                     # every logit is infinite
-    nanobit.checkpoint.save_checkpoint("large.pt", m, **{k: v for k, v in content.items() if k not in (
-        "format", "config", "linears", "model")})
+    kept = {k: v for k, v in content.items()
+            if k not in ("format", "config", "linears", "model")}
+    nanobit.checkpoint.save_checkpoint("large.pt", m, **kept)
     check_refused(call(capsys, "model.py eval large.pt --data text.txt"), "val_loss", "not finite")
 
 # ---- Too little memory ------------------------------------------------------------------------

@@ -70,7 +70,8 @@ def test_groups_take_their_grid_from_fresh_weights(g):
 @pytest.mark.parametrize("g", [256, 192, 200])
 def test_a_group_wider_than_a_lazy_block_is_fresh_too(g):
     w, h = problem(O=6, C=2 * g, tokens=900)
-    first = gptq(w[:, :g], h[:g, :g], 3, mse=False, percdamp=0)   # fixes the first group's codes and grid
+    # It fixes the first group's codes and grid.
+    first = gptq(w[:, :g], h[:g, :g], 3, mse=False, percdamp=0)
     q, scale, _ = gptq(w, h, 3, group_size=g, mse=False, percdamp=0)
     # what is left for group 2 is w2 + (w1 - w1_hat) H12 H22^-1: the least squares answer
     error = w[:, :g] - dequantize(q[:, :g], scale[:, :1], _[:, :1])

@@ -515,8 +515,9 @@ def test_a_weight_that_is_no_number_is_refused_by_its_name(folder, value, dtype,
     "pvtune.py --model hf --scheme affine", "normtweak.py --model out.pt --teacher hf"])
 def test_every_script_refuses_a_weight_that_is_no_number(folder, capsys, command):
     m, content = nanobit.checkpoint.load_checkpoint("hf")
-    nanobit.checkpoint.save_checkpoint("out.pt", pack(m, "affine"), method="rtn", settings={"data": "text.txt"},
-                          tokenizer=content["tokenizer"], data=None)
+    nanobit.checkpoint.save_checkpoint("out.pt", pack(m, "affine"), method="rtn",
+                                       settings={"data": "text.txt"},
+                                       tokenizer=content["tokenizer"], data=None)
     up = "model.layers.0.mlp.up_proj.weight"
     store(**{up: stored(up).index_fill(0, torch.tensor([3]), math.nan)})
     flags = "--data text.txt --seq-len 16" * (" sample" not in command and " export" not in command)
@@ -707,7 +708,8 @@ def test_what_a_folder_cannot_say_is_said(capsys):
 
 def small_checkpoint(path="m.pt"):
     m = LLaMA(model.LlamaConfig(257, 1, 32, 2, 2, 48, 16))
-    nanobit.checkpoint.save_checkpoint(path, m, tokenizer=[chr(i) for i in range(256)], method="dense")
+    spec = [chr(i) for i in range(256)]
+    nanobit.checkpoint.save_checkpoint(path, m, tokenizer=spec, method="dense")
 
 def files_below(path="."):
     return {p: p.read_bytes() if p.is_file() else None for p in pathlib.Path(path).rglob("*")}
@@ -811,7 +813,8 @@ def test_the_project_states_the_oldest_packages():
     tomllib = pytest.importorskip("tomllib")
     path = pathlib.Path(model.__file__).parent / "pyproject.toml"
     extras = tomllib.loads(path.read_text())["project"]["optional-dependencies"]
-    assert extras["hf"] == [f"{name}>={version}" for name, version in nanobit.hf.HF_PACKAGES.items()]
+    needed = nanobit.hf.HF_PACKAGES
+    assert extras["hf"] == [f"{name}>={version}" for name, version in needed.items()]
 
 # ---- Older checkpoints ------------------------------------------------------------------------
 

@@ -371,6 +371,6 @@ if __name__ == "__main__":
     import quest
     from kernels import (VQ_TILES, hadamard_quantize, quest_linear, quest_matmul, quest_operand,
                          rotate_trusted, vq_matmul)
-    from quantizers import (GAUSSIAN_CLIP, QuantLinear, code_offset, full_float32, quest_codes, rotate,
-                            trust_limit, unpack)
+    from quantizers import (GAUSSIAN_CLIP, QuantLinear, code_offset, full_float32, quest_codes,
+                            rotate, trust_limit, unpack)
     main()

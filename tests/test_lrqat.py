@@ -768,7 +768,7 @@ def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, capsys)
         assert rows[-1]["integers_differ"] == 0 and abs(rows[-1]["packed_minus_live"]) < 1e-5
     first, again = ({arm: row["val_loss"] for arm, row in r["arms"].items()} for r in rows)
     assert list(first) == list(lrqat.ARMS) and first == again
-    base = nanobit.checkpoint.load_checkpoint(str(tmp_path / "base.pt"))[0]             # floats, also inside
+    base = nanobit.checkpoint.load_checkpoint(str(tmp_path / "base.pt"))[0]  # floats, also inside
     dense = nanobit.train.evaluate(base, data.val, 32)["loss"]
     assert rows[0]["base_val_loss"] == pytest.approx(dense, abs=1e-5)
     assert first["dense"] == pytest.approx(dense, abs=1e-5) and first["RTN"] != first["dense"]
@@ -799,7 +799,8 @@ def test_one_arm_alone_ends_as_beside_the_others_and_is_packed(arm, own_cache, t
     assert rows[1]["arms"][name]["val_loss"] == rows[0]["arms"][name]["val_loss"]
     assert rows[1]["val_loss"] == pytest.approx(rows[1]["arms"][name]["val_loss"], abs=1e-5)
     m, _ = nanobit.checkpoint.load_checkpoint(str(tmp_path / f"lrqat-w3-{arm}.pt"))
-    assert nanobit.train.evaluate(m, data.val, 32)["loss"] == pytest.approx(rows[1]["val_loss"], abs=1e-6)
+    loss = nanobit.train.evaluate(m, data.val, 32)["loss"]
+    assert loss == pytest.approx(rows[1]["val_loss"], abs=1e-6)
 
 # ---- Its bytes and speed: tests/time_lrqat_memory.py --------------------------------------------
 

@@ -208,7 +208,7 @@ def test_only_what_the_blocks_linears_own_decays(kind):
 def test_adamw_forgets_gradients_at_the_rates_of_the_recipe():
     """Adam's formula with 0.9 and 0.95, one number at a time, on gradients that vary in size."""
     m, lr = small(), 0.01
-    optimizer, p = nanobit.train.make_optimizer(m, lr), m.norm.weight              # a norm does not decay
+    optimizer, p = nanobit.train.make_optimizer(m, lr), m.norm.weight  # a norm does not decay
     want, first, second = p.detach().double(), 0.0, 0.0
     for t, size in enumerate([1.0, 10.0, 0.1, 0.01], 1):
         g = size * torch.randn(p.shape)
@@ -427,7 +427,8 @@ def test_no_row_with_a_number_that_is_none_is_written(tmp_path, more, name):
     with pytest.raises(UsageError, match=f"{name} is not finite"):
         nanobit.runs.finish(args, "test", small(), bad, result, **more)
     assert not os.listdir(tmp_path)
-    nanobit.runs.finish(args, "test", small(), scores, result, base_val_loss=None, arms={"rtn": [1.0]})
+    nanobit.runs.finish(args, "test", small(), scores, result, base_val_loss=None,
+                        arms={"rtn": [1.0]})
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
 
 def training(kind="dense", seed=0, **changes):

@@ -278,7 +278,8 @@ def test_progress_reports_the_share_of_weights_that_get_a_gradient(how, share):
 
 def test_trusted_shares_are_of_all_values_and_nobody_looks_on_afterwards():
     """Of the values and not of the layers, whose sizes differ; only inputs that are quantized."""
-    wide, narrow = QuestLinear(randn(6, 128).float(), 2, 2), QuestLinear(randn(3, 32).float(), 2, 16)
+    wide = QuestLinear(randn(6, 128).float(), 2, 2)
+    narrow = QuestLinear(randn(3, 32).float(), 2, 16)
     x = torch.randn(5, 128)
     x[0, 0] = 40                                       # far outside of its row's grid
     def forward(ids):
