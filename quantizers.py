@@ -1,70 +1,82 @@
 """Quantizers: the number grids, the packing and the packed linear layer that all methods share.
 
   1. A grid turns floats into small integers `q` and a few real numbers.
-     affine:  w_hat = (q - zero_point) * scale     `rtn` and `gptq`, one scale a row or a group
      QuEST:   h_hat = (q + 1/2) * scale            `quest_codes`, on Hadamard-rotated rows
-     vector:  w_hat = (a sum of M codewords) * scale, one code for g weights      `vq_fit`
+     affine:  w_hat = (q - zero_point) * scale     `rtn` and `gptq`, one scale per row or group
+     vector:  w_hat = (a sum of M codewords) * scale, one code each for g weights     `vq_fit`
   2. `pack` lays the integers side by side, `bits` bits each; `unpack` is its exact inverse.
   3. `QuantLinear` holds packed integers and scales, and multiplies with them.
+
+The sections follow that order: rotation, QuEST's grid, affine grids, GPTQ, codebooks, packing,
+packed linears. At the end come details that the rest calls by name: the grids that only QuEST's
+variants use (FP4, sparse), and what finds or replaces PyTorch on a GPU.
 
 Papers: QuEST (arXiv 2502.05003) for the Gaussian grids and the rotation; GPTQ (2210.17323) and
 its code for the affine grid; AQLM (2401.06118) for the codebooks. Not here: training a model (see
 the method files); `vq_fit` takes Adam steps on the codebooks of one linear.
 
-Shapes: O output channels, C input channels, g = group_size, G = C / g groups, ... any others.
+Names: q or codes are integers; scale is the real width of one step; zero_point is the code that
+means 0.0; qmin and qmax are the smallest and the largest code; bits are per code.
+Shapes: O output channels, C input channels, g = group_size, G = C / g groups (J where a group has a
+code, not a scale), ... any others.
 """
 import contextlib
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-EPS = 1e-8  # the smallest clip: a row of zeros gets codes of about zero and a live gradient
-
-@functools.cache
-def find_kernels():
-    """The module kernels, or None where there is no Triton that it can use: PyTorch does the work.
-    Asked for where it is used, as it imports this file."""
-    try:
-        import kernels
-    except ImportError as e:
-        if "triton" not in str(e).lower():
-            raise
-        return None
-    return kernels
+EPS = 1e-8  # added to a clip: a row of zeros has a scale above 0 and still receives a gradient
 
 # ---- The Hadamard rotation (QuEST section 3.1) ----------------------------------------------
 # It spreads an outlier over its block. Rows become nearly Gaussian, and one clip fits them all.
 
-_SIGNS = {}  # made once, so that torch.compile sees a constant
-WIDE_MM = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm has out_dtype
+def rotate(x, block=128, dtype=torch.float32):
+    """Block-diagonal Hadamard transform of the last dimension (..., C), in dtype; float64 stays.
+
+    Each block of x is multiplied by H, a matrix of +-1 over sqrt(n). H is symmetric and H H = I,
+    so rotate is its own inverse, and products stay: rotate(x) @ rotate(w).T == x @ w.T. `block` is
+    a power of two; blocks have n columns, the largest power of two <= `block` that divides C.
+    Differentiable where it takes the plain product. The methods call it without gradients, inside
+    of their autograd functions, so that training and packing take the same one of the two.
+    """
+    n = math.gcd(x.size(-1), block)
+    if _rotates_by_bfloat16(x, dtype):
+        return _rotate_by_bfloat16(x, n)
+    if x.dtype != torch.float64:
+        x = x.to(dtype)
+
+    # x @ signs / sqrt(n). addmm multiplies by alpha on the way, which saves a pass over the result;
+    # with beta = 0 its first argument, a matrix to add, is not read.
+    signs = hadamard_signs(n, x.device, x.dtype)
+    h = torch.addmm(signs[0], x.reshape(-1, n), signs, beta=0, alpha=n**-0.5)
+    return h.view(x.shape)
+
+_SIGNS = {}                  # (n, device, dtype) -> matrix, made before torch.compile traces: a
+                             # tensor that exists is a constant to it, the loop below is not
 
 def hadamard_signs(n, device, dtype):
-    """sqrt(n) * hadamard(n): entries +-1, exact in every format, also in TF32 and bfloat16."""
+    """sqrt(n) * H (n, n): entries +-1, exact in every format, also in TF32 and bfloat16."""
     if (n, device, dtype) not in _SIGNS:
+        # Sylvester's construction: every entry h becomes the 2 x 2 matrix ((h, h), (h, -h)).
         h = torch.ones(1, 1)
         while h.size(0) < n:
             h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), h)
         _SIGNS[n, device, dtype] = h.to(device, dtype)
     return _SIGNS[n, device, dtype]
 
-def rotate(x, block=128, dtype=torch.float32):
-    """Block-diagonal Hadamard transform of the last dimension (..., C), in dtype; float64 stays.
+MM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")     # torch.mm(..., out_dtype=) exists
 
-    The block is the largest power of two <= `block` that divides C. It is orthonormal and its own
-    inverse: rotate(x) @ rotate(w).T == x @ w.T. Differentiable, but not from bfloat16 on a GPU.
-    """
-    n = math.gcd(x.size(-1), block)
-    if WIDE_MM and x.is_cuda and dtype == torch.float32 and x.dtype != torch.float64 and not (
-            torch.is_grad_enabled() and x.requires_grad):
-        return rotate_by_bfloat16(x, n)
-    x = x if x.dtype == torch.float64 else x.to(dtype)
-    signs = hadamard_signs(n, x.device, x.dtype)       # the factor below is alpha: a free pass
-    return torch.addmm(signs[0], x.reshape(-1, n), signs, beta=0, alpha=n**-0.5).view(x.shape)
+def _rotates_by_bfloat16(x, dtype):
+    """Whether _rotate_by_bfloat16 can be used: it is exact, but has no backward pass."""
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    float32_result = dtype == torch.float32 and x.dtype != torch.float64
+    return MM_HAS_OUT_DTYPE and x.is_cuda and float32_result and not needs_gradient
 
-def rotate_by_bfloat16(x, n):
+def _rotate_by_bfloat16(x, n):
     """rotate in blocks of n, on a GPU: x (..., C) bfloat16 or float32 -> float32 (..., C).
 
     TF32 would round float32 weights to 11 bits before they are rotated, and then codes near a
@@ -72,134 +84,199 @@ def rotate_by_bfloat16(x, n):
     exactly; their products with +-1 are exact, and the sums are float32.
     """
     signs = hadamard_signs(n, x.device, torch.bfloat16)
-    parts, rest = [], x.reshape(-1, n)
+    rest = x.reshape(-1, n)
+    parts = []
     for _ in range(1 if x.dtype == torch.bfloat16 else 3):
         parts.append(rest.bfloat16())
         rest = rest - parts[-1]
+
+    # (part 1 | part 2 | part 3) times the matrix three times above itself: the sum in one product.
     h = torch.mm(torch.cat(parts, 1), signs.repeat(len(parts), 1), out_dtype=torch.float32)
     return (h * n**-0.5).view(x.shape)
 
 # ---- QuEST's grid (section 3.1) -------------------------------------------------------------
 # N even levels over +-clip times the row's root mean square; the clip suits a Gaussian row best.
-# Exact minimizers of E (g - Q(g))^2, g ~ N(0, 1). The authors' own constants stop at their
-# optimizer's tolerance. 1.58 stands for log2(3) bits: the three levels -1, 0, 1.
+
+# The minimizers of E (g - Q(g))^2 for g ~ N(0, 1), as `gaussian_clip` computes them. The authors'
+# own constants stop at their optimizer's tolerance: at 8 bits theirs is 1 % lower. 1.58 stands for
+# log2(3) bits: the three levels -1, 0, 1.
 GAUSSIAN_CLIP = {
     1: 0.7978845608, 1.58: 1.2240063619, 2: 1.4935300289, 3: 2.0510680451, 4: 2.5140045915,
     5: 2.9161512493, 6: 3.2779847974, 7: 3.6110971963, 8: 3.9222044167,
 }
-FP4_CLIP = 2.9224750714  # the same for E2M1: magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6, stored times two
-FP4_CODES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # by 4-bit index
+
+def gaussian_clip(bits, grid="uniform"):
+    """The clip of GAUSSIAN_CLIP[bits], or of grid "fp4", by bisection.
+
+    Q(g) = clip * v, where v in -1..1 is the level whose cell g falls into. The error E (g - Q(g))^2
+    has the derivative 2 E[(clip v - g) v] by the clip, negative below the best clip and positive
+    above. (The clip also moves the cells' borders. But a border lies halfway between two levels,
+    where both are equally wrong, so that moving it changes nothing to first order.)
+    """
+    if grid == "fp4":
+        levels = torch.tensor(sorted(set(FP4_CODES)), dtype=torch.float64) / max(FP4_CODES)
+    else:
+        levels = torch.linspace(-1, 1, num_levels(bits), dtype=torch.float64)  # (N,)
+    infinity = torch.tensor([math.inf], dtype=torch.float64)
+    middles = (levels[1:] + levels[:-1]) / 2
+    borders = torch.cat((-infinity, middles, infinity))                # (N + 1,)
+
+    low, high = 0.1, 10.0
+    for _ in range(60):
+        clip = (low + high) / 2
+        t = clip * borders
+        probability = (torch.special.ndtr(t[1:]) - torch.special.ndtr(t[:-1]))  # of each cell
+        density = (-t * t / 2).exp() / math.sqrt(2 * math.pi)
+        mean = density[:-1] - density[1:]              # E[g where g is in the cell]
+        slope = (levels * (clip * levels * probability - mean)).sum()  # half the derivative
+        if slope < 0:
+            low = clip
+        else:
+            high = clip
+    return clip
 
 def num_levels(bits):
     return 3 if bits == 1.58 else 2 ** int(bits)
 
 def code_offset(bits, grid="uniform"):
-    """1/2 on even grids, which have no level at zero; 0 on the ternary grid and on FP4."""
+    """levels = q + this: 1/2 on even grids, which have no level at zero; 0 on the ternary grid and
+    on FP4."""
     return 0.0 if bits == 1.58 or grid == "fp4" else 0.5
 
 def clip_limit(bits, grid="uniform"):
-    """The outermost level in units of `scale`."""
+    """The outermost level, in units of `scale`. FP4's is 6, and its codes are stored doubled."""
     return 12.0 if grid == "fp4" else (num_levels(bits) - 1) / 2
 
 def trust_limit(bits, grid="uniform", one_bit=1.30):
     """The largest |h| / scale that still receives a gradient (QuEST section 3.2).
 
-    Trusted is what rounding moves by half a step at most (FP4: half of the widest gap). Inside
-    the clip that is everything, so the limit is the outermost level plus that much. At 1 bit the
-    paper ends the zone at `one_bit` clips instead (section 3.3; 1.30 rotated, 1.25 not).
+    A value is trusted if rounding moves it by at most half a step (FP4: half of the widest gap).
+    Inside the clip that is every value, so the limit is the outermost level plus that much. At 1
+    bit the paper ends the zone at `one_bit` clips instead (section 3.3; 1.30 rotated, 1.25 not).
     """
     if bits == 1:
         return one_bit * clip_limit(1)
-    return clip_limit(bits, grid) + (2.0 if grid == "fp4" else 0.5)
+    half_a_step = 2.0 if grid == "fp4" else 0.5
+    return clip_limit(bits, grid) + half_a_step
 
 def quest_codes(h, bits, grid="uniform", scale=None):
-    """Nearest codes of rows that are already rotated; no gradient reaches the scale (QuEST).
+    """Nearest codes of rows that are already rotated. QuEST's scale gets no gradient: h comes
+    detached, or inside of an autograd function.
 
     h (..., C) float -> q (..., C) integers in h's dtype, scale (..., 1), u = h / scale. The value
     is (q + code_offset(bits, grid)) * scale. Unless given, the scale follows from the root mean
-    square of the whole row, no mean subtracted.
+    square of the whole row, no mean subtracted. grid: "uniform" or "fp4"; of "sparse", which is
+    uniform, `keep_two_of_four` says what is pruned.
     """
-    clip = FP4_CLIP if grid == "fp4" else GAUSSIAN_CLIP[bits]
+    # The outermost level lies at clip times the row's root mean square.
     if scale is None:
+        clip = FP4_CLIP if grid == "fp4" else GAUSSIAN_CLIP[bits]
         rms = torch.linalg.vector_norm(h, dim=-1, keepdim=True) * h.size(-1) ** -0.5
-        scale = (clip * rms + EPS) / clip_limit(bits, grid)                        # (..., 1)
+        scale = (clip * rms + EPS) / clip_limit(bits, grid)            # (..., 1)
+
     u = h / scale
-    if grid == "fp4":                                  # gaps of 1 up to 4, 2 up to 8, then 4
-        a = u.abs()
-        gap = torch.where(a < 4, 1.0, torch.where(a < 8, 2.0, 4.0))
-        return ((a / gap).round() * gap).clamp(max=12) * u.sign(), scale, u
-    if bits == 1.58:
-        return u.round().clamp(-1, 1), scale, u
-    half = num_levels(bits) // 2
-    return u.floor().clamp_(-half, half - 1), scale, u
-
-def keep_two_of_four(h):
-    """The sparse pattern (QuEST section 4.4): of the 4 pairs in 8 inputs keep the 2 longest.
-
-    h (..., C), 8 divides C -> bool (..., C), half of it True.
-    """
-    length = h.reshape(*h.shape[:-1], -1, 4, 2).square().sum(-1)                   # (..., C/8, 4)
-    keep = torch.zeros_like(length, dtype=torch.bool)
-    keep.scatter_(-1, length.topk(2, dim=-1).indices, True)
-    return keep.repeat_interleave(2, dim=-1).view(h.shape)
+    if grid == "fp4":
+        q = fp4_codes(u)
+    elif bits == 1.58:
+        q = u.round().clamp(-1, 1)
+    else:
+        # Levels are at q + 1/2, so the nearest is that of the integer below u.
+        half = num_levels(bits) // 2
+        q = u.floor().clamp_(-half, half - 1)
+    return q, scale, u
 
 def quest_fake_quant(x, bits):
-    """QuEST's fake quantizer, the heart of quest.py, where it is written out."""
+    """QuEST's fake quantizer, for who looks for it among the quantizers. It is the heart of
+    quest.py and written out there; the import is late because quest.py imports this file."""
     from quest import quest_fake_quant
     return quest_fake_quant(x, bits)
 
 def code_linear(x, x_scale, w, w_scale, dtype):
     """y = (x * x_scale) @ (w * w_scale).T, with the scales outside of the product.
 
-    x (..., C), w (O, C) levels, or plain values whose scale is None; x_scale (..., 1), w_scale
-    (O, 1) -> (..., O). Levels up to 8 bits are exact in bfloat16, levels times scales are not.
-    Training and packed inference both call this, so that they agree.
+    x (..., C) levels, or plain values and no scale; x_scale (..., 1), w (O, C) levels, w_scale
+    (O, 1) or a single number -> (..., O). Levels up to 8 bits are exact in bfloat16, levels times
+    scales are not: so the product is taken in dtype, and scaled in the scales' float32. Training
+    and packed inference both call this, so that they agree.
     """
-    y = F.linear(x.to(dtype), w.to(dtype)) * w_scale.view(-1)                      # (..., O)
-    return (y if x_scale is None else y.mul_(x_scale)).to(dtype)
+    y = F.linear(x.to(dtype), w.to(dtype)) * w_scale.view(-1)          # (..., O)
+    if x_scale is not None:
+        y = y.mul_(x_scale)
+    return y.to(dtype)
 
 # ---- The affine grid and round-to-nearest ---------------------------------------------------
+# Codes 0..qmax = 2^bits - 1 at equal steps; w_hat = (q - zero_point) * scale. The zero point is an
+# integer, so that a weight of 0 stays 0.
+
+class AffineCodes(NamedTuple):
+    """A weight (O, C) on an affine grid, as `rtn` and `gptq` return it."""
+    q: torch.Tensor              # (O, C) uint8 in 0..2^bits-1; symmetric: int8 around 0
+    scale: torch.Tensor          # (O, G)
+    zero_point: torch.Tensor     # (O, G) integers as floats; symmetric: None, and 0 is meant
 
 def rtn(w, bits, group_size=-1, symmetric=False, mse=True):
-    """Round to nearest, the baseline of every table: w (O, C) -> q (O, C), scale and zero (O, G).
+    """Round to nearest, the baseline of every table: w (O, C) -> AffineCodes.
 
     asymmetric: q uint8 in 0..2^bits-1 over the range of the row or group, widened to hold 0.
     symmetric:  q int8 in -2^(bits-1)..2^(bits-1)-1, zero_point None. As in GPTQ's code one step
-    is 2 max|w| / (2^bits - 1), so that the largest positive weight is clipped.
-    mse: the shrink of the range, among 1, 0.99 .. 0.21, with the least sum of |error|^2.4. It is on
-    in every table here; without it the range is that of the extremes.
+    is 2 max|w| / (2^bits - 1). The range -max|w|..max|w| then has its middle half a step above
+    code 0, and a largest weight that is positive is clipped by half a step.
+    mse (GPTQ's name): search 80 shrunken ranges (1, 0.99 .. 0.21 of the extremes') for the least
+    sum of |error|^2.4. It is on in every table here.
     """
-    groups = _grouped(w, group_size)                                               # (O, G, g)
-    scale, zero_point = affine_grid(groups, bits, symmetric, mse)                  # (O, G)
-    q = affine_codes(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), bits).view(w.shape)
-    return _affine_result(q, scale, zero_point, bits, symmetric)
+    groups = _grouped(w, group_size)                                   # (O, G, g)
+    scale, zero_point = affine_grid(groups, bits, symmetric, mse)      # (O, G)
+    q = affine_codes(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), bits)
+    return _affine_result(q.view(w.shape), scale, zero_point, bits, symmetric)
 
 def _affine_result(q, scale, zero_point, bits, symmetric):
+    """AffineCodes of codes 0..qmax in floats. A symmetric grid's zero point is the middle code for
+    all, so it is taken off the codes and not stored."""
     if symmetric:
-        return (q - 2 ** (bits - 1)).to(torch.int8), scale, None
-    return q.to(torch.uint8), scale, zero_point
+        return AffineCodes((q - 2 ** (bits - 1)).to(torch.int8), scale, None)
+    return AffineCodes(q.to(torch.uint8), scale, zero_point)
+
+ERROR_POWER = 2.4            # of the range search; GPTQ's. Above 2, large errors count for more
+SHRINKS = [1 - k / 100 for k in range(80)]             # of the range: 1, 0.99 ... 0.21
 
 def affine_grid(x, bits, symmetric=False, mse=False):
     """Scale and zero point of the codes 0..2^bits-1 over the last dimension: (..., g) -> (...)."""
-    low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+    qmax = 2**bits - 1
+
+    # The range of the values, widened to hold 0, as 0 has to be a code.
+    low = x.amin(-1, keepdim=True).clamp(max=0)                        # (..., 1)
+    high = x.amax(-1, keepdim=True).clamp(min=0)
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    # All zeros, or so small that a step would be no normal number: any scale does, and w_hat is 0.
-    empty = high - low < (2**bits - 1) * torch.finfo(torch.float32).tiny
-    low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
-    best = torch.full_like(low, math.inf)
-    for shrink in ([1 - k / 100 for k in range(80)] if mse else [1]):
-        s = (high - low) * shrink / (2**bits - 1)
-        z = torch.full_like(s, 2 ** (bits - 1)) if symmetric else (-low * shrink / s).round()
-        w_hat = affine_codes(x, s.unsqueeze(-1), z.unsqueeze(-1), bits) - z.unsqueeze(-1)
-        error = (w_hat * s.unsqueeze(-1) - x).abs().pow(2.4).sum(-1)
-        if shrink == 1:
-            scale, zero_point = s, z
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero_point = torch.where(better, s, scale), torch.where(better, z, zero_point)
-    return scale, zero_point
+
+    # If the range is zero, or one step of it no normal float32, any scale serves: w_hat is 0.
+    empty = high - low < qmax * torch.finfo(torch.float32).tiny
+    low = torch.where(empty, -1.0, low)
+    high = torch.where(empty, 1.0, high)
+
+    def grid(shrink):
+        scale = (high - low) * shrink / qmax
+        if symmetric:
+            return scale, torch.full_like(scale, 2 ** (bits - 1))
+        return scale, (-low * shrink / scale).round()  # for every shrink the same code
+
+    def error(scale, zero_point):
+        w_hat = (affine_codes(x, scale, zero_point, bits) - zero_point) * scale
+        return (w_hat - x).abs().pow(ERROR_POWER).sum(-1, keepdim=True)
+
+    scale, zero_point = grid(shrink=1)
+    if mse:
+        # A smaller range clips the few largest values, and rounds all others finer.
+        best = error(scale, zero_point)
+        for shrink in SHRINKS[1:]:
+            new_scale, new_zero_point = grid(shrink)
+            new = error(new_scale, new_zero_point)
+            better = new < best
+            best = torch.where(better, new, best)
+            scale = torch.where(better, new_scale, scale)
+            zero_point = torch.where(better, new_zero_point, zero_point)
+    return scale.squeeze(-1), zero_point.squeeze(-1)
 
 def affine_codes(x, scale, zero_point, bits):
     """Codes 0..2^bits-1 of x, in x's dtype; scale and zero_point broadcast against x."""
@@ -207,44 +284,54 @@ def affine_codes(x, scale, zero_point, bits):
 
 def dequantize(q, scale, zero_point=None, group_size=-1):
     """(q - zero_point) * scale: integers (O, C), scale and zero_point (O, G) -> floats (O, C)."""
-    q = _grouped(q, group_size).to(scale.dtype)                                    # (O, G, g)
+    q = _grouped(q, group_size).to(scale.dtype)                        # (O, G, g)
     if zero_point is not None:
         q = q - zero_point.to(scale.dtype).unsqueeze(-1)
     return (q * scale.unsqueeze(-1)).flatten(1)
 
 def _grouped(w, group_size):
     """(O, C) -> (O, G, g). Raises ValueError where g does not divide C."""
-    g = w.size(-1) if group_size == -1 else group_size
-    if g < 1 or w.size(-1) % g:
-        raise ValueError(f"--group-size {group_size} does not divide {w.size(-1)} input channels; "
-                         f"try {math.gcd(w.size(-1), 128)} or -1 (one scale per row)")
-    return w.reshape(w.size(0), -1, g)
+    O, C = w.shape
+    g = C if group_size == -1 else group_size
+    if g < 1 or C % g:
+        raise ValueError(f"--group-size {group_size} does not divide {C} input channels; "
+                         f"try {math.gcd(C, 128)} or -1 (one scale per row)")
+    return w.reshape(O, -1, g)
+
+# Activations have a grid of their own for each token, made when the token comes.
 
 def fake_quant_tokens(x, bits, symmetric=True):
-    """Every token on its own grid, back as floats; the gradient goes straight through.
+    """x (..., C) on each token's grid, back as floats; the gradient goes straight through.
 
-    x (..., C), symmetric: integers within +-(2^(bits-1) - 1) times the token's largest |x| over
-    that. Else: 2^bits codes over the token's range, widened to hold 0, and an integer zero point,
-    so that 0 stays 0. At 16 bits x comes back as it is.
+    symmetric: scale = max|x| / qmax with qmax = 2^(bits-1) - 1, so that nothing is clipped. Else:
+    2^bits codes over the token's range, widened to hold 0, and an integer zero point, so that 0
+    stays 0. At 16 bits x comes back as it is.
     """
     if bits == 16:
         return x
     h = x.detach().float()
     if symmetric:
-        scale = (h.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=EPS)  # (..., 1)
+        qmax = 2 ** (bits - 1) - 1
+        scale = (h.abs().amax(-1, keepdim=True) / qmax).clamp(min=EPS)  # (..., 1)
         h = (h / scale).round() * scale
     else:
-        low, high = h.amin(-1, keepdim=True).clamp(max=0), h.amax(-1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / (2**bits - 1)).clamp(min=EPS)                      # (..., 1)
+        low = h.amin(-1, keepdim=True).clamp(max=0)
+        high = h.amax(-1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / (2**bits - 1)).clamp(min=EPS)          # (..., 1)
         zero_point = (-low / scale).round()
         h = (affine_codes(h, scale, zero_point, bits) - zero_point) * scale
+
+    # The value of h and the gradient of x: straight-through.
     return h.to(x.dtype) + (x - x.detach())
 
 # ---- GPTQ (2210.17323) ----------------------------------------------------------------------
 # It rounds a weight's columns from left to right, and after each moves the columns
 # still to come so that they make up for its error on the calibration inputs as well as they can.
-# With H = E[x x^T] + damping and the upper U of U^T U = H^-1 that step is exact: an error of
-# e = (w_i - w_hat_i) / U_ii moves the columns j > i by -e U_ij and costs the output e^2.
+# What is lost, E|(w_hat - w) x|^2 = (w_hat - w) H (w_hat - w)^T, is quadratic in the columns still
+# to come, so the best move is known (optimal brain surgery): with H = E[x x^T] + damping and the
+# upper U of U^T U = H^-1, row i of U over U_ii is how far the columns from i on move for a move of
+# column i by 1. So an error of e = (w_i - w_hat_i) / U_ii moves the columns j > i by -e U_ij, and
+# adds e^2 to the loss.
 
 LAZY_BLOCK = 128  # columns that are finished before the columns to their right are touched
 
@@ -262,59 +349,100 @@ def full_float32():
 @torch.no_grad()
 def gptq(w, hessian, bits, group_size=-1, symmetric=False, mse=True, act_order=False,
          percdamp=0.01):
-    """w (O, C), hessian (C, C) = E[x x^T] over the inputs, in any unit -> as `rtn` returns it.
+    """w (O, C), hessian (C, C) = E[x x^T] over the inputs -> AffineCodes.
 
     Groups take their grid from the weights as they stand when their turn comes. act_order: the
-    columns with the largest H_ii first; then a group's grid is that of the original weights, so
-    that it stays one group. percdamp: of the mean of H's diagonal, added to it. Raises
-    torch.linalg.LinAlgError where H is not positive definite even so.
+    columns with the largest H_ii first. That scatters a group's columns over the order, so all
+    grids are made first, of the original weights. percdamp: this share of the mean of H's diagonal
+    is added to its diagonal. Raises torch.linalg.LinAlgError where H is not positive definite even
+    so.
     """
     w = w if w.dtype == torch.float64 else w.float()
-    # An input that was always zero tells nothing of its column, and the column becomes zero. As in
-    # GPTQ's code the grid of a whole row is made before, the grids of groups after that: there the
-    # old weights do not widen the range.
-    dead = hessian.diagonal() == 0                                                 # (C,)
+    C = w.size(1)
+
+    # An input that was always zero tells nothing of its column, and the column becomes zero.
+    dead = hessian.diagonal() == 0                                     # (C,)
     alive = w.masked_fill(dead, 0)
-    groups = _grouped(w if group_size == -1 else alive, group_size)                # (O, G, g)
-    w, C = alive, w.size(1)
-    g, static = groups.size(-1), act_order or group_size == -1
-    if static:
-        scale, zero_point = affine_grid(groups, bits, symmetric, mse)              # (O, G)
-    else:                                              # each group's when its turn comes
-        scale, zero_point = w.new_empty(groups.shape[:2]), w.new_empty(groups.shape[:2])
+
+    # The grids. Those of whole rows, and with act_order those of groups too, are made once, before
+    # anything is rounded. As in GPTQ's code the grid of a row still sees the dead columns' weights;
+    # that of a group does not, so that they do not widen its range.
+    groups = _grouped(w if group_size == -1 else alive, group_size)    # (O, G, g)
+    g = groups.size(-1)
+    grids_first = act_order or group_size == -1
+    if grids_first:
+        scale, zero_point = affine_grid(groups, bits, symmetric, mse)  # (O, G)
+    else:
+        scale = w.new_empty(groups.shape[:2])
+        zero_point = w.new_empty(groups.shape[:2])
+
+    # From here on, columns stand in the order in which they are rounded.
     order = torch.arange(C, device=w.device)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
-    h = (hessian + torch.diag(dead.to(hessian))).to(w)[order][:, order]
-    u, w, q = inverse_factor(h, percdamp), w[:, order], torch.empty_like(w)
-    columns = _gptq_columns
+    w = alive[:, order]                                # a copy: it is written into below
+    q = torch.empty_like(w)
+    h = (hessian + torch.diag(dead.to(hessian))).to(w)     # a dead input gets a diagonal of 1
+    u = inverse_factor(h[order][:, order], percdamp)                   # (C, C)
+
+    # A lazy block must not cross the border of a group whose grid is not made yet.
+    step = LAZY_BLOCK
+    if not grids_first:
+        step = max(n for n in range(1, LAZY_BLOCK + 1) if g % n == 0)
+    round_columns = _gptq_columns
     if w.is_cuda and w.dtype == torch.float32 and find_kernels():
-        columns = find_kernels().gptq_columns          # the same arithmetic, in one kernel
-    step = LAZY_BLOCK if static else max(n for n in range(1, LAZY_BLOCK + 1) if g % n == 0)
+        round_columns = find_kernels().gptq_columns    # the same arithmetic, in one kernel
+
     for a in range(0, C, step):
         b = min(a + step, C)
-        if not static and a % g == 0:                  # w holds every update of columns < a
+        if not grids_first and a % g == 0:             # w holds every update of columns < a
             grid = affine_grid(w[:, a:a + g], bits, symmetric, mse)
             scale[:, a // g], zero_point[:, a // g] = grid
-        group = order[a:b] // g                                                    # (b - a,)
-        q[:, a:b], e = columns(w[:, a:b], u[a:b, a:b], scale[:, group], zero_point[:, group], bits)
+
+        # Round the block's columns; then their errors move all columns to the right at once.
+        group = order[a:b] // g                                        # (b - a,)
+        q[:, a:b], e = round_columns(w[:, a:b], u[a:b, a:b], scale[:, group],
+                                     zero_point[:, group], bits)
         w[:, b:] -= e @ u[a:b, b:]
-    return _affine_result(q[:, order.argsort()], scale, zero_point, bits, symmetric)
+
+    q = q[:, order.argsort()]                          # back to the weight's own order
+    return _affine_result(q, scale, zero_point, bits, symmetric)
 
 def inverse_factor(hessian, percdamp=0.01):
     """The upper U (C, C) with U^T U = (H + percdamp * mean(diag H) I)^-1, by GPTQ's own steps."""
-    h = hessian + torch.diag(percdamp * hessian.diagonal().mean().expand(len(hessian)))
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    damping = percdamp * hessian.diagonal().mean().expand(len(hessian))
+    lower = torch.linalg.cholesky(hessian + torch.diag(damping))
+    inverse = torch.cholesky_inverse(lower)
+    return torch.linalg.cholesky(inverse, upper=True)
 
 def _gptq_columns(w, u, scale, zero_point, bits):
     """The columns of one lazy block: w, scale, zero_point (O, n), u (n, n) -> codes, errors e."""
-    w, q, error = w.clone(), torch.empty_like(w), torch.empty_like(w)
+    w = w.clone()
+    q = torch.empty_like(w)
+    error = torch.empty_like(w)
     for i in range(w.size(1)):
-        s, z = scale[:, i], zero_point[:, i]                                       # (O,)
+        s, z = scale[:, i], zero_point[:, i]                           # (O,)
         q[:, i] = affine_codes(w[:, i], s, z, bits)
-        error[:, i] = (w[:, i] - (q[:, i] - z) * s) / u[i, i]
-        w[:, i:] -= error[:, i:i + 1] * u[i, i:]
+        w_hat = (q[:, i] - z) * s
+        error[:, i] = (w[:, i] - w_hat) / u[i, i]
+        w[:, i:] -= error[:, i:i + 1] * u[i, i:]       # column i itself becomes w_hat
     return q, error
+
+def output_error(w, w_hat, hessian):
+    """E|(w_hat - w) x|^2 / E|w x|^2, given E[x x^T] in any unit; 0 where there was no output."""
+    def size(v):
+        return ((v @ hessian) * v).sum().item()
+
+    lost = size(w_hat - w)
+    whole = size(w)
+    return lost / whole if whole else 0.0
+
+# The inputs that GPTQ and the fit of codebooks ask for: E[x x^T] of every linear, block by block.
+
+class InputStatistics(NamedTuple):
+    """Of the inputs x (C,) of one linear, over all calibration tokens."""
+    hessian: torch.Tensor        # (C, C): E[x x^T]
+    peak: torch.Tensor           # (C,): max |x|, which SmoothQuant in normtweak.py asks for
 
 class Seen(Exception):
     """Ends a block's forward pass early: every linear that was asked for has had its input."""
@@ -322,30 +450,42 @@ class Seen(Exception):
 @full_float32()
 @torch.no_grad()
 def collect_hessians(block, names, windows, tables, a_bits=16):
-    """{name: (E[x x^T] (C, C), max|x| (C,))} of the named linears' inputs x, over all tokens.
+    """{name: InputStatistics} of the named linears of a block.
 
-    windows: inputs (B, T, C) of the block, one after the other; tables: cos and sin (T, hs). Sums
-    are float32 without TF32, or float64. a_bits: of the inputs as the linears will quantize them.
+    windows: batches (B, T, C) of the block's inputs; tables: the rotary cos and sin that a block
+    takes besides. Sums are float32 without TF32, or float64. a_bits: quantize the linears' inputs
+    to so many bits first, as the linears will.
     """
-    found, tokens, missing = {}, dict.fromkeys(names, 0), set()
+    found = {}
+    tokens = dict.fromkeys(names, 0)
+    missing = set()
 
-    def see(name, x):
-        x = x if x.dtype == torch.float64 else x.float()
-        x = fake_quant_tokens(x, a_bits)                                           # (n, C)
+    def see(name, linear, inputs):
+        """A forward pre-hook, which gets the linear's inputs: a tuple of one tensor."""
+        x = inputs[0].flatten(0, -2)                                   # (n, C)
+        if x.dtype != torch.float64:
+            x = x.float()
+        x = fake_quant_tokens(x, a_bits)
         if name not in found:
-            found[name] = x.new_zeros(x.size(1), x.size(1)), x.new_zeros(x.size(1))
-        h, peak = found[name]
+            C = x.size(1)
+            found[name] = InputStatistics(x.new_zeros(C, C), x.new_zeros(C))
+        hessian, peak = found[name]
 
         # A running mean: what was seen before counts by its share of all tokens so far.
-        before, tokens[name] = tokens[name], tokens[name] + len(x)
-        h.mul_(before / tokens[name]).addmm_(x.t(), x, alpha=1 / tokens[name])
-        found[name] = h, torch.maximum(x.abs().amax(0), peak)
+        before = tokens[name]
+        tokens[name] += len(x)
+        hessian.mul_(before / tokens[name]).addmm_(x.t(), x, alpha=1 / tokens[name])
+        peak = torch.maximum(x.abs().amax(0), peak)
+        found[name] = InputStatistics(hessian, peak)
+
         missing.discard(name)
         if not missing:
             raise Seen
 
-    hooks = [block.get_submodule(name).register_forward_pre_hook(
-        lambda _, inputs, name=name: see(name, inputs[0].flatten(0, -2))) for name in names]
+    hooks = []
+    for name in names:
+        hook = functools.partial(see, name)
+        hooks.append(block.get_submodule(name).register_forward_pre_hook(hook))
     for x in windows:
         missing.update(names)
         with contextlib.suppress(Seen):
@@ -358,61 +498,44 @@ def collect_hessians(block, names, windows, tables, a_bits=16):
 def block_hessians(model, idx):
     """Yield, block by block, [(name, linear, E[x x^T] (C, C))] of its linears, for ids (N, T).
 
-    What was put into a linear's place before the next block is asked for feeds that block: each is
-    quantized on what those before it give. Every block runs twice on every window.
+    Replace a block's linears before asking for the next block: its inputs are the outputs of the
+    block as it then is. Every block runs twice on every window. model: a LLaMA of model.py, whose
+    linears are the modules of a block with a name like wq or w_up.
     """
     tables = model.rope(idx)
-    windows = model.embed(idx).to(model.dtype).split(16)                           # (B, T, C) each
+    windows = model.embed(idx).to(model.dtype).split(16)               # (B, T, C) each
     for i, block in enumerate(model.blocks):
-        linears = [(name, m) for name, m in block.named_modules()
-                   if name.rsplit(".", 1)[-1].startswith("w")]
-        found = collect_hessians(block, [name for name, _ in linears], windows, tables)
-        yield [(f"blocks.{i}.{name}", m, found[name][0]) for name, m in linears]
-        windows = [block(x, *tables) for x in windows]
+        linears = {name: m for name, m in block.named_modules()
+                   if name.rsplit(".", 1)[-1].startswith("w")}
+        found = collect_hessians(block, list(linears), windows, tables)
+        yield [(f"blocks.{i}.{name}", linear, found[name].hessian)
+               for name, linear in linears.items()]
 
-def output_error(w, w_hat, hessian):
-    """E|(w_hat - w) x|^2 / E|w x|^2, given E[x x^T] in any unit; 0 where there was no output."""
-    error = w_hat - w
-    lost, whole = ((v @ hessian * v).sum().item() for v in (error, w))
-    return lost / whole if whole else 0.0
+        # The caller has quantized the linears: now the block's outputs, for the next.
+        windows = [block(x, *tables) for x in windows]
 
 # ---- Vector quantization: additive codebooks (AQLM) -----------------------------------------
 # g neighbouring inputs of a row share M codes, one into each of M codebooks of K = 2^B vectors:
-# W[i, jg:jg+g] = scales_i * sum_m codebooks[m, codes[i, j, m]]. J = C / g groups a row.
+# W[i, jg:jg+g] = scales_i * sum_m codebooks[m, codes[i, j, m]]. J = C / g groups per row.
+# pvtune.py fine-tunes such codes, of L linears of one shape at once. What it calls (vq_sum,
+# vq_dequantize, vq_search) has L in front of every shape.
 
-class _LookUp(torch.autograd.Function):
-    """codebook[codes]: codes (L, n), codebook (L, K, g) -> (L, n, g). Its backward pass adds up in
-    a fixed order on a CPU; on a GPU by a product with one-hot codes, as atomic sums would queue."""
-
-    @staticmethod
-    def forward(ctx, codes, codebook):
-        L, K, _ = ctx.shape = codebook.shape
-        rows = codes + K * torch.arange(L, device=codes.device).unsqueeze(1)
-        ctx.save_for_backward(rows)
-        return F.embedding(rows, codebook.flatten(0, 1))
-
-    @staticmethod
-    def backward(ctx, grad):
-        (rows,), (L, K, g) = ctx.saved_tensors, ctx.shape
-        if not grad.is_cuda or K > 64:
-            total = grad.new_zeros(L * K, g).index_add_(0, rows.flatten(), grad.flatten(0, 1))
-            return None, total.view(L, K, g)
-        parts = L * math.gcd(rows.size(1), 512)        # or the sum would run on few cores
-        hot = (rows.unsqueeze(2) % K == torch.arange(K, device=rows.device)).to(grad.dtype)
-        with full_float32():
-            total = hot.view(parts, -1, K).mT @ grad.reshape(parts, -1, g)
-        return None, total.view(L, -1, K, g).sum(1)
+SCORES = 2**24               # distances that exist at a time: 64 MB in float32
 
 def vq_sum(codes, codebooks):
     """codes (L, n, M), codebooks (L, M, K, g) -> sums of codewords (L, n, g), differentiable."""
-    return sum(_LookUp.apply(codes[..., m], codebooks[:, m]) for m in range(codes.size(2)))
+    total = 0
+    for m in range(codes.size(2)):
+        total = total + look_up(codebooks[:, m], codes[..., m])
+    return total
 
 def vq_dequantize(codes, codebooks, scales):
     """codes (O, J, M), codebooks (M, K, g), scales (O,) -> floats (O, C), differentiable; also for
     a stack of L linears of one shape, each of the four with L in front."""
     if codes.dim() == 3:
         return vq_dequantize(codes[None], codebooks[None], scales[None])[0]
-    return vq_sum(codes.flatten(1, 2), codebooks).view(*scales.shape, -1) * scales.unsqueeze(2)
+    groups = vq_sum(codes.flatten(1, 2), codebooks)                    # (L, O J, g)
+    return groups.view(*scales.shape, -1) * scales.unsqueeze(2)        # (L, O, C)
 
 def kmeans(x, k, iterations=100, generator=None):
     """Lloyd's algorithm from k random points: x (n, g) -> centroids (k, g), the nearest (n,).
@@ -421,15 +544,26 @@ def kmeans(x, k, iterations=100, generator=None):
     """
     if k > len(x):
         raise ValueError(f"{k} centroids need as many points; there are {len(x)}")
-    def nearest(c):                                    # |x - c|^2 without |x|^2, in bounded memory
-        return torch.cat([torch.addmm(c.square().sum(1), part, c.t(), alpha=-2).min(1)[1]
-                          for part in x.split(max(1, 2**24 // k))])
-    centroids = x[torch.randperm(len(x), generator=generator)[:k].to(x.device)]
+
+    def nearest(centroids):
+        """The nearest centroid of every point (n,). |x|^2 is the same for all, and left out."""
+        owners = []
+        for part in x.split(max(1, SCORES // k)):
+            distance = torch.addmm(centroids.square().sum(1), part, centroids.t(), alpha=-2)
+            owners.append(distance.min(1).indices)
+        return torch.cat(owners)
+
+    start = torch.randperm(len(x), generator=generator)[:k]
+    centroids = x[start.to(x.device)]
     for i in range(iterations):
-        owner, before = nearest(centroids), centroids
-        total = torch.zeros_like(before).index_add_(0, owner, x)
-        count = owner.bincount(minlength=k).unsqueeze(1)                           # (k, 1)
+        # Every point goes to the nearest centroid, and every centroid to the mean of its points.
+        owner = nearest(centroids)
+        total = torch.zeros_like(centroids).index_add_(0, owner, x)
+        count = owner.bincount(minlength=k).unsqueeze(1)               # (k, 1)
+        before = centroids
         centroids = torch.where(count > 0, total / count.clamp(min=1), before)
+
+        # Asking whether they still move waits for a GPU, so it is asked now and then only.
         if i % 10 == 9 and torch.allclose(centroids, before, rtol=1e-6, atol=1e-8):
             break
     return centroids, nearest(centroids)
@@ -440,100 +574,152 @@ def vq_search(x, codes, codebooks, beam=1, generator=None, keep=1):
     finds, each of the L in its own codebooks (L, M, K, g).
 
     A beam search: it visits the codebooks once, in random order, and replaces that codebook's part
-    of every hypothesis. The error never grows. With one codebook, or two and beam >= K, it tries
-    everything. All groups at once, in bounded memory.
+    of every hypothesis. The error never grows, as the old code is always among those tried. With
+    one codebook it tries everything, and with two and beam >= K too, as then no first choice is
+    dropped. All groups at once, in bounded memory. keep = 2 also gives the runner-up, which
+    stochastic rounding asks for (at most as many as the last step tries).
     """
-    (L, M, K, g), found = codebooks.shape, []
+    L, M, K, g = codebooks.shape
     order = torch.randperm(M, generator=generator).tolist()
-    size = max(1, 2**24 // (L * beam * K))
-    for x, q in zip(x.split(size, 1), codes.long().split(size, 1)):
-        n, rest = x.size(1), (x - vq_sum(q, codebooks)).unsqueeze(2)               # (L, n, b, g)
-        q = q.unsqueeze(2)                                                         # (L, n, b, M)
-        for i, m in enumerate(order):
-            c, b = codebooks[:, m], q.size(2)                                      # (L, K, g)
-            part = lambda q: _LookUp.apply(q[..., m].flatten(1), c).view(*q.shape[:3], g)
-            rest = rest + part(q)
-            score = torch.baddbmm(c.square().sum(2).unsqueeze(1), rest.flatten(1, 2), c.mT,
-                                  alpha=-2).view(L, n, b, K)
-            if b > 1:
-                score = score + rest.square().sum(-1, True)
-            index = _lowest(score.flatten(2), keep if i == M - 1 else beam)        # (L, n, b')
-            parent = (index // K).unsqueeze(-1)
-            q = q.gather(2, parent.expand(-1, -1, -1, M))
-            q[..., m] = index % K
-            rest = rest.gather(2, parent.expand(-1, -1, -1, g)) - part(q)
-        found.append(q)
+    size = max(1, SCORES // (L * beam * K))            # groups at a time
+    parts = zip(x.split(size, 1), codes.long().split(size, 1))
+    found = [_search_part(x_part, codes_part, codebooks, order, beam, keep)
+             for x_part, codes_part in parts]
     return torch.cat(found, 1)
 
+def _search_part(x, codes, codebooks, order, beam, keep):
+    """vq_search for few groups. A hypothesis is one choice of all M codes; there are b of them."""
+    L, M, K, g = codebooks.shape
+    n = x.size(1)
+    q = codes.unsqueeze(2)                                             # (L, n, b, M)
+    rest = (x - vq_sum(codes, codebooks)).unsqueeze(2)                 # (L, n, b, g)
+
+    for m in order:
+        # What is left of x once this codebook's part is taken out, for each hypothesis.
+        codebook = codebooks[:, m]                                     # (L, K, g)
+        b = q.size(2)
+        old = look_up(codebook, q[..., m].flatten(1)).view(L, n, b, g)
+        rest = rest + old
+
+        # |rest - c|^2 of every codeword c. |rest|^2 only matters between hypotheses.
+        score = torch.baddbmm(codebook.square().sum(2).unsqueeze(1), rest.flatten(1, 2),
+                              codebook.mT, alpha=-2).view(L, n, b, K)
+        if b > 1:
+            score = score + rest.square().sum(-1, keepdim=True)
+
+        # The best pairs of a hypothesis and a codeword are the next hypotheses.
+        count = keep if m == order[-1] else beam
+        index = _lowest(score.flatten(2), count)                       # (L, n, b')
+        parent = (index // K).unsqueeze(-1)
+        q = q.gather(2, parent.expand(-1, -1, -1, M))
+        q[..., m] = index % K
+        new = look_up(codebook, q[..., m].flatten(1)).view(L, n, -1, g)
+        rest = rest.gather(2, parent.expand(-1, -1, -1, g)) - new
+    return q
+
 def _lowest(score, n):
-    """Indices of the n lowest along the last dimension, fast where n is 1."""
+    """Indices of the n lowest along the last dimension, the lowest first; fast where n is 1."""
     if n == 1:
         return score.min(-1, keepdim=True).indices
     return score.topk(min(n, score.size(-1)), largest=False).indices
 
 def vq_search_xtx(w, hessian, codes, codebooks, scales, beam=1, generator=None):
-    """One pass of AQLM's search for codes with a small <(w_hat - w) H, w_hat - w> of each row.
+    """One pass of AQLM's search over all codes, which lowers each row's loss e H e^T, where
+    e = w_hat - w is the row's error and H = E[x x^T] (AQLM's X^T X).
 
     Groups and codebooks in random order, all rows at once -> codes (O, J, M), loss (O,), which
-    never grows. A change of one part by d changes the loss by 2 d (w_hat - w) H + d H_gg d.
+    never grows.
+
+    A change of one group by d changes the loss by 2 d (e H) + d H_gg d, with the group's parts of
+    e H and of H. Here d is new - old, two codewords times the row's scale. With `here` for the
+    group's part of e H, which is half of the loss's gradient:
+        old H_gg old - 2 here old               the same for all codewords
+      + 2 (here - old H_gg) new + new H_gg new
     """
-    (M, K, g), O, s = codebooks.shape, len(w), scales.view(-1, 1, 1)
-    rows, q = torch.arange(O, device=w.device).unsqueeze(1), codes.unsqueeze(1)    # (O, b, J, M)
-    error = vq_dequantize(codes, codebooks, scales) - w
-    slope = (error @ hessian).unsqueeze(1)                                         # (O, b, C)
-    loss = (slope[:, 0] * error).sum(-1, keepdim=True)                             # (O, b)
+    M, K, g = codebooks.shape
+    O = len(w)
+    s = scales.view(-1, 1, 1)
+    rows = torch.arange(O, device=w.device).unsqueeze(1)
+    q = codes.unsqueeze(1)                                             # (O, b, J, M)
+    error = vq_dequantize(codes, codebooks, scales) - w                # (O, C)
+    slope = (error @ hessian).unsqueeze(1)                             # (O, b, C)
+    loss = (slope[:, 0] * error).sum(-1, keepdim=True)                 # (O, b)
+
     for j in torch.randperm(codes.size(1), generator=generator).tolist():
         part = slice(j * g, j * g + g)
-        h = hessian[part, part]                                                    # H_gg (g, g)
+        h = hessian[part, part]                                        # H_gg (g, g)
         for m in torch.randperm(M, generator=generator).tolist():
-            old, c = s * codebooks[m, q[:, :, j, m]], codebooks[m]                 # (O, b, g)
-            here = slope[..., part]
-            fixed = ((old @ h - 2 * here) * old).sum(-1) + loss
-            change = (2 * s * (here - old @ h)) @ c.t() + s**2 * ((c @ h) * c).sum(1)
-            total = (change + fixed.unsqueeze(-1)).flatten(1)                      # (O, b K)
-            index = _lowest(total, beam)                                           # (O, b')
+            # The loss (O, b, K) of every hypothesis with every codeword in this place.
+            codebook = codebooks[m]                                    # (K, g)
+            old = s * codebook[q[:, :, j, m]]                          # (O, b, g)
+            here = slope[..., part]                                    # (O, b, g)
+            fixed = ((old @ h - 2 * here) * old).sum(-1) + loss        # (O, b)
+            cross = (2 * s * (here - old @ h)) @ codebook.t()          # (O, b, K)
+            square = s**2 * ((codebook @ h) * codebook).sum(1)         # (O, 1, K)
+            total = ((cross + square) + fixed.unsqueeze(-1)).flatten(1)  # (O, b K)
+
+            # The best pairs of a hypothesis and a codeword are the next hypotheses.
+            index = _lowest(total, beam)                               # (O, b')
             loss = total.gather(1, index)
             parent, code = index // K, index % K
             q = q[rows, parent]
             q[:, :, j, m] = code
-            slope = slope[rows, parent] + (s * c[code] - old[rows, parent]) @ hessian[part]
-    return q[:, 0], loss[:, 0]
+            moved = s * codebook[code] - old[rows, parent]             # (O, b', g)
+            slope = slope[rows, parent] + moved @ hessian[part]
+    return q[:, 0], loss[:, 0]                         # the best hypothesis comes first
 
 @full_float32()
 def vq_fit(w, hessian, num_codebooks, bits, group_size, rounds=4, steps=19, generator=None):
     """w (O, C), hessian (C, C) = E[x x^T] -> codes (O, J, M), codebooks (M, K, g), scales (O,).
 
-    Residual k-means on the rows over their norms; then `rounds` times Adam on codebooks and scales
-    (`steps` of a percent) and a pass of vq_search_xtx, until both win less than 1 % a round.
+    Residual k-means on the rows over their norms; then at most `rounds` rounds of `steps` Adam
+    steps on codebooks and scales and a pass of vq_search_xtx, until a round lowers the loss by less
+    than 1 %. Adam's betas are AQLM's. 4 rounds of 19 steps are what fits into the time of a quick
+    run; AQLM takes up to 100 rounds of 100 steps, at a rate of 1e-4.
     """
+    # The start. Rows get length 1, so that the codewords serve all; each codebook is made for what
+    # those before it left.
     w = w.detach().float()
-    scales = torch.linalg.vector_norm(w, dim=1) + 1e-9                             # whole rows
-    rest, codes, codebooks = (w / scales.unsqueeze(1)).reshape(-1, group_size), [], []
+    scales = torch.linalg.vector_norm(w, dim=1) + 1e-9                 # whole rows
+    rest = (w / scales.unsqueeze(1)).reshape(-1, group_size)           # (O J, g)
+    centroids = []
+    owners = []
     for _ in range(num_codebooks):
-        c, q = kmeans(rest, 2**bits, generator=generator)
-        rest = rest - c[q]
-        codebooks.append(c)
-        codes.append(q)
-    codes, codebooks = torch.stack(codes, 1).view(len(w), -1, num_codebooks), torch.stack(codebooks)
+        c, owner = kmeans(rest, 2**bits, generator=generator)
+        rest = rest - c[owner]
+        centroids.append(c)
+        owners.append(owner)
+    codebooks = torch.stack(centroids)                                 # (M, K, g)
+    codes = torch.stack(owners, 1).view(len(w), -1, num_codebooks)     # (O, J, M)
+
     # The unit of H changes no minimum. Inputs that were all zero ask for nothing: H stays zero.
     size = hessian.diagonal().mean()
-    h, best = hessian.to(w) / torch.where(size > 0, size, 1.0), math.inf
-    learn = [codebooks.requires_grad_(), scales.requires_grad_()]
-    adam = torch.optim.Adam([{"params": [p], "lr": 0.01 * p.detach().square().mean().sqrt().item()}
-                             for p in learn], betas=(0.0, 0.95), amsgrad=True)
+    h = hessian.to(w) / torch.where(size > 0, size, 1.0)
+
+    # An Adam step is about as long as its rate: 1 % of the tensor's root mean square.
+    groups = []
+    for p in (codebooks.requires_grad_(), scales.requires_grad_()):
+        groups.append({"params": [p], "lr": 0.01 * p.detach().square().mean().sqrt().item()})
+    adam = torch.optim.Adam(groups, betas=(0.0, 0.95), amsgrad=True)
+
+    best = math.inf
     for _ in range(rounds):
         for _ in range(steps):
+            # Half of the gradient of <(w_hat - w) H, w_hat - w> by w_hat is (w_hat - w) H. Written
+            # out, it costs one product with H; autograd would take two. Adam's step does not depend
+            # on the factor.
             w_hat = vq_dequantize(codes, codebooks, scales)
-            slope = (w_hat.detach() - w) @ h           # half of the loss's gradient
+            slope = (w_hat.detach() - w) @ h
             adam.zero_grad()
             w_hat.backward(slope)
             adam.step()
+
         # A search comes last: codes that were best for the codebooks before Adam moved them are
         # not the best for those that it leaves.
         with torch.no_grad():
-            codes, losses = vq_search_xtx(w, h, codes, *learn, generator=generator)
+            codes, losses = vq_search_xtx(w, h, codes, codebooks, scales, generator=generator)
         loss = losses.sum()
-        if loss > 0.99 * best:
+        if loss > 0.99 * best:                         # the last round's state is kept even so
             break
         best = loss
     return codes, codebooks.detach(), scales.detach()
@@ -546,36 +732,52 @@ def pack(q, bits):
     1 to 16 bits. Signed codes keep their low bits (two's complement). At 1.58 bits, five of the
     codes -1, 0, 1 share a byte in base 3: 1.6 bits each.
     """
+    q = q.to(torch.int32)
+    O, n = q.shape
     if bits == 1.58:
-        q = F.pad(q.to(torch.int32) + 1, (0, -q.size(1) % 5)).view(q.size(0), -1, 5)
-        return (q * _powers(3, 5, q.device)).sum(-1).to(torch.uint8)
-    q = q.to(torch.int32).unsqueeze(-1) >> torch.arange(bits, device=q.device) & 1  # (O, n, bits)
-    stream = F.pad(q.flatten(1), (0, -q.size(1) * bits % 8)).view(q.size(0), -1, 8)
+        digits = F.pad(q + 1, (0, -n % 5)).view(O, -1, 5)              # 0, 1, 2
+        return (digits * _powers(3, 5, q.device)).sum(-1).to(torch.uint8)
+
+    # All bits of a row in one stream, padded with zeros to whole bytes.
+    places = torch.arange(bits, device=q.device)
+    stream = ((q.unsqueeze(-1) >> places) & 1).flatten(1)              # (O, n * bits)
+    stream = F.pad(stream, (0, -n * bits % 8)).view(O, -1, 8)
     return (stream * _powers(2, 8, q.device)).sum(-1).to(torch.uint8)
 
 def unpack(packed, bits, n, signed=False):
     """The exact inverse of pack: uint8 (O, bytes) -> (O, n) uint8; int8 if signed or 1.58 bits;
     int32 above 8 bits."""
+    device = packed.device
     if bits == 1.58:
-        digits = packed.to(torch.int32).unsqueeze(-1) // _powers(3, 5, packed.device) % 3
+        digits = packed.to(torch.int32).unsqueeze(-1) // _powers(3, 5, device) % 3
         return (digits.flatten(1)[:, :n] - 1).to(torch.int8)
-    if 8 % bits == 0:                                  # whole codes in every byte
-        shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
-        q = (packed.unsqueeze(-1) >> shifts & 2**bits - 1).flatten(1)[:, :n]
-    else:                                              # codes that cross the bytes' borders
-        stream = packed.unsqueeze(-1) >> torch.arange(8, device=packed.device) & 1
+
+    if 8 % bits == 0:
+        # Every byte holds whole codes.
+        shifts = torch.arange(0, 8, bits, device=device, dtype=torch.uint8)
+        q = ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1)[:, :n]
+    else:
+        # Codes cross the borders of bytes: all bits in one stream, then cut anew.
+        stream = (packed.unsqueeze(-1) >> torch.arange(8, device=device)) & 1
         stream = stream.flatten(1)[:, :n * bits].reshape(-1, n, bits)
-        q = (stream * _powers(2, bits, packed.device)).sum(-1, dtype=torch.int32)
-    q, half = q if bits > 8 else q.to(torch.uint8), 2 ** (bits - 1)
-    return ((q.int() ^ half) - half).to(torch.int8 if bits <= 8 else torch.int32) if signed else q
+        q = (stream * _powers(2, bits, device)).sum(-1, dtype=torch.int32)
+    if bits <= 8:
+        q = q.to(torch.uint8)
+    if not signed:
+        return q
+
+    # Two's complement: (q ^ half) - half extends the sign.
+    half = 2 ** (bits - 1)
+    q = (q.int() ^ half) - half
+    return q.to(torch.int8) if bits <= 8 else q
 
 def _powers(base, n, device):
     return torch.tensor([base**i for i in range(n)], dtype=torch.int32, device=device)
 
 def half_if_held(t, size):
     """t as float16, or as float32 where float16 would change an element by more than 2^-10 of
-    `size` (which broadcasts against t): above 65504 it is infinite, below 6e-5 it is coarse, and
-    below 3e-8 it is 0."""
+    `size` (which broadcasts against t). float16 overflows above 65504, is coarse below 6e-5, and
+    is 0 below 3e-8."""
     half = t.half()
     held = (half.float() - t).abs() <= 2**-10 * size.abs()
     return half if held.all() else t.float()
@@ -591,9 +793,9 @@ class QuantLinear(nn.Module):
 
     spec: kind "affine", "quest" or "vq", bits, a_bits (of the inputs; 16: not quantized),
     in_features, signed (two's complement codes); what else a form needs stands at the form.
-    tensors: packed uint8 (O, bytes), and those of the form.
+    tensors: packed uint8 (O, bytes), and those that the form names in `tensor_names`.
     """
-    tensors = ()                                       # names of all that a form may hold
+    tensor_names = ()                                  # of all that a form may hold
 
     def __init__(self, spec, tensors):
         super().__init__()
@@ -601,9 +803,9 @@ class QuantLinear(nn.Module):
         self.bits = spec["bits"]
         self.a_bits = spec["a_bits"]
         self.in_features = spec["in_features"]
-        for name in ("packed", *self.tensors):
+        for name in ("packed", *self.tensor_names):
             self.register_buffer(name, tensors.get(name))
-        self.fast = None                               # see kernels.linear
+        self.fast = None       # for kernels.linear: the weight in the order that its kernels read
 
     @staticmethod
     def of(spec, tensors):
@@ -629,18 +831,18 @@ class QuantLinear(nn.Module):
     def by_kernel(self, x):
         """The product for x (..., C) by kernels.py -> (..., O); None: compute it in PyTorch."""
         half = x.dtype in (torch.float16, torch.bfloat16)
-        if not (x.is_cuda and half and x.numel()) or x.requires_grad:
+        usable = x.is_cuda and half and x.numel() > 0 and not x.requires_grad
+        if not usable or find_kernels() is None:
             return None
-        kernels = find_kernels()
-        return kernels.linear(self, x) if kernels else None
+        return find_kernels().linear(self, x)
 
 class PackedAffine(QuantLinear):
     """w_hat = (q - zero_point) * scale, as `rtn` and `gptq` give it.
 
-    spec: group_size (-1: one scale a row). scale float32 (O, G), zero_point uint8 (O, G) where
+    spec: group_size (-1: one scale per row). scale float32 (O, G), zero_point uint8 (O, G) where
     asymmetric. a_bits below 16: inputs on a symmetric grid of their own for each token.
     """
-    tensors = ("scale", "zero_point")
+    tensor_names = ("scale", "zero_point")
 
     @classmethod
     def from_codes(cls, q, scale, zero_point, bits, group_size, a_bits):
@@ -663,26 +865,30 @@ class PackedAffine(QuantLinear):
         if self.a_bits < 16:
             x = fake_quant_tokens(x, self.a_bits)
         y = self.by_kernel(x)
-        return F.linear(x, self.weight().to(x.dtype)) if y is None else y
+        if y is None:
+            y = F.linear(x, self.weight().to(x.dtype))
+        return y
 
 class PackedQuest(QuantLinear):
-    """w_hat = (q + 1/2) * scale of the rotated weight, and rotated inputs on the same kind of grid.
+    """w_hat = levels * scale of the rotated weight, levels = q + 1/2 (ternary and FP4: q), and
+    rotated inputs on the same kind of grid.
 
     spec: rotate, grid ("uniform", "fp4" or "sparse"). scale float32 (O, 1) or (1, 1); keep (sparse:
-    one bit a pair of inputs); a_scale (a fixed scale of the inputs, instead of one a token).
+    one bit per pair of inputs); a_scale (a fixed scale of the inputs, instead of one per token).
     """
-    tensors = ("scale", "keep", "a_scale")
+    tensor_names = ("scale", "keep", "a_scale")
 
     @classmethod
     def from_weight(cls, w, bits, a_bits, grid, rotated, w_scale, a_scale):
-        with full_float32():                           # as in training
+        with full_float32():                           # where rotate takes the plain product
             h = rotate(w) if rotated else w
         q, scale, _ = quest_codes(h, bits, grid, w_scale)
         tensors = dict(scale=scale.view(-1, 1), a_scale=a_scale)
-        if grid == "fp4":                              # +-0..12 -> sign bit, 3 bits of magnitude
-            magnitudes = torch.tensor(FP4_CODES[1:8], device=q.device)
-            q = (q.abs().unsqueeze(-1) >= magnitudes).sum(-1) + 8 * (q < 0)
-        if grid == "sparse":                           # half of the codes, and which they are
+        if grid == "fp4":
+            q = fp4_indices(q)
+        if grid == "sparse":
+            # Half of the codes, the same number in each row, and one bit per pair of inputs that
+            # says which they are.
             keep = keep_two_of_four(h)
             q = q[keep].view(w.size(0), -1)
             tensors["keep"] = pack(keep[:, ::2], 1)
@@ -692,7 +898,8 @@ class PackedQuest(QuantLinear):
 
     def levels(self, dtype):
         """The rotated weight (O, C) in units of its scale."""
-        n, grid = self.in_features, self.spec["grid"]
+        n = self.in_features
+        grid = self.spec["grid"]
         stored = n // 2 if grid == "sparse" else n
         q = unpack(self.packed, self.bits, stored, self.spec["signed"])
         if grid == "fp4":
@@ -700,7 +907,9 @@ class PackedQuest(QuantLinear):
         levels = q.to(dtype) + code_offset(self.bits, grid)
         if self.keep is None:
             return levels
-        keep = unpack(self.keep, 1, n // 2).bool().repeat_interleave(2, dim=-1)    # (O, C)
+
+        # Sparse: the stored levels go where pairs are kept, zeros elsewhere.
+        keep = unpack(self.keep, 1, n // 2).bool().repeat_interleave(2, dim=-1)  # (O, C)
         return levels.new_zeros(keep.shape).masked_scatter(keep, levels)
 
     def weight(self):
@@ -709,13 +918,15 @@ class PackedQuest(QuantLinear):
         return rotate(w) if self.spec["rotate"] else w
 
     def forward(self, x):
-        y = self.by_kernel(x)
+        y = self.by_kernel(x)                          # which rotates and quantizes x itself
         if y is not None:
             return y
+
+        # The inputs on a grid of the same kind; "sparse" is one of weights only.
         h = rotate(x) if self.spec["rotate"] else x.float()
         h_scale = None
         if self.a_bits < 16:
-            grid = "fp4" if self.spec["grid"] == "fp4" else "uniform"      # sparse: weights only
+            grid = "fp4" if self.spec["grid"] == "fp4" else "uniform"
             q, h_scale, _ = quest_codes(h, self.a_bits, grid, self.a_scale)
             h = q + code_offset(self.a_bits, grid)
         return code_linear(h, h_scale, self.levels(x.dtype), self.scale, x.dtype)
@@ -725,23 +936,23 @@ class PackedVQ(QuantLinear):
 
     codebooks float16 (M, K, g), scale float16 (O,); float32 where float16 cannot hold them.
     """
-    tensors = ("scale", "codebooks")
+    tensor_names = ("scale", "codebooks")
 
     @classmethod
     def from_codes(cls, codes, codebooks, scales):
         bits = (codebooks.size(1) - 1).bit_length()
         spec = dict(kind="vq", bits=bits, a_bits=16, signed=False,
                     in_features=codes.size(1) * codebooks.size(2))
-        # A scale serves a whole row, so each has to be held by itself. Of a codebook's entries
-        # the small ones may be held as coarsely as the largest.
-        largest = codebooks.abs().amax((1, 2), keepdim=True)                       # (M, 1, 1)
+        # A scale serves a whole row, so each has to be held by itself. A codebook's small entries
+        # may carry the same absolute error as its largest.
+        largest = codebooks.abs().amax((1, 2), keepdim=True)           # (M, 1, 1)
         return cls(spec, dict(packed=pack(codes.flatten(1), bits),
                               scale=half_if_held(scales, scales),
                               codebooks=half_if_held(codebooks, largest)))
 
     def codes(self):
         """The indices (O, J, M)."""
-        M, _, g = self.codebooks.shape
+        M, K, g = self.codebooks.shape
         q = unpack(self.packed, self.bits, self.in_features // g * M)
         return q.view(len(q), -1, M)
 
@@ -751,7 +962,9 @@ class PackedVQ(QuantLinear):
 
     def forward(self, x):
         y = self.by_kernel(x)
-        return F.linear(x, self.weight().to(x.dtype)) if y is None else y
+        if y is None:
+            y = F.linear(x, self.weight().to(x.dtype))
+        return y
 
 def bits_per_weight(model):
     """(bits of codes, scales, zero points and masks per weight they stand for, those weights).
@@ -762,3 +975,81 @@ def bits_per_weight(model):
     weights = sum(m.packed.size(0) * m.in_features for m in layers)
     stored = sum(b.numel() * b.element_size() for m in layers for b in m.buffers())
     return (8 * stored / weights if weights else 0.0), weights
+
+# ---- Corners ---------------------------------------------------------------------------------
+# Grids of QuEST that only `quest.py --grid` uses. FP4 (E2M1) has the magnitudes 0, 1/2, 1, 3/2, 2,
+# 3, 4 and 6. Codes are these doubled, so that they are integers; `scale` is the width of half a
+# unit.
+
+# By their 4-bit index, a sign and 3 bits; index 8 would be -0, which no weight gets.
+FP4_CODES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+FP4_CLIP = 2.9224750714                                # gaussian_clip(4, "fp4")
+
+def fp4_codes(u):
+    """The nearest FP4 code of each u (...). Codes are 1 apart up to 4, 2 up to 8, then 4."""
+    size = u.abs()
+    gap = torch.where(size < 4, 1.0, torch.where(size < 8, 2.0, 4.0))
+    return ((size / gap).round() * gap).clamp(max=12) * u.sign()
+
+def fp4_indices(q):
+    """FP4 codes -12..12 -> their 4 bits: a sign, and 3 bits that count the magnitudes up to |q|."""
+    magnitudes = torch.tensor(FP4_CODES[1:8], device=q.device)
+    return (q.abs().unsqueeze(-1) >= magnitudes).sum(-1) + 8 * (q < 0)
+
+def keep_two_of_four(h):
+    """The sparse pattern (QuEST section 4.4): of the 4 pairs in 8 inputs keep the 2 longest.
+
+    h (..., C), 8 divides C -> bool (..., C), half of it True.
+    """
+    pairs = h.reshape(*h.shape[:-1], -1, 4, 2)
+    length = pairs.square().sum(-1)                                    # (..., C/8, 4)
+    keep = torch.zeros_like(length, dtype=torch.bool)
+    keep.scatter_(-1, length.topk(2, dim=-1).indices, True)
+    return keep.repeat_interleave(2, dim=-1).view(h.shape)
+
+# What replaces PyTorch on a GPU.
+
+@functools.cache
+def find_kernels():
+    """The module kernels, or None where there is no Triton that it can use: PyTorch does the work.
+    It is imported late, because kernels.py imports this file."""
+    try:
+        import kernels
+    except ImportError as e:
+        if "triton" not in str(e).lower():
+            raise
+        return None
+    return kernels
+
+def look_up(codebook, codes):
+    """codebook[codes] for each of L linears: codebook (L, K, g), codes (L, n) -> (L, n, g)."""
+    return _LookUp.apply(codes, codebook)
+
+class _LookUp(torch.autograd.Function):
+    """look_up with a backward pass of its own. On a CPU it adds up in a fixed order. On a GPU it is
+    a product with one-hot codes for small codebooks, K <= 64: thousands of atomic additions into so
+    few rows would wait for each other. For larger ones it is the atomic additions."""
+
+    @staticmethod
+    def forward(ctx, codes, codebook):
+        L, K, _ = codebook.shape
+        rows = codes + K * torch.arange(L, device=codes.device).unsqueeze(1)
+        ctx.save_for_backward(rows)
+        ctx.shape = codebook.shape
+        return F.embedding(rows, codebook.flatten(0, 1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, = ctx.saved_tensors
+        L, K, g = ctx.shape
+        if not grad.is_cuda or K > 64:
+            total = grad.new_zeros(L * K, g).index_add_(0, rows.flatten(), grad.flatten(0, 1))
+            return None, total.view(L, K, g)
+
+        # Each linear's rows in up to 512 parts, or the sum would run on few cores.
+        parts = L * math.gcd(rows.size(1), 512)
+        one_hot = rows.unsqueeze(2) % K == torch.arange(K, device=rows.device)
+        one_hot = one_hot.to(grad.dtype).view(parts, -1, K)
+        with full_float32():
+            total = one_hot.mT @ grad.reshape(parts, -1, g)            # (parts, K, g)
+        return None, total.view(L, -1, K, g).sum(1)

@@ -14,8 +14,9 @@ import torch
 
 import quantizers
 from quantizers import (FP4_CLIP, FP4_CODES, GAUSSIAN_CLIP, QuantLinear, bits_per_weight,
-                        clip_limit, code_linear, code_offset, dequantize, keep_two_of_four, pack,
-                        quest_codes, quest_fake_quant, rotate, rtn, trust_limit, unpack)
+                        clip_limit, code_linear, code_offset, dequantize, gaussian_clip,
+                        keep_two_of_four, pack, quest_codes, quest_fake_quant, rotate, rtn,
+                        trust_limit, unpack)
 
 BITS = list(GAUSSIAN_CLIP)                             # 1, 1.58, 2 .. 8
 EVEN = [b for b in BITS if b != 1.58]
@@ -181,6 +182,12 @@ def test_fp4_clip_is_the_optimum_and_its_error_exceeds_that_of_uniform_levels():
     assert abs((on_grid(h, 4, "fp4") - h).square().mean() - 0.0126849) < 2e-6
     assert abs(best_clip(4, "fp4") - 2.92247856) < 5e-6            # the authors' constant
     assert abs(FP4_CLIP - best_clip(4, "fp4")) < 1e-6
+
+@pytest.mark.parametrize("bits,grid", GRIDS)
+def test_the_table_holds_what_gaussian_clip_computes(bits, grid):
+    table = FP4_CLIP if grid == "fp4" else GAUSSIAN_CLIP[bits]
+    assert abs(gaussian_clip(bits, grid) - table) <= 6e-11                 # half of the last digit
+    assert abs(gaussian_clip(bits, grid) - best_clip(bits, grid)) < 1e-9
 
 @pytest.mark.parametrize("bits", BITS)
 def test_trust_mask_by_error_equals_closed_form(bits):
