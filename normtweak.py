@@ -35,7 +35,7 @@ Not here: LayerNorm, or correcting what earlier blocks did wrong.
 Where ours differs from the paper: first tokens are frequent tokens, the paper's are tokens of
 frequent languages; the learning rate is larger, since the windows are fewer and shorter; GPTQ
 rounds from left to right unless --act-order is given; SmoothQuant's peaks are those of the
-quantized stream; --solver closed is not in the paper.
+quantized stream; calibration runs in float32; --solver closed is not in the paper.
 """
 import copy
 import os
@@ -175,6 +175,8 @@ def compress(student, teacher, ids, args, host=None, tweak=True):
     BlockLoss for each block. One block at a time is float32: the others stay as the
     teacher stores them, or are packed.
     """
+    # The stream is float32, also where the model runs in bfloat16: the tweak is about small
+    # differences of outputs.
     losses = []
     L = len(student.blocks)
     tables = student.rope(ids)

@@ -66,6 +66,7 @@ def different(a, b):
 
 def check_against_the_plain_loop(teacher, ids, args, host, plain_host, loss="paper"):
     """compress and norm_tweaking end with the same weights and norms, bit for bit."""
+    ids = ids[:3]                                      # a step each: enough to tell them apart
     model, losses = compress(teacher, ids, args, host)
     plain = copy.deepcopy(teacher)
     nt.norm_tweaking(plain, ids, plain_host, args.lr, nt.LOSSES[loss])
