@@ -1,11 +1,13 @@
 """Norm Tweaking: repair a quantized LLaMA by retraining nothing but its norms' weights.
 
-    python normtweak.py --bits 2                # RTN and GPTQ, without and with the tweak
+    python normtweak.py --bits 2                # RTN and GPTQ, without and with the tweak: 40 s on
+                                                # two CPU cores once out/base.pt exists
     python normtweak.py --bits 2 --smoke        # every line of it in a few seconds
     python normtweak.py --bits 4 --a-bits 8     # activations too, with SmoothQuant folded in
     python normtweak.py --model out/gptq-w2.pt --teacher out/base.pt    # codes that exist already
     python normtweak.py --model DIR --host gptq --bits 3 --group-size 64 --seq-len 128
-                                                # a Hugging Face folder, one block in float at once
+                                                # a Hugging Face folder, of which one
+                                                # block at a time is in float
 
 The idea:
   1. The float model writes its own calibration text: a frequent first token, a few greedy ones,
@@ -16,18 +18,29 @@ The idea:
      and variance of every channel match the float block's on the same input. Codes and scales do
      not move, and the norms stay float32: the result is as small and as fast as before.
 
+The symbols:
+  gamma      a norm's weight, (C,): all that is ever trained
+  windows    the inputs of a block, a list of (B, T, C); they come from the quantized blocks before
+  targets    what the float block makes of the same windows
+  f, q       one window's output, of the float block and of the quantized one
+  host       the method that quantizes: "rtn" (round to nearest) or "gptq"
+  tables     cos and sin of the positions, (T, hs) each, which every block is called with
+
+Shapes: N windows of T tokens, B of them a step; C channels; O outputs of a linear; L blocks.
+
 Paper: Norm Tweaking, Li et al. 2024 (arXiv 2309.02784), without official code. Hosts: GPTQ
 (2210.17323), SmoothQuant (2211.10438). Generating from a start token is LLM-QAT's (2305.17888).
-Ours differs: start tokens are restricted to frequent tokens, the paper's to frequent languages;
-calibration runs in float32; SmoothQuant's peaks are those of the quantized stream; `--solver
-closed` is not in the paper. Not here: LayerNorm, or correcting what earlier blocks did wrong (the
-float block sees the quantized stream too, so each block answers for its own error only).
+Not here: LayerNorm, or correcting what earlier blocks did wrong.
 
-Shapes: N windows of T tokens, B of them a step; C channels; O outputs of a linear.
+Where ours differs from the paper: first tokens are frequent tokens, the paper's are tokens of
+frequent languages; the learning rate is larger, since the windows are fewer and shorter; GPTQ
+rounds from left to right unless --act-order is given; SmoothQuant's peaks are those of the
+quantized stream; calibration runs in float32; --solver closed is not in the paper.
 """
 import copy
 import os
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,12 +59,524 @@ from nanobit.train import kl_loss
 from quantizers import (QuantLinear, bits_per_weight, collect_hessians, dequantize,
                         fake_quant_tokens, full_float32, gptq, output_error, rtn)
 
-ORDER = (("attn.wk", "attn.wv", "attn.wq"), ("attn.wo",),        # GPTQ's "true sequential" order:
-         ("mlp.w_up", "mlp.w_gate"), ("mlp.w_down",))            # each sees what is quantized
-NORMS = (("attn_norm", ORDER[0]), ("mlp_norm", ORDER[2]))        # and the linears that they feed
-LR_SCALE = 1.0                # the learning rate grows by up to this share of it over the blocks
+# ---- The method, as the paper writes it (algorithm 1) -----------------------------------------
+
+# The linears of a block as a token meets them; those of one line share an input.
+QKV = ("attn.wk", "attn.wv", "attn.wq")
+UP_GATE = ("mlp.w_up", "mlp.w_gate")
+ORDER = (QKV, ("attn.wo",), UP_GATE, ("mlp.w_down",))
+
+class Norm(NamedTuple):
+    """One of a block's two norms, and the linears that read its output."""
+    name: str
+    linears: tuple
+
+NORMS = (Norm("attn_norm", QKV), Norm("mlp_norm", UP_GATE))
+
+LR_SCALE = 1.0                # block i of L is trained at lr * (1 + LR_SCALE * i / L)
+
+def channel_loss(f, q):
+    """f, q (B, T, C) -> how far the channels' means and variances over tokens differ.
+
+    Rounding shifts and stretches whole channels. This loss sees that and no more:
+    statistics of the whole tensor would mix the channels up, and the error of every
+    single value would be ruled by the few channels with the largest values, and invite
+    the norms to learn the calibration text.
+    """
+    f = f.flatten(0, -2)                                                   # (B T, C)
+    q = q.flatten(0, -2)
+    means = (f.mean(0) - q.mean(0)).abs()                                  # (C,)
+    variances = (f.var(0) - q.var(0)).abs()
+    return (means + variances).mean()
+
+@torch.enable_grad()                                   # also where the caller needs no gradients
+def tweak_by_adam(block, windows, targets, tables, loss, lr):
+    """Train the two norms' weights so that the block's outputs come close to the targets.
+
+    The norms alone: a norm has a factor for each channel, which is where rounding did its
+    harm, and these factors are floats in any case. So codes and scales stay what they
+    are, and inference costs nothing more. And 2 C numbers learn too little to need more
+    than a little text.
+    """
+    gammas = [block.attn_norm.weight, block.mlp_norm.weight]
+    for gamma in gammas:
+        gamma.requires_grad_(True)
+
+    # A fresh Adam, for the moments of another block's norms say nothing about these. Adam
+    # also makes the size of the loss unimportant: a step is about lr in any case.
+    optimizer = torch.optim.Adam(gammas, lr=lr)
+
+    # One pass, a step per window. The paper found more passes to do harm: the loss falls
+    # on, but the norms begin to fit the calibration text.
+    for x, target in zip(windows, targets):
+        loss(target, block(x, *tables)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for gamma in gammas:
+        gamma.requires_grad_(False)
+
+def block_rate(lr, i, L):
+    """The learning rate of block i of L. It grows: errors pile up in the stream, and the
+    later a block, the farther are its inputs from those that its norms were trained on.
+    That is the paper's argument for the rule; it is not derived from the loss."""
+    return lr * (1 + LR_SCALE * i / L)
+
+def norm_tweaking(model, ids, host, lr, loss=channel_loss):
+    """Quantize and tweak a LLaMA in place, on calibration text ids (N, T).
+
+    host(block, windows, tables) rounds the linears of a block in place: see round_block.
+    """
+    model.requires_grad_(False)
+    tables = model.rope(ids)
+    windows = model.embed(ids).split(1)                                    # N of (1, T, C)
+    L = len(model.blocks)
+    for i, block in enumerate(model.blocks):
+        # What the float block makes of its inputs is the target. The inputs are those of
+        # the quantized stream, for both: they are what this block will get in use, and
+        # the difference of the outputs is then this block's own error. Two factors a
+        # channel can repair that, not all that the blocks before did.
+        targets = [block(x, *tables) for x in windows]
+
+        # Round the weights. From here on they are frozen.
+        host(block, windows, tables)
+
+        # Tweak the norms.
+        tweak_by_adam(block, windows, targets, tables, loss, block_rate(lr, i, L))
+
+        # The next block reads what this one computes now, with its final norms.
+        windows = [block(x, *tables) for x in windows]
+
+def round_block(block, bits, group_size=-1, symmetric=False):
+    """The plainest host: round a block's weights to nearest, and keep them as floats."""
+    for names in ORDER:
+        for name in names:
+            w = block.get_submodule(name).weight                           # (O, C)
+            codes = rtn(w, bits, group_size, symmetric)
+            w.copy_(dequantize(*codes, group_size))
+
+# ---- The same for large models: one block in float at a time ----------------------------------
+# norm_tweaking keeps all weights as floats. compress keeps the integer codes, and needs
+# float32 copies of a single block. It also reports the loss, and takes a student that is
+# packed already.
+
+class BlockLoss(NamedTuple):
+    """The mean channel loss of a window for one block, around its tweak."""
+    before: float
+    after: float
+
+@full_float32()
+@torch.no_grad()
+def compress(student, teacher, ids, args, host=None, tweak=True):
+    """Quantize `student` block by block, in place, and tweak its norms.
+
+    teacher: the dense model, of which the student is a copy; see sharing_copy.
+    host: "rtn", "gptq", or None where the student's linears are packed already. Returns a
+    BlockLoss for each block. One block at a time is float32: the others stay as the
+    teacher stores them, or are packed.
+    """
+    # The stream is float32, also where the model runs in bfloat16: the tweak is about small
+    # differences of outputs.
+    losses = []
+    L = len(student.blocks)
+    tables = student.rope(ids)
+    windows = student.embed(ids).float().split(args.batch_size)            # (B, T, C) each
+    for i in progress(range(L), f"{arm_name(host, tweak)}: block"):
+        # The float32 copies: one to be quantized, and one to compare it with.
+        block = float_copy(student.blocks[i])
+        float_block = float_copy(teacher.blocks[i])
+
+        # The float block on the quantized stream.
+        targets = [float_block(x, *tables) for x in windows]
+
+        # Put rounded weights into the block, still as floats.
+        if host is None:
+            swap(block, QuantLinear, FrozenLinear)
+        else:
+            if args.a_bits < 16:
+                smooth(block, windows, tables, args.smooth)
+            quantize_block(block, windows, tables, args, host, f"block {i + 1}/{L} | ")
+        outputs = [block(x, *tables) for x in windows]
+        before = mean_loss(targets, outputs)
+
+        # Tweak, and compute the next block's inputs again, now with the final norms.
+        if tweak:
+            if args.solver == "adam":
+                tweak_by_adam(block, windows, targets, tables, LOSSES[args.loss],
+                              block_rate(args.lr, i, L))
+            else:
+                tweak_by_least_squares(block, float_block, windows, tables)
+            outputs = [block(x, *tables) for x in windows]
+        losses.append(BlockLoss(before, mean_loss(targets, outputs)))
+        windows = outputs
+
+        # Keep the codes and let go of the floats.
+        swap(block, FrozenLinear, lambda linear: linear.packed)
+        student.blocks[i] = block
+    return losses
+
+def arm_name(host, tweak):
+    """What a host, with or without the tweak, is called in tables and file names."""
+    name = host or "packed"
+    return f"{name}-tweak" if tweak else name
+
+def float_copy(block):
+    return copy.deepcopy(block).float().requires_grad_(False)
+
+def mean_loss(targets, outputs):
+    """The channel loss, whatever loss the tweak lowers, so that arms can be compared."""
+    total = sum(channel_loss(f, q) for f, q in zip(targets, outputs))
+    return (total / len(targets)).item()
+
+class FrozenLinear(nn.Module):
+    """A packed linear with its weight spelled out in floats: differentiable in its input,
+    which the norms' gradients pass through, and faster than to unpack every time."""
+
+    def __init__(self, packed):
+        super().__init__()
+        self.packed = packed
+        self.a_bits = packed.a_bits
+        self.register_buffer("weight", packed.weight())                    # (O, C)
+
+    def forward(self, x):
+        x = fake_quant_tokens(x, self.a_bits)          # straight through: rounding has no slope
+        return F.linear(x, self.weight.to(x.dtype))
+
+def swap(block, kind, make):
+    """Put make(module) in the place of every module of a kind."""
+    for name, module in list(block.named_modules()):
+        if isinstance(module, kind):
+            block.set_submodule(name, make(module))
+
+# ---- The hosts: round to nearest and GPTQ -----------------------------------------------------
+
+class Inputs(NamedTuple):
+    """What the calibration text sends into a linear: E[x x^T] and max|x| over all tokens."""
+    hessian: torch.Tensor                # (C, C)
+    peak: torch.Tensor                   # (C,)
+
+def inputs_of(block, name, windows, tables, a_bits=16):
+    """The Inputs of the named linear, as the block stands now."""
+    hessian, peak = collect_hessians(block, [name], windows, tables, a_bits)[name]
+    return Inputs(hessian, peak)
+
+def quantize_block(block, windows, tables, args, host, label):
+    """Replace the linears by FrozenLinears. GPTQ reports the output error of each.
+
+    The order is GPTQ's "true sequential" one: the inputs of a group of linears are
+    computed when all groups before it are quantized already, so that GPTQ makes up for
+    their errors as well.
+    """
+    grid = dict(bits=args.bits, group_size=args.group_size, symmetric=args.symmetric)
+    tokens = sum(x.size(0) * x.size(1) for x in windows)
+    report = []
+    for names in ORDER:
+        # The linears of a group read one input: one Hessian serves all of them.
+        if host == "gptq":
+            hessian = inputs_of(block, names[0], windows, tables, args.a_bits).hessian
+
+        for name in names:
+            w = block.get_submodule(name).weight                           # (O, C)
+            codes = rtn(w, **grid)
+            if host == "gptq":
+                # Round to nearest is what its error is compared with.
+                lost = 100 * output_error(w, dequantize(*codes, args.group_size), hessian)
+                with definite_hessian(f"{label}{name}", tokens,
+                                      "give more with --steps, or another --calib"):
+                    codes = gptq(w, hessian, act_order=args.act_order, **grid)
+                left = 100 * output_error(w, dequantize(*codes, args.group_size), hessian)
+                report.append(f"{name.split('.')[1]} {lost:.1f} -> {left:.1f}")
+
+            packed = QuantLinear.affine(*codes, args.bits, args.group_size, args.a_bits)
+            block.set_submodule(name, FrozenLinear(packed))
+    if report:
+        say(f"{label}% of output lost, rtn -> gptq | " + " | ".join(report))
+
+# ---- The calibration text ---------------------------------------------------------------------
+# The model knows best which inputs it will meet: what it writes has the distribution that
+# it was trained on, and needs no data set. It starts from one token, goes on greedily for
+# a few, so that the beginning makes sense, and is then sampled, so that windows differ.
+
 START_SHARE = 0.9             # first tokens: the most frequent ones, this share of the text
-GREEDY, TOP_K = 4, 50         # then so many most likely ones; the others are drawn from TOP_K
+GREEDY = 4                    # so many tokens after the first are the most likely ones
+TOP_K = 50                    # all others are drawn from so many most likely ones
+
+def calibration(model, data, args):
+    """Token ids (N, T) of --calib. The validation split is never touched."""
+    windows = args.steps * args.batch_size
+
+    # Training text.
+    if args.calib == "data":
+        return batch(data.train, 0, windows, args.seq_len, args.seed, args.device)[0]
+
+    # Random tokens.
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    draw = dict(generator=generator, device=args.device)
+    if args.calib == "random":
+        return torch.randint(data.tokenizer.n_vocab, (windows, args.seq_len), **draw)
+
+    # The model's own text. It starts from frequent tokens, each as likely as the other.
+    allowed = frequent_tokens(data).to(args.device)
+    starts = allowed[torch.randint(len(allowed), (windows, 1), **draw)]    # (N, 1)
+    return write_text(model, starts, args.seq_len, data.tokenizer.eot_token, generator)
+
+def frequent_tokens(data):
+    """The fewest ids, without END, that make up START_SHARE of the training text.
+
+    The paper takes tokens of the languages that are most frequent in the training text,
+    since a vocabulary has many tokens that hardly occur there. Frequent tokens are that,
+    for any text.
+    """
+    counts = np.bincount(data.train, minlength=data.tokenizer.n_vocab)
+    counts[data.tokenizer.eot_token] = 0
+
+    # From the most frequent one on, until their counts add up to the share.
+    order = np.argsort(-counts, kind="stable")
+    n = np.searchsorted(counts[order].cumsum(), START_SHARE * counts.sum()) + 1
+    return torch.from_numpy(order[:n])
+
+def write_text(model, starts, length, end, generator):
+    """The model's own text after each of the first tokens (N, 1) -> ids (N, length)."""
+    # So many windows at once that the cache of keys and values holds 2^14 tokens at most.
+    at_once = max(1, 2**14 // length)
+    texts = []
+    for ids in starts.split(at_once):
+        writer = Writer(model, len(ids), end, generator)
+        tokens = decode(model, ids, length - 1, writer)
+
+        # decode yields one tensor, over which it writes the next token: copy each.
+        text = [ids]
+        for _ in progress(range(length - 1), "calibration: token"):
+            text.append(next(tokens).clone())                              # (N, 1)
+        texts.append(torch.cat(text, dim=1))
+    return torch.cat(texts)                                                # (N, T)
+
+class Writer(Chooser):
+    """The GREEDY likeliest tokens, then samples. END is never chosen, so that all windows
+    have full length, and ids stay ids: text would come back as other tokens.
+
+    Chooser takes the token with the largest p / noise. Its noise starts as all ones, and
+    while it is not drawn anew that token is the most likely one.
+    """
+
+    def __init__(self, model, batch, end, generator):
+        super().__init__(model, batch, 1.0, TOP_K, generator)
+        self.end = end
+        self.written = 0
+
+    def draw(self):
+        self.written += 1
+        if self.written > GREEDY:
+            super().draw()
+
+    def __call__(self, logits):
+        logits = logits.float().clone()                                    # (N, vocab)
+        logits[:, self.end] = -torch.inf
+        return super().__call__(logits)
+
+# ---- Other losses (--loss) --------------------------------------------------------------------
+# Equal outputs have a gradient of exactly zero in each of them, so that Adam, which
+# divides by the gradient's size, does not move at all.
+
+def code_loss(f, q):
+    """The authors' scripts': the sum of squared differences of means and of standard
+    deviations."""
+    f = f.flatten(0, -2)                                                   # (B T, C)
+    q = q.flatten(0, -2)
+    std_f = (f.var(0) + 1e-6).sqrt()                   # the root's slope is infinite at 0
+    std_q = (q.var(0) + 1e-6).sqrt()
+    return (f.mean(0) - q.mean(0)).square().sum() + (std_f - std_q).square().sum()
+
+LOSSES = {"paper": channel_loss, "code": code_loss, "mse": F.mse_loss, "kl": kl_loss}
+
+# ---- Quantized activations: SmoothQuant in front of the host (--a-bits, --smooth) -------------
+
+def smooth(block, windows, tables, alpha):
+    """SmoothQuant, in place: divide each norm's weight by s, multiply the columns it feeds.
+
+    s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), over all calibration tokens and all rows that read
+    channel j. The function stays the same; the inputs' outliers move into the weights.
+    """
+    # SmoothQuant takes the peaks of the float model. Ours are those of the quantized
+    # stream, which is what the block will read. Look at both norms before either changes.
+    peaks = {}
+    for norm in NORMS:
+        peaks[norm] = inputs_of(block, norm.linears[0], windows, tables).peak          # (C,)
+
+    for norm in NORMS:
+        # One s for all linears that read the norm: it is divided out of the norm only
+        # once. The clamps keep channels finite that are zero everywhere.
+        weights = [block.get_submodule(name).weight for name in norm.linears]  # (O, C) each
+        w_peak = torch.cat(weights).abs().amax(0).clamp(min=1e-5)          # (C,)
+        s = (peaks[norm] ** alpha / w_peak ** (1 - alpha)).clamp(min=1e-5)
+
+        # (x / s) (w s)^T = x w^T
+        for weight in weights:
+            weight.mul_(s)
+        getattr(block, norm.name).weight.div_(s)
+
+# ---- The norms by least squares (--solver closed): not in the paper ---------------------------
+
+@torch.no_grad()
+def tweak_by_least_squares(block, float_block, windows, tables, ridge=0.01):
+    """Multiply each norm's weight by the s (C,) that brings its linears closest to float.
+
+    min_s sum_l E|W_l r x - Q_l s x|^2 + ridge * mean(diag A) |s - 1|^2 over the linears l, with x
+    the norm's output and r the float norm's weight over this one's. Its normal equations A s = b:
+    A = H * sum_l Q_l^T Q_l,  b = row sums of H * sum_l Q_l^T W_l r,  H = E[x x^T],  * by element.
+    """
+    for norm in NORMS:
+        # H is taken anew for the second norm: its inputs depend on the first one's weight.
+        H = inputs_of(block, norm.linears[0], windows, tables).hessian.double()        # (C, C)
+        gamma = getattr(block, norm.name).weight
+
+        # SmoothQuant may have changed gamma, so the float norm's output is r x. A weight
+        # of exactly 0 hides its channel: x is 0 there, any r does, and s becomes 1.
+        float_gamma = getattr(float_block, norm.name).weight
+        r = (float_gamma / torch.where(gamma == 0, 1, gamma)).double()     # (C,)
+
+        # Add up both sides over the linears.
+        QtQ = 0
+        QtW = 0
+        for name in norm.linears:
+            Q = block.get_submodule(name).weight.double()                  # (O, C)
+            W = float_block.get_submodule(name).weight.double() * r
+            QtQ = QtQ + Q.t() @ Q                                          # (C, C)
+            QtW = QtW + Q.t() @ W
+        A = H * QtQ
+        b = (H * QtW).sum(1)                                               # (C,)
+
+        # The ridge pulls s to 1: its damp stands on both sides, and alone it gives s = 1.
+        # That is also the answer where all inputs are zero: any damp gives it.
+        size = A.diagonal().mean()
+        damp = ridge * torch.where(size > 0, size, 1.0)
+        eye = torch.eye(len(b)).to(A)
+        s = torch.linalg.solve(A + damp * eye, b + damp)
+        gamma.mul_(s)
+
+# ---- The run ----------------------------------------------------------------------------------
+
+def main():
+    args = parse_args()
+    student, teacher, data = load_models(args)
+    arms = chosen_arms(args, student)
+    keep_model(args, *[arm.path for arm in arms])
+    header(f"normtweak | W{args.bits}A{args.a_bits}", args, teacher, data)
+
+    # The calibration text, which all arms share.
+    start = time.perf_counter()
+    ids = calibration(teacher, data, args)                                 # (N, T)
+    show_calibration(ids, time.perf_counter() - start, teacher, data, args)
+
+    # The dense model is what all are compared with.
+    base = score(teacher, data, args)
+    rows = {"dense": arm_row(base, 16.0, 0.0)}
+    table = [table_row("dense", base, 16)]
+
+    # Compress a copy for each arm. What is scored is what the arm's file holds.
+    for arm in arms:
+        start = time.perf_counter()
+        model = sharing_copy(student or teacher)
+        losses = compress(model, teacher, ids, args, arm.host, arm.tweak)
+        seconds = time.perf_counter() - start
+        bpw, _ = bits_per_weight(model)
+        model, scores = through_the_file(arm.path, model, args, data, arm.name)
+        say(f"{arm.name} | val loss {scores['loss']:.4f} | {seconds:.1f} s | saved {arm.path}")
+        rows[arm.name] = arm_row(scores, bpw, seconds)
+        table.append(table_row(arm.name, scores, bpw, seconds, losses))
+
+    # The table, and the result row. The row's own numbers are those of the last arm, the
+    # tweaked one of the last host; those of all arms are under "arms".
+    say("method       | val loss |     ppl |   bpw | seconds | channel loss of each block")
+    say("\n".join(table))
+    finish(args, "normtweak", model, scores, {"tokens": ids.numel(), "seconds": seconds},
+           w_bits=args.bits, a_bits=args.a_bits, group_size=args.group_size,
+           base_val_loss=base["loss"], symmetric=args.symmetric, act_order=args.act_order,
+           solver=args.solver, loss=args.loss, calib=args.calib, lr=args.lr, arms=rows)
+
+def load_models(args):
+    """(student, teacher, data); the student is None unless --model is packed."""
+    # A packed student comes from --model, and its dense teacher from --teacher.
+    student = None
+    packed_path = args.model
+    if args.teacher:
+        student = load_packed(args)
+        args.model = args.teacher                      # only while load_base reads it from there
+    teacher, data = load_base(args, as_stored=True)
+    args.model = packed_path
+
+    # Do the two belong together, and do the groups fit?
+    if student and student.config != teacher.config:
+        raise UsageError(f"--teacher {args.teacher} is not what {args.model} was made from: "
+                         f"{teacher.config} there, {student.config} here")
+    check_groups(teacher, args.group_size)
+    return student, teacher, data
+
+def load_packed(args):
+    """The packed --model. Its own grid takes the place of the command's flags."""
+    model, content = load_checkpoint(args.model, args.device, getattr(torch, args.dtype))
+    specs = list(content["linears"].values())
+    if {spec["kind"] for spec in specs} != {"affine"}:
+        raise UsageError(f"--model {args.model} has no packed affine linears; --teacher is for "
+                         "those")
+
+    # All linears of a file have one grid.
+    spec = specs[0]
+    args.bits = spec["bits"]
+    args.a_bits = spec["a_bits"]
+    args.group_size = spec["group_size"]
+    args.symmetric = spec["signed"]
+    return model
+
+class Arm(NamedTuple):
+    """One row of the table."""
+    host: str                            # as compress takes it; None: packed already
+    tweak: bool
+    name: str
+    path: str                            # of the checkpoint that it writes
+
+def chosen_arms(args, student):
+    """Every host that the run uses, without and with the tweak."""
+    if student:
+        hosts = (None,)                                # its codes exist already
+    elif args.host:
+        hosts = (args.host,)
+    else:
+        hosts = ("rtn", "gptq")
+
+    arms = []
+    for host in hosts:
+        for tweak in (False, True):
+            name = arm_name(host, tweak)
+            path = os.path.join(args.out, f"{name}-w{args.bits}.pt")
+            arms.append(Arm(host, tweak, name, path))
+    return arms
+
+def show_calibration(ids, seconds, model, data, args):
+    """What the calibration text is, how it begins, and whether it may be too short."""
+    text = data.tokenizer.decode(ids[0, :32].tolist())
+    say(f"calibration: {args.calib}, {len(ids)} windows of {ids.size(1)} tokens | "
+        f"{seconds:.1f} s | {text!r} ...")
+    n_hidden = model.config.n_hidden
+    if ids.numel() < n_hidden:
+        say(f"warning: {ids.numel()} calibration tokens cannot tell {n_hidden} inputs of a layer "
+            "apart; give more with --steps")
+
+def sharing_copy(model):
+    """A copy with modules of its own, whose parameters are the model's. compress puts new
+    blocks into the copy, one by one, and changes no shared parameter: a second set is
+    never needed."""
+    # deepcopy takes what memo names, by its id, for copied already.
+    memo = {id(p): p for p in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+def table_row(name, scores, bpw, seconds=0.0, losses=()):
+    """One row of the final table."""
+    blocks = "  ".join(f"{loss.before:.4f} -> {loss.after:.4f}" for loss in losses)
+    return (f"{name:<12} | {scores['loss']:8.4f} | {scores['ppl']:7.2f} | {bpw:5.2f} | "
+            f"{seconds:7.1f} | {blocks}")
+
+# ---- Flags ------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     p = Parser(prog="normtweak.py", description="Quantize, then tweak the norms (Norm Tweaking).")
@@ -75,284 +600,33 @@ def parse_args(argv=None):
     add("--host", choices=("rtn", "gptq"), help="quantize by this one alone (default: by both)")
     add("--teacher", help="dense checkpoint of a packed --model, whose codes stay as they are")
     add_flags(p)
-    # A step is one window, so --steps is the size of the calibration set. The paper takes 128
-    # windows of 2048 tokens and searches lr from 1e-5 up; few and short windows need more. Of
-    # 3e-4, 1e-3, 3e-3 and 1e-2 this lr left 2-bit RTN the lowest loss on the dev split.
+
+    # A step is one window, so --steps is the size of the calibration set, and the norms
+    # can move by about lr in each. The paper takes 128 windows of 2048 tokens and
+    # searches lr from 1e-5 up; fewer and shorter windows need a larger one.
     p.set_defaults(batch_size=1, accumulate=1, lr=3e-3, seq_len=0)
     args = p.parse_args(argv)
-    args.steps = args.steps or (4 if args.smoke else 64)
+    if args.steps is None:
+        args.steps = 4 if args.smoke else 64
+    args = resolve(args)
+    check_args(args)
+    if args.smooth is None:
+        args.smooth = 0.5
+    return args
+
+def check_args(args):
+    """Raise UsageError for flags that do not go together."""
     if args.smooth is not None and args.a_bits == 16:
         raise UsageError(f"--smooth {args.smooth} is for quantized activations; add --a-bits 8")
-    if args.bits == 1 and args.symmetric:              # codes -1 and 0, in steps of 2 max|w|
+    if args.bits == 1 and args.symmetric:
+        # The codes are -1 and 0, in steps of 2 max|w|: no weight is nearer to -1.
         raise UsageError("--bits 1 --symmetric rounds every weight to 0; leave --symmetric out, or "
                          "use --bits 2")
     if args.teacher and not args.model:
         raise UsageError(f"--teacher {args.teacher} needs the packed checkpoint as --model")
-    args.smooth = 0.5 if args.smooth is None else args.smooth
-    args = resolve(args)
     if args.resume and (args.model or os.path.exists(os.path.join(args.out, "base.pt"))):
         raise UsageError("--resume has nothing to go on from: normtweak.py keeps no state but that "
                          "of the base model's training")
-    return args
-
-# ---- The losses: a block's float output f and quantized output q, (B, T, C) each -> a scalar.
-# Equal outputs have a gradient of exactly zero, so that Adam does not move at all.
-
-def channel_loss(f, q):
-    """The paper's: |difference of means| + |difference of variances| a channel, over tokens."""
-    f, q = f.flatten(0, -2), q.flatten(0, -2)                              # (B T, C)
-    return ((f.mean(0) - q.mean(0)).abs() + (f.var(0) - q.var(0)).abs()).mean()
-
-def code_loss(f, q):
-    """The authors' scripts': squared differences of means and of standard deviations, summed."""
-    f, q = f.flatten(0, -2), q.flatten(0, -2)
-    std_f, std_q = (f.var(0) + 1e-6).sqrt(), (q.var(0) + 1e-6).sqrt()      # finite slope at 0
-    return (f.mean(0) - q.mean(0)).square().sum() + (std_f - std_q).square().sum()
-
-LOSSES = {"paper": channel_loss, "code": code_loss, "kl": kl_loss,
-          "mse": lambda f, q: F.mse_loss(q, f)}
-
-# ---- Calibration tokens -----------------------------------------------------------------------
-
-def calibration(model, data, args):
-    """Token ids (N, T) of --calib. The validation split is never touched."""
-    n = args.steps * args.batch_size
-    if args.calib == "data":
-        return batch(data.train, 0, n, args.seq_len, args.seed, args.device)[0]
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    draw = dict(generator=generator, device=args.device)
-    if args.calib == "random":
-        return torch.randint(data.tokenizer.n_vocab, (n, args.seq_len), **draw)
-    allowed = frequent_tokens(data).to(args.device)
-    start = allowed[torch.randint(len(allowed), (n, 1), **draw)]           # (N, 1)
-    windows, end = [], data.tokenizer.eot_token
-    chunks = start.split(max(1, 2**14 // args.seq_len))                    # bounds the cache
-    for ids in chunks:
-        n = args.seq_len - 1
-        tokens = decode(model, ids, n, Writer(model, len(ids), end, generator))
-        rest = [next(tokens).clone() for _ in progress(range(n), "calibration: token")]
-        windows.append(torch.cat((ids, *rest), dim=1))                     # (N, T)
-    return torch.cat(windows)
-
-def frequent_tokens(data):
-    """The fewest ids that make up START_SHARE of the training text; END is not one of them."""
-    counts = np.bincount(data.train, minlength=data.tokenizer.n_vocab)
-    counts[data.tokenizer.eot_token] = 0
-    order = np.argsort(-counts, kind="stable")
-    n = np.searchsorted(counts[order].cumsum(), START_SHARE * counts.sum()) + 1
-    return torch.from_numpy(order[:n])
-
-class Writer(Chooser):
-    """The GREEDY likeliest tokens, then samples. END is never chosen, and ids stay ids: text would
-    be cut into other tokens on the way back."""
-
-    def __init__(self, model, batch, end, generator):
-        super().__init__(model, batch, 1.0, TOP_K, generator)
-        self.end, self.written = end, 0
-
-    def draw(self):
-        self.written += 1
-        if self.written > GREEDY:                      # until then the noise is equal for all
-            super().draw()
-
-    def __call__(self, logits):
-        logits = logits.float().clone()                                    # (N, vocab)
-        logits[:, self.end] = -torch.inf
-        return super().__call__(logits)
-
-# ---- The hosts: RTN, GPTQ, and SmoothQuant in front of either. `windows` are the inputs (B, T, C)
-# of a block, which come from the quantized blocks before it; `tables` are the rotary ones.
-
-class FrozenLinear(nn.Module):
-    """A packed linear with its weight spelled out in floats: differentiable in its input."""
-
-    def __init__(self, packed):
-        super().__init__()
-        self.packed, self.a_bits = packed, packed.spec["a_bits"]
-        self.register_buffer("weight", packed.weight())                    # (O, C)
-
-    def forward(self, x):
-        x = fake_quant_tokens(x, self.a_bits) if self.a_bits < 16 else x
-        return F.linear(x, self.weight.to(x.dtype))
-
-def swap(block, kind, make):
-    """Put make(module) in the place of every module of a kind."""
-    for name, module in list(block.named_modules()):
-        if isinstance(module, kind):
-            block.set_submodule(name, make(module))
-
-def smooth(block, windows, tables, alpha):
-    """SmoothQuant: divide each norm's weight by s and multiply the columns it feeds, in place.
-
-    s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), over all calibration tokens and all rows that read
-    channel j. The function stays the same; the inputs' outliers move into the weights.
-    """
-    found = collect_hessians(block, [names[0] for _, names in NORMS], windows, tables)
-    for norm, names in NORMS:
-        weights = [block.get_submodule(name).weight for name in names]     # (O, C) each
-        w_peak = torch.cat(weights).abs().amax(0).clamp(min=1e-5)          # (C,)
-        s = (found[names[0]][1] ** alpha / w_peak ** (1 - alpha)).clamp(min=1e-5)
-        for weight in weights:
-            weight.mul_(s)
-        getattr(block, norm).weight.div_(s)
-
-def quantize_block(block, windows, tables, args, host, label):
-    """Replace the linears by FrozenLinears in ORDER; GPTQ reports the output error of each."""
-    how = dict(bits=args.bits, group_size=args.group_size, symmetric=args.symmetric)
-    report = []
-    for names in ORDER:
-        if host == "gptq":                             # one input, one Hessian
-            h, _ = collect_hessians(block, names[:1], windows, tables, args.a_bits)[names[0]]
-        for name in names:
-            w = block.get_submodule(name).weight
-            codes = rtn(w, **how)
-            if host == "gptq":
-                lost = output_error(w, dequantize(*codes, args.group_size), h)
-                tokens = sum(x[..., 0].numel() for x in windows)
-                with definite_hessian(f"{label}{name}", tokens,
-                                      "give more with --steps, or another --calib"):
-                    codes = gptq(w, h, act_order=args.act_order, **how)
-                left = output_error(w, dequantize(*codes, args.group_size), h)
-                report.append(f"{name.split('.')[1]} {100 * lost:.1f} -> {100 * left:.1f}")
-            block.set_submodule(name, FrozenLinear(
-                QuantLinear.affine(*codes, args.bits, args.group_size, args.a_bits)))
-    if report:
-        say(f"{label}% of output lost, rtn -> gptq | " + " | ".join(report))
-
-# ---- The tweak --------------------------------------------------------------------------------
-
-@torch.enable_grad()
-def tweak_by_adam(block, windows, targets, tables, loss, lr):
-    """Train the two norm weights (C,): one step of a fresh Adam for each window."""
-    weights = [getattr(block, norm).weight.requires_grad_() for norm, _ in NORMS]
-    optimizer = torch.optim.Adam(weights, lr=lr)
-    for x, target in zip(windows, targets):
-        LOSSES[loss](target, block(x, *tables)).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    for weight in weights:
-        weight.requires_grad_(False)
-
-@torch.no_grad()
-def tweak_by_least_squares(block, float_block, windows, tables, ridge=0.01):
-    """Multiply each norm's weight by the s (C,) that brings the linears it feeds closest to float.
-
-    min_s sum_l E|W_l r x - Q_l s x|^2 + ridge * mean(diag A) |s - 1|^2 over the linears l, with x
-    the norm's output and r the float norm's weight over this one's. Its normal equations A s = b:
-    A = H * sum_l Q_l^T Q_l,  b = diag(H sum_l r W_l^T Q_l),  H = E[x x^T].
-    """
-    for norm, names in NORMS:
-        h = collect_hessians(block, names[:1], windows, tables)[names[0]][0].double()
-        gamma = getattr(block, norm).weight
-        # A weight of exactly 0 hides its channel: x is 0 there, any r does, and s becomes 1.
-        r = getattr(float_block, norm).weight / torch.where(gamma == 0, 1, gamma)
-        r = r.double()                                                     # (C,)
-        qs = [block.get_submodule(name).weight.double() for name in names]  # (O, C) each
-        ws = [float_block.get_submodule(name).weight.double() * r for name in names]
-        A = h * sum(q.t() @ q for q in qs)                                 # (C, C)
-        b = (h * sum(q.t() @ w for q, w in zip(qs, ws))).sum(1)            # (C,)
-        size = A.diagonal().mean()
-        damp = ridge * torch.where(size > 0, size, 1.0)                    # all inputs zero: s = 1
-        gamma.mul_(torch.linalg.solve(A + damp * torch.eye(len(b)).to(A), b + damp))
-
-@full_float32()
-@torch.no_grad()
-def compress(student, teacher, ids, args, host=None, tweak=True):
-    """Quantize `student` block by block in place and tweak its norms; `teacher` is the dense model.
-
-    host: "rtn", "gptq", or None where the student's linears are packed already. Returns one pair
-    a block, the mean channel loss of a window before and after the tweak. One block at a time is
-    float32: the others stay as the teacher stores them, or are packed.
-    """
-    losses, L, tables = [], len(student.blocks), student.rope(ids)
-    windows = student.embed(ids).float().split(args.batch_size)            # (B, T, C) each
-    for i in progress(range(L), f"{host or 'packed'}{'-tweak' * tweak}: block"):
-        block, float_block = (copy.deepcopy(m.blocks[i]).float().requires_grad_(False)
-                              for m in (student, teacher))
-        targets = [float_block(x, *tables) for x in windows]               # of the quantized stream
-        if host and args.a_bits < 16:
-            smooth(block, windows, tables, args.smooth)
-        if host:
-            quantize_block(block, windows, tables, args, host, f"block {i + 1}/{L} | ")
-        else:
-            swap(block, QuantLinear, FrozenLinear)
-        outputs = [block(x, *tables) for x in windows]
-        before = mean_loss(targets, outputs)
-        if tweak and args.solver == "adam":
-            lr = args.lr * (1 + LR_SCALE * i / L)      # grows, as the stream's error does
-            tweak_by_adam(block, windows, targets, tables, args.loss, lr)
-        elif tweak:
-            tweak_by_least_squares(block, float_block, windows, tables)
-        windows = [block(x, *tables) for x in windows] if tweak else outputs  # the final norms'
-        losses.append((before, mean_loss(targets, windows)))
-        swap(block, FrozenLinear, lambda linear: linear.packed)
-        student.blocks[i] = block
-    return losses
-
-def mean_loss(targets, outputs):
-    return (sum(map(channel_loss, targets, outputs)) / len(targets)).item()
-
-# ---- The run ----------------------------------------------------------------------------------
-
-def load_models(args):
-    """(student, teacher, data); the student is None unless --model is packed."""
-    student, path = None, args.model
-    if args.teacher:
-        student, content = load_checkpoint(path, args.device, getattr(torch, args.dtype))
-        specs = list(content["linears"].values())
-        if {spec["kind"] for spec in specs} != {"affine"}:
-            raise UsageError(f"--model {path} has no packed affine linears; --teacher is for those")
-        args.bits, args.a_bits, args.group_size, args.symmetric = (
-            specs[0][k] for k in ("bits", "a_bits", "group_size", "signed"))
-        args.model = args.teacher
-    teacher, data = load_base(args, as_stored=True)
-    dense, args.model = args.model or os.path.join(args.out, "base.pt"), path
-    if student and student.config != teacher.config:
-        raise UsageError(f"--teacher {dense} is not what {path} was made from: {teacher.config} "
-                         f"there, {student.config} here")
-    check_groups(teacher, args.group_size)
-    return student, teacher, data
-
-def main():
-    args = parse_args()
-    student, teacher, data = load_models(args)
-    hosts = ("packed",) if student else (args.host,) if args.host else ("rtn", "gptq")
-    names = [host + "-tweak" * tweak for host in hosts for tweak in (False, True)]
-    keep_model(args, *[os.path.join(args.out, f"{name}-w{args.bits}.pt") for name in names])
-    header(f"normtweak | W{args.bits}A{args.a_bits}", args, teacher, data)
-    start = time.perf_counter()
-    ids = calibration(teacher, data, args)                                 # (N, T)
-    seconds = time.perf_counter() - start
-    say(f"calibration: {args.calib}, {len(ids)} windows of {ids.size(1)} tokens | "
-        f"{seconds:.1f} s | {data.tokenizer.decode(ids[0, :32].tolist())!r} ...")
-    if ids.numel() < teacher.config.n_hidden:
-        say(f"warning: {ids.numel()} calibration tokens cannot tell {teacher.config.n_hidden} "
-            "inputs of a layer apart; give more with --steps")
-    base = score(teacher, data, args)
-    arms, rows = {"dense": arm_row(base, 16.0, 0.0)}, [line("dense", base, 16)]
-    for host in hosts:
-        for tweak in (False, True):
-            name, begin = host + "-tweak" * tweak, time.perf_counter()
-            memo = {id(p): p for p in (student or teacher).parameters()}   # shared, not copied
-            model = copy.deepcopy(student or teacher, memo)
-            losses = compress(model, teacher, ids, args, None if student else host, tweak)
-            seconds, (bpw, _) = time.perf_counter() - begin, bits_per_weight(model)
-            path = os.path.join(args.out, f"{name}-w{args.bits}.pt")
-            model, scores = through_the_file(path, model, args, data, name)
-            say(f"{name} | val loss {scores['loss']:.4f} | {seconds:.1f} s | saved {path}")
-            arms[name] = arm_row(scores, bpw, seconds)
-            rows.append(line(name, scores, bpw, seconds, losses))
-    say("method       | val loss |     ppl |   bpw | seconds | channel loss of each block\n"
-        + "\n".join(rows))
-    finish(args, "normtweak", model, scores, {"tokens": ids.numel(), "seconds": seconds},
-           w_bits=args.bits, a_bits=args.a_bits, group_size=args.group_size,
-           base_val_loss=base["loss"], symmetric=args.symmetric, act_order=args.act_order,
-           solver=args.solver, loss=args.loss, calib=args.calib, lr=args.lr, arms=arms)
-
-def line(name, scores, bpw, seconds=0.0, losses=()):
-    """One row of the final table."""
-    return (f"{name:<12} | {scores['loss']:8.4f} | {scores['ppl']:7.2f} | {bpw:5.2f} | "
-            f"{seconds:7.1f} | " + "  ".join(f"{a:.4f} -> {b:.4f}" for a, b in losses))
 
 if __name__ == "__main__":
     run(main)

@@ -62,6 +62,59 @@ def same(a, b):
 def different(a, b):
     return a.state_dict().keys() - same(a, b)
 
+# ---- the loop as the paper writes it ----------------------------------------------------------
+
+def check_against_the_plain_loop(teacher, ids, args, host, plain_host, loss="paper"):
+    """compress and norm_tweaking end with the same weights and norms, bit for bit."""
+    ids = ids[:3]                                      # a step each: enough to tell them apart
+    model, losses = compress(teacher, ids, args, host)
+    plain = copy.deepcopy(teacher)
+    nt.norm_tweaking(plain, ids, plain_host, args.lr, nt.LOSSES[loss])
+    moved = 0
+    for block, want, start in zip(model.blocks, plain.blocks, teacher.blocks):
+        for names in nt.ORDER:
+            for name in names:
+                got = block.get_submodule(name).weight()
+                assert torch.equal(got, want.get_submodule(name).weight)
+                assert not torch.equal(got, start.get_submodule(name).weight)
+        for norm, _ in nt.NORMS:
+            gamma = getattr(want, norm).weight
+            assert torch.equal(getattr(block, norm).weight, gamma)
+            moved += not torch.equal(gamma, getattr(start, norm).weight)
+    assert moved == 6 and all(before != after for before, after in losses)
+    return plain
+
+GRIDS = [f"--bits {bits}" for bits in range(1, 9)]
+GRIDS += [f"--bits {bits} --symmetric" for bits in range(2, 9)]
+GRIDS += ["--bits 2 --group-size 16", "--bits 3 --symmetric --group-size 8"]
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_compress_is_the_papers_loop_on_every_grid(teacher, ids, options, grid):
+    args = options(*grid.split())
+    def round_all(block, windows, tables):
+        nt.round_block(block, args.bits, args.group_size, args.symmetric)
+    plain = check_against_the_plain_loop(teacher, ids, args, "rtn", round_all)
+    # The plain loop touches nothing outside of the blocks, and leaves no gradients behind.
+    assert all(k.startswith("blocks.") for k in different(plain, teacher))
+    assert all(p.grad is None and not p.requires_grad for p in plain.parameters())
+
+@pytest.mark.parametrize("loss", nt.LOSSES)
+def test_compress_is_the_papers_loop_for_every_loss(teacher, ids, options, loss):
+    def round_all(block, windows, tables):
+        nt.round_block(block, bits=3)
+    args = options("--bits", "3", "--loss", loss)
+    check_against_the_plain_loop(teacher, ids, args, "rtn", round_all, loss)
+
+@pytest.mark.parametrize("host", ["rtn", "gptq"])
+@pytest.mark.parametrize("flags", ["--bits 2", "--bits 4 --a-bits 8", "--bits 3 --act-order"])
+def test_compress_is_the_papers_loop_for_every_host(teacher, ids, options, host, flags):
+    args = options(*flags.split())
+    def quantize(block, windows, tables):
+        if args.a_bits < 16:
+            nt.smooth(block, windows, tables, args.smooth)
+        nt.quantize_block(block, windows, tables, args, host, "")
+    check_against_the_plain_loop(teacher, ids, args, host, quantize)
+
 # ---- losses -----------------------------------------------------------------------------------
 
 def test_channel_loss_by_hand():
