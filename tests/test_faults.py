@@ -547,7 +547,7 @@ def test_the_count_looks_at_the_forward_pass_and_not_at_what_is_merged(
     """Merging forgets the zero points here: then file and merge agree, and both are wrong."""
     def forgetful(self):
         v = lrqat.to_grid(self.weight, self.scale, None)
-        return v.round().clamp(*lrqat.limits(self.how[0]))
+        return v.round().clamp(*lrqat.code_range(self.bits))
     monkeypatch.setattr(lrqat.FullQATLinear, "rounded", forgetful)
     shutil.copytree(finished, "out")
     status, out, err = call(capsys, f"lrqat.py --bits 2 --arm full {SHORT}")

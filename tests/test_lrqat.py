@@ -28,9 +28,9 @@ import nanobit.runs
 import nanobit.train
 import quantizers
 from conftest import TrainingTextOnly, call, check_refused, double, random_base
-from lrqat import (ALPHA, PHI, FullQATLinear, LRQATFunction, LRQATLinear, convert, downcast,
-                   integers, latent, limits, linear_schedule, arm_optimizer, start_range,
-                   svd_start, to_grid)
+from lrqat import (ALPHA, ARMS, PHI, FullQATLinear, LRQATFunction, LRQATLinear, PlainLRQAT,
+                   arm_optimizer, code_range, convert, downcast, integers, latent,
+                   linear_schedule, start_grid, svd_start, to_grid, upcast)
 from model import LlamaConfig, LLaMA, UsageError, quantized
 from nanobit.checkpoint import tensor_bytes
 from quantizers import EPS, QuantLinear, bits_per_weight, dequantize, rtn, unpack
@@ -40,7 +40,7 @@ def layer(O=6, C=256, bits=4, group_size=-1, rank=4, phi="fp32", svd=False, seed
     """An LRQATLinear of Gaussian weights in float64 whose A B already moved the latent weight."""
     torch.manual_seed(seed)
     w = torch.randn(O, C) * 0.02 * (1 + torch.arange(O).unsqueeze(1))
-    m = LRQATLinear(w, *start_range(w, bits, group_size), bits, group_size, rank, phi, svd)
+    m = LRQATLinear(w, *start_grid(w, bits, group_size), rank, phi, svd)
     m = m.double()
     m.codes = m.codes.float() if phi == "fp32" else m.codes.bfloat16() if phi == "bf16" else m.codes
     if not svd and rank:
@@ -52,23 +52,27 @@ def spread(x, scale, C):
     """A scale or zero point (O, G) for every weight (O, C)."""
     return x.repeat_interleave(C // scale.size(1), dim=1)
 
+def stored(m):
+    """The numbers (O, C) that the codes of a layer stand for, in float64."""
+    if m.phi == "packed":
+        bytes_ = m.codes.int()
+        return torch.stack((bytes_ % 16 - 8, bytes_ // 16 - 8), -1).flatten(1).double()
+    return m.codes.double() / (2 ** (8 - m.bits) if m.phi == "fixed" else 1)
+
 def reference(m):
     """Z, Q, M, s and z (O, C each) of the formula, in float64."""
-    bits, phi, _ = m.how
-    up = {"fixed": lambda c: c.double() / 2 ** (8 - bits), "fp32": lambda c: c.double(),
-          "bf16": lambda c: c.double(), "packed": lambda c: torch.stack(
-              (c.int() % 16 - 8, c.int() // 16 - 8), -1).flatten(1).double()}[phi](m.codes)
+    bits, up = m.bits, stored(m)
     A, B = m.A.detach().double(), m.B.detach().double()
     z = up + ALPHA / A.size(1) * A @ B
-    low, high = limits(bits)
+    low, high = code_range(bits)
     q, C = z.round().clamp(low, high), z.size(1)
     mask = (z.round() >= low) & (z.round() <= high)
     zero = torch.zeros_like(m.scale) if m.zero_point is None else m.zero_point.double()
     zero = spread(zero, m.scale, C)
     return z, q, mask.double(), spread(m.scale.detach().double(), m.scale, C), zero
 
-def small_model(bits=4, phi="fixed", arm="LR-QAT", seed=0, **flags):
-    """(model, args, config) of a 2-layer LLaMA of random weights as `arm` trains it."""
+def small_model(bits=4, phi="fixed", arm="lr-qat", seed=0, **flags):
+    """(model, args, config) of a 2-layer LLaMA of random weights, as ARMS[arm] trains it."""
     torch.manual_seed(seed)
     flags = dict(bits=bits, phi=phi, rank=4, group_size=-1, init="zero", a_bits=16, kv_bits=16,
                  device="cpu", dtype="float32", seed=0, batch_size=4, accumulate=2, seq_len=32,
@@ -76,8 +80,8 @@ def small_model(bits=4, phi="fixed", arm="LR-QAT", seed=0, **flags):
     args = types.SimpleNamespace(**flags)
     c = LlamaConfig(64, 2, 32, 4, 2, 48, 32)
     m = LLaMA(c)
-    ranges = {n: start_range(w.weight.detach(), bits, args.group_size) for n, w in m.linears()}
-    return convert(m, arm, args, ranges), args, c
+    grids = {n: start_grid(w.weight, bits, args.group_size) for n, w in m.linears()}
+    return convert(m, ARMS[arm], args, grids), args, c
 
 def memory_args(**flags):
     """The settings of a lean run of random weights."""
@@ -99,6 +103,52 @@ def take_steps(m, args, data, steps):
 
 # ---- The formula and its gradients --------------------------------------------------------------
 
+@pytest.mark.parametrize("phi,bits", [
+    (phi, bits) for phi in PHI for bits in range(2, PHI[phi].max_bits + 1)])
+@pytest.mark.parametrize("group_size", [-1, 16])
+@pytest.mark.parametrize("svd", [False, True])
+def test_the_small_layer_is_the_plain_one_forward_and_backward(phi, bits, group_size, svd):
+    torch.manual_seed(0)
+    O, C, rank = 12, 48, 4
+    w = torch.randn(O, C) * torch.logspace(-2, 0, O).unsqueeze(1) + 0.01
+    grid = start_grid(w, bits, group_size)
+    small = LRQATLinear(w, *grid, rank=rank, phi=phi, svd=svd)
+
+    # In "fixed" and without the SVD the plain layer freezes the weight itself, and starts with
+    # A B = 0; its other starts are taken over from the codes.
+    z = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point
+    plain = PlainLRQAT(w, grid.scale, z, bits, rank)
+    plain.Phi = plain.Phi.double()
+    assert not plain.A.any() and plain.B.any() and (svd or not small.A.any()) and small.B.any()
+    if phi != "fixed" or svd:
+        plain.Phi = stored(small)
+    assert torch.equal(plain.Phi, stored(small))
+    plain, small = plain.double(), small.double()
+    if phi in ("fp32", "bf16"):                        # double() is for what learns
+        small.codes = small.codes.to(torch.float32 if phi == "fp32" else torch.bfloat16)
+
+    # A and B as training might leave them: A B pushes some weights out of the range.
+    push = 0.4 * 2**bits / ALPHA
+    for ours, theirs in ((small.A, plain.A), (small.B, plain.B)):
+        moved = ours.detach() + push ** 0.5 * torch.randn_like(ours)
+        ours.data.copy_(moved)
+        theirs.data.copy_(moved)
+    _, _, inside, _, _ = reference(small)
+    assert 0.005 < 1 - inside.mean() < 0.6
+
+    x = torch.randn(3, 5, C, dtype=torch.float64)
+    g = torch.randn(3, 5, O, dtype=torch.float64)
+    found = []
+    for layer in (small, plain):
+        own = x.clone().requires_grad_()
+        y = layer(own)
+        y.backward(g)
+        scale = layer.scale if layer is small else layer.s
+        found.append((y, own.grad, layer.A.grad, layer.B.grad, scale.grad))
+    for name, ours, theirs in zip(("y", "x", "A", "B", "s"), *found):
+        assert ours.abs().max() > 0, name
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12, msg=name)
+
 @pytest.mark.parametrize("bits,phi,group_size", [
     (2, "fp32", -1), (2, "fixed", 64), (3, "fixed", 128), (3, "packed", -1), (4, "bf16", 64),
     (4, "packed", 128)])
@@ -108,7 +158,7 @@ def test_weight_is_scale_times_clipped_rounded_latent(bits, phi, group_size):
     assert 0.02 < 1 - mask.mean() < 0.98                                   # clips, and not all
     w_hat = m(torch.eye(256, dtype=torch.float64)).t()                     # each column by itself
     assert torch.equal(w_hat, s * (q - zero))
-    low, high = limits(bits)
+    low, high = code_range(bits)
     codes = (w_hat / s + zero).round()
     assert codes.min() >= low and codes.max() <= high and torch.equal(codes, q)
 
@@ -161,7 +211,7 @@ def test_straight_through_surrogate_has_the_same_derivative():
     m(x).backward(dy)
     z0, q0, mask, s, zero = reference(m)
     def surrogate():
-        z = latent(m.codes, m.A.detach(), m.B.detach(), *m.how[:2])
+        z = latent(m.codes, m.A.detach(), m.B.detach(), m.bits, m.phi)
         return ((x @ (s * (q0 + mask * (z - z0) - zero)).t()) * dy).sum().item()
     for p, index in ((m.A, (1, 2)), (m.A, (5, 0)), (m.B, (0, 7)), (m.B, (3, 200))):
         values, true = [], []
@@ -177,9 +227,9 @@ def test_straight_through_surrogate_has_the_same_derivative():
 def test_step_zero_is_rtn_of_phi_and_only_the_zero_factor_learns(phi):
     torch.manual_seed(0)
     w = torch.randn(6, 64)
-    m = LRQATLinear(w, *start_range(w, 4, -1), 4, -1, 4, phi)
+    m = LRQATLinear(w, *start_grid(w, 4, -1), 4, phi)
     x = torch.randn(5, 64)
-    q = latent(m.codes, None, None, 4, phi).round().clamp(-8, 7)
+    q = upcast(m.codes, 4, phi).round().clamp(-8, 7)
     y = m(x)
     torch.testing.assert_close(y, F.linear(x, dequantize(q, m.scale, None)))
     y.square().sum().backward()
@@ -215,17 +265,17 @@ def test_mask_follows_the_adapter_not_phi_alone():
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 7])
 def test_fixed_point_round_trip(bits):
-    low, high = limits(bits)
+    low, high = code_range(bits)
     z = torch.linspace(low - 3, high + 3, 100_001).view(1, -1)
     codes = downcast(z, bits, "fixed")
-    up = latent(codes, None, None, bits, "fixed")
+    up = upcast(codes, bits, "fixed")
     assert (up - z.clamp(low, high)).abs().max() <= 2.0 ** -(9 - bits)
     assert codes.min() == -128 and codes.max() == 2 ** (8 - bits) * high
     assert (up.diff() >= 0).all()
     every = torch.arange(-128, 2 ** (8 - bits) * high + 1).to(torch.int8).view(1, -1)
-    assert torch.equal(downcast(latent(every, None, None, bits, "fixed"), bits, "fixed"), every)
-    assert torch.equal(latent(every, None, None, bits, "fixed").bfloat16().float(),
-                       latent(every, None, None, bits, "fixed"))           # exact in bfloat16
+    assert torch.equal(downcast(upcast(every, bits, "fixed"), bits, "fixed"), every)
+    assert torch.equal(upcast(every, bits, "fixed").bfloat16().float(),
+                       upcast(every, bits, "fixed"))                       # exact in bfloat16
 
 def test_round_takes_ties_to_even():
     z = torch.tensor([[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]])
@@ -234,7 +284,7 @@ def test_round_takes_ties_to_even():
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_fixed_point_moves_few_integers_and_float32_none(bits):
-    low, high = limits(bits)
+    low, high = code_range(bits)
     torch.manual_seed(0)
     z = torch.rand(100, 1000) * (high - low + 1) + low - 0.5
     rtn = z.round().clamp(low, high)
@@ -246,7 +296,7 @@ def test_fixed_point_moves_few_integers_and_float32_none(bits):
 
 def test_packing_is_lossless_on_every_byte():
     every = torch.arange(256, dtype=torch.uint8).view(1, -1)
-    up = latent(every, None, None, 4, "packed")                            # (1, 512)
+    up = upcast(every, 4, "packed")                                        # (1, 512)
     assert up.min() == -8 and up.max() == 7
     assert torch.equal(downcast(up, 4, "packed"), every)
     assert downcast(torch.tensor([[-8.0, 7.0]]), 4, "packed").tolist() == [[0xF0]]
@@ -265,11 +315,11 @@ def test_latent_sum_is_float32():
 
 # ---- Bytes --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("phi,width", [(p, w) for p, (w, _) in PHI.items()])
+@pytest.mark.parametrize("phi,width", [(p, s.bytes_per_weight) for p, s in PHI.items()])
 def test_persistent_bytes_are_exact(phi, width):
     O, C, r = 48, 64, 4
     w = torch.randn(O, C)
-    m = LRQATLinear(w, *start_range(w, 4, -1), 4, -1, r, phi)
+    m = LRQATLinear(w, *start_grid(w, 4, -1), r, phi)
     held = tensor_bytes([*m.parameters(), *m.buffers()])
     assert held == O * C * width + 4 * r * (O + C) + 4 * O
     everything = [*m.__dict__.values(), *m._parameters.values(), *m._buffers.values()]
@@ -280,9 +330,9 @@ def test_persistent_bytes_are_exact(phi, width):
 
 def naive(m, x, dtype):
     """The same layer as plain autograd writes it; dtype: of the chain that builds the weight."""
-    z = latent(m.codes, None, None, *m.how[:2]).to(dtype)
+    z = upcast(m.codes, m.bits, m.phi).to(dtype)
     z = z + ALPHA / 4 * m.A.to(dtype) @ m.B.to(dtype)
-    q = (z + (z.round() - z).detach()).clamp(*limits(4))
+    q = (z + (z.round() - z).detach()).clamp(*code_range(4))
     return F.linear(x, (q * m.scale.to(dtype)).to(x.dtype))
 
 def dense_bytes(f, m, O, C):
@@ -296,7 +346,7 @@ def dense_bytes(f, m, O, C):
 def test_nothing_dense_is_saved_where_plain_autograd_saves_6_to_10_bytes_a_weight():
     O, C = 96, 64
     w = torch.randn(O, C)
-    m = LRQATLinear(w, *start_range(w, 4, -1), 4, -1, 4, "fixed")
+    m = LRQATLinear(w, *start_grid(w, 4, -1), 4, "fixed")
     x = torch.randn(8, C, dtype=torch.bfloat16, requires_grad=True)
     assert dense_bytes(lambda: naive(m, x, torch.bfloat16), m, O, C)[0] == 6
     assert dense_bytes(lambda: naive(m, x, torch.float32), m, O, C)[0] == 10
@@ -348,7 +398,7 @@ def test_ledger_predicts_every_component_within_ten_percent(bits, phi, dtype, mi
     c = LlamaConfig(512, 2, 256, 4, 4, 704, 128)
     args = memory_args(bits=bits, phi=phi, rank=8, dtype=dtype, batch_size=2 * micro, accumulate=2,
                        seq_len=128)
-    m = random_model("LR-QAT", c, args)
+    m = random_model("lr-qat", c, args)
     found, expected = measure(m, args, tokens(vocab=512), report=True), ledger(c, args)
     for name in ("frozen weights", "adapters", "gradients", "optimizer", "activations"):
         assert abs(found[name] / expected[name] - 1) < 0.1, name
@@ -366,7 +416,7 @@ def test_ledger_predicts_every_component_within_ten_percent(bits, phi, dtype, mi
 def test_gpu_peak_is_within_ten_percent_of_the_ledger():
     args = memory_args(device="cuda", batch_size=2, accumulate=2)
     c = LlamaConfig(32000, 4, 4096, 32, 32, 11008, 1024)
-    found = measure(random_model("LR-QAT", c, args), args, tokens(vocab=32000), report=True)
+    found = measure(random_model("lr-qat", c, args), args, tokens(vocab=32000), report=True)
     for name, size in ledger(c, args).items():
         assert abs(found[name] / size - 1) < 0.1, name
 
@@ -426,7 +476,7 @@ def test_merged_checkpoint_has_the_integers_and_logits_of_training(bits, phi, a_
     # an activation of 8 bits that falls on the other side of a border costs 4e-4
     assert (loaded(x)[0] - y).norm() < (1e-6 if a_bits == 16 else 2e-3) * y.norm()
     assert not [k for k in content["model"] if k.rsplit(".", 1)[1] in ("A", "B", "codes")]
-    rtn = small_model(bits, "fp32", arm="RTN", seed=1)[0]
+    rtn = small_model(bits, "fp32", arm="rtn", seed=1)[0]
     rtn.replace_linears(lambda _, linear: QuantLinear.affine(*linear.merge(), bits))
     size = lambda m: tensor_bytes(t for _, linear in m.linears() for t in linear.buffers())
     assert size(loaded) == size(rtn)
@@ -437,7 +487,7 @@ def reference_integers(m):
     w = m(eye).t()                                                         # (O, C)
     zero = 0 if m.zero_point is None else m.zero_point
     q = (w / m.scale.detach() + zero).round().int()
-    return q if m.zero_point is None else q - limits(m.how[0])[0]
+    return q if m.zero_point is None else q - code_range(m.bits)[0]
 
 def test_merge_saturates():
     A = torch.tensor([[200.0 / ALPHA], [-140.0 / ALPHA]])
@@ -465,8 +515,8 @@ def test_merge_is_idempotent_and_free_of_the_adapters():
 def test_range_search_equals_brute_force(bits, group_size):
     torch.manual_seed(0)
     w = torch.randn(5, 32) * torch.logspace(-2, 1, 5).unsqueeze(1)
-    scale, zero_point = start_range(w, bits, group_size)
-    low, high = limits(bits)
+    scale, zero_point, _, _ = start_grid(w, bits, group_size)
+    low, high = code_range(bits)
     rows = w.reshape(-1, 32 if group_size == -1 else group_size).double()
     for i, row in enumerate(rows):
         a, b = (min(row.min(), 0), max(row.max(), 0)) if bits == 2 else (0, 2 * row.abs().max())
@@ -483,14 +533,14 @@ def test_range_search_equals_brute_force(bits, group_size):
 def test_range_is_per_row_and_positive(in_float64):
     torch.manual_seed(0)
     w = torch.randn(8, 512).double()
-    alone = torch.cat([start_range(row[None], 3, -1)[0] for row in w])
-    torch.testing.assert_close(start_range(w, 3, -1)[0], alone)
-    assert start_range(torch.zeros(2, 8), 4, -1)[0].min() > 0              # a row of zeros
-    assert start_range(w, 3, -1, search=False)[0].min() >= start_range(w, 3, -1)[0].min()
+    alone = torch.cat([start_grid(row[None], 3, -1).scale for row in w])
+    torch.testing.assert_close(start_grid(w, 3, -1).scale, alone)
+    assert start_grid(torch.zeros(2, 8), 4, -1).scale.min() > 0           # a row of zeros
+    assert start_grid(w, 3, -1, search=False).scale.min() >= start_grid(w, 3, -1).scale.min()
 
 def test_asymmetric_two_bit_grid_keeps_zero_and_uses_four_codes():
     w = torch.linspace(-0.1, 0.9, 64).repeat(2, 1)
-    m = LRQATLinear(w, *start_range(w, 2, -1), 2, -1, 4, "fixed")
+    m = LRQATLinear(w, *start_grid(w, 2, -1), 4, "fixed")
     q, scale, zero_point = m.merge()
     assert q.dtype == torch.uint8 and set(q.flatten().tolist()) == {0, 1, 2, 3}
     assert zero_point.dtype == torch.uint8 and zero_point.max() <= 3
@@ -505,9 +555,9 @@ def test_full_rank_sgd_step_is_the_projected_qat_step():
     x, dy, lr = torch.randn(9, 8).double(), torch.randn(9, 6).double(), 0.1
     m(x).backward(dy)
     _, _, mask, s, _ = reference(m)
-    before = latent(m.codes, m.A.detach(), m.B.detach(), *m.how[:2])
+    before = latent(m.codes, m.A.detach(), m.B.detach(), m.bits, m.phi)
     m.B.data.sub_(lr * m.B.grad)
-    moved = latent(m.codes, m.A.detach(), m.B.detach(), *m.how[:2]) - before
+    moved = latent(m.codes, m.A.detach(), m.B.detach(), m.bits, m.phi) - before
     assert (moved + lr * s * (dy.t() @ x) * mask).abs().max() < 1e-12
 
 @pytest.mark.parametrize("bits,group_size", [(2, 16), (3, 16), (4, -1)])
@@ -516,7 +566,7 @@ def test_the_packed_layer_multiplies_as_the_trained_one_did(kind, bits, group_si
     """Also where training brought a scale to zero or below: there it is EPS in both."""
     torch.manual_seed(0)
     w = torch.randn(8, 32) + 0.5                       # so that 2 bits have other zero points
-    grid = *start_range(w, bits, group_size), bits, group_size
+    grid = start_grid(w, bits, group_size)
     m = FullQATLinear(w, *grid) if kind == "full QAT" else LRQATLinear(w, *grid, 4, "fp32")
     with torch.no_grad():
         m.scale.mul_(0.8)
@@ -531,7 +581,7 @@ def test_the_packed_layer_multiplies_as_the_trained_one_did(kind, bits, group_si
     assert max(trained[2].abs().max(), trained[5].abs().max()) <= 2**bits * EPS
     assert trained[[0, 1, 3, 4]].abs().max() > 0.5
 
-@pytest.mark.parametrize("arm", ["dense", "dense, longer"])
+@pytest.mark.parametrize("arm", ["dense", "longer"])
 def test_dense_arms_are_the_base_without_a_grid_on_activations(arm):
     x = torch.randint(0, 64, (2, 16))
     torch.manual_seed(0)                               # as in small_model
@@ -539,13 +589,13 @@ def test_dense_arms_are_the_base_without_a_grid_on_activations(arm):
     def logits(arm, bits):                             # bits of the activations
         return small_model(arm=arm, a_bits=bits, kv_bits=bits)[0](x)[0]
     assert (logits(arm, 3) - base(x)[0]).abs().max() < 1e-6
-    assert (logits("RTN", 3) - logits("RTN", 16)).abs().max() > 1e-3
+    assert (logits("rtn", 3) - logits("rtn", 16)).abs().max() > 1e-3
 
 @pytest.mark.parametrize("O,C", [(24, 24), (16, 40), (40, 16)])
 def test_svd_start_is_the_best_copy_of_the_rounding_error(O, C):
     torch.manual_seed(0)
     w = (torch.randn(O, C) * torch.logspace(-2, 0, O).unsqueeze(1)).double()
-    scale, _ = start_range(w, 3, -1)
+    scale = start_grid(w, 3, -1).scale
     scale = scale.double()
     v = to_grid(w, scale, None)
     A, B = svd_start(v, scale, 5, 3)
@@ -558,7 +608,7 @@ def test_svd_start_is_the_best_copy_of_the_rounding_error(O, C):
 def test_svd_start_leaves_the_latent_weight_where_it_was():
     torch.manual_seed(0)
     w = torch.randn(16, 32)
-    scale, zero_point = start_range(w, 2, 16)
+    scale, zero_point, _, _ = start_grid(w, 2, 16)
     m = LRQATLinear(w, scale, zero_point, 2, 16, 4, "fp32", svd=True)
     z = latent(m.codes, m.A, m.B, 2, "fp32")
     assert m.A.abs().max() > 0 and (z - to_grid(w, scale, zero_point)).abs().max() < 1e-5
@@ -566,7 +616,7 @@ def test_svd_start_leaves_the_latent_weight_where_it_was():
 def test_full_qat_has_lsqs_gradients():
     torch.manual_seed(0)
     w = torch.randn(6, 64).double()
-    m = FullQATLinear(w, start_range(w, 3, -1)[0].double() * 0.7, None, 3, -1)
+    m = FullQATLinear(w, start_grid(w, 3, -1).scale.double() * 0.7, None, 3, -1)
     x, dy = torch.randn(9, 64).double(), torch.randn(9, 6).double()
     m(x).backward(dy)
     D, z = dy.t() @ x, w / m.scale.detach()
@@ -578,7 +628,7 @@ def test_full_qat_has_lsqs_gradients():
 @pytest.mark.parametrize("bits", [2, 3])
 def test_gptqs_row_has_the_bits_of_the_grid_that_the_other_arms_have(bits):
     """A scale of 32 bits a row, and at 2 bits a zero point of 8."""
-    m, args, _ = small_model(arm="GPTQ", bits=bits)
+    m, args, _ = small_model(arm="gptq", bits=bits)
     sizes = [linear.weight.shape for _, linear in m.linears()]
     lrqat.gptq_model(m, TrainingTextOnly(tokens().train), args)
     extra = 32 + 8 * (bits == 2)
@@ -591,7 +641,7 @@ def test_gptqs_row_has_the_bits_of_the_grid_that_the_other_arms_have(bits):
 
 def test_hessians_are_of_all_windows_behind_the_blocks_that_are_quantized_already():
     """Up to a unit: 64 windows of the training text, run here one by one, summed in float64."""
-    m, args, _ = small_model(arm="GPTQ", seed=5, seq_len=16)
+    m, args, _ = small_model(arm="gptq", seed=5, seq_len=16)
     idx, blocks = nanobit.data.batch(tokens().train, 0, 64, 16, args.seed, "cpu")[0], 0
     assert len(idx) == 64
     def second_moment(linear):
@@ -613,7 +663,7 @@ def test_hessians_are_of_all_windows_behind_the_blocks_that_are_quantized_alread
     assert blocks == 2
 
 @pytest.mark.parametrize("phi", ["fixed", "packed", "bf16"])
-@pytest.mark.parametrize("arm", ["RTN", "scales only (PEQA)"])
+@pytest.mark.parametrize("arm", ["rtn", "scales"])
 def test_arms_without_adapters_round_the_float_weight_whatever_phi_is(arm, phi):
     """Not what phi keeps of it, which rounds other integers (fixed: some 2^-6 of them)."""
     m, args, _ = small_model(bits=3, phi=phi, arm=arm)
@@ -626,11 +676,11 @@ def test_arms_without_adapters_round_the_float_weight_whatever_phi_is(arm, phi):
     assert differ <= total / 10_000                    # a tie may fall to either side
 
 def test_scales_only_arm_keeps_rtns_integers():
-    m, args, _ = small_model(arm="scales only (PEQA)", bits=3)
+    m, args, _ = small_model(arm="scales", bits=3)
     before = [linear.merge()[0] for _, linear in m.linears()]
     take_steps(m, args, tokens(), 3)
     assert all(torch.equal(a, linear.merge()[0]) for a, (_, linear) in zip(before, m.linears()))
-    rtn = small_model(arm="RTN", bits=3)[0]
+    rtn = small_model(arm="rtn", bits=3)[0]
     assert all(torch.equal(a, linear.merge()[0]) for a, (_, linear) in zip(before, rtn.linears()))
     assert not any(p.requires_grad for p in rtn.parameters())
 
@@ -651,7 +701,7 @@ def test_only_adapters_and_scales_learn_and_the_codes_never_change():
     assert not any(p.grad is not None for p in m.parameters() if not p.requires_grad)
 
 def test_frozen_scales_stay():
-    m, args, _ = small_model(arm="LR-QAT, s frozen")
+    m, args, _ = small_model(arm="frozen")
     before = [linear.scale.clone() for _, linear in m.linears()]
     take_steps(m, args, tokens(), 3)
     assert all(torch.equal(a, linear.scale) for a, (_, linear) in zip(before, m.linears()))
@@ -666,7 +716,7 @@ def test_optimizer_has_two_rates_and_no_decay():
     assert sum(p.numel() for g in groups if g["peak"] == 1e-2 for p in g["params"]) == sum(
         4 * (O + C) for O, C in shapes)
     assert count[lrqat.RATES["scale"] * 1e-2] == sum(O for O, _ in shapes)
-    full = arm_optimizer(small_model(arm="full QAT (LSQ)")[0], 1e-2).param_groups
+    full = arm_optimizer(small_model(arm="full")[0], 1e-2).param_groups
     assert sorted(g["weight_decay"] for g in full) == [0, 0.1]
 
 def test_progress_counts_the_integers_that_the_adapters_moved():
@@ -678,7 +728,7 @@ def test_progress_counts_the_integers_that_the_adapters_moved():
     with torch.no_grad():
         linear.A[:3] = 4 / ALPHA / 4                   # rank 4: alpha/r A B = 1
         linear.B.fill_(1.0)
-    pushed = (before[:3] < limits(4)[1]).sum().item()  # the others are clipped already
+    pushed = (before[:3] < code_range(4)[1]).sum().item()  # the others are clipped already
     total = sum(w.codes.numel() for _, w in m.linears())
     # Of a pair of ties, -1/2 and 1/2, both become 0: that one is pushed and does not move.
     assert pushed > 100 and abs(lrqat.flipped(m) * total - pushed) < 3
@@ -767,7 +817,9 @@ def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, capsys)
         rows.append(json.loads(out.strip().splitlines()[-1]))
         assert rows[-1]["integers_differ"] == 0 and abs(rows[-1]["packed_minus_live"]) < 1e-5
     first, again = ({arm: row["val_loss"] for arm, row in r["arms"].items()} for r in rows)
-    assert list(first) == list(lrqat.ARMS) and first == again
+    assert list(first) == [
+        "dense", "dense, longer", "RTN", "GPTQ", "scales only (PEQA)", "full QAT (LSQ)",
+        "LR-QAT, s frozen", "LR-QAT"] and first == again
     base = nanobit.checkpoint.load_checkpoint(str(tmp_path / "base.pt"))[0]  # floats, also inside
     dense = nanobit.train.evaluate(base, data.val, 32)["loss"]
     assert rows[0]["base_val_loss"] == pytest.approx(dense, abs=1e-5)
@@ -794,7 +846,7 @@ def test_one_arm_alone_ends_as_beside_the_others_and_is_packed(arm, own_cache, t
         _, out, _ = call(capsys, command + more)
         assert " 0 of 8704 integers differ" in out
         rows.append(json.loads(out.strip().splitlines()[-1]))
-    name = lrqat.ALONE[arm]
+    name = ARMS[arm].label
     assert list(rows[1]["arms"]) == ["dense", "RTN", name] and rows[1]["arm"] == arm
     assert rows[1]["arms"][name]["val_loss"] == rows[0]["arms"][name]["val_loss"]
     assert rows[1]["val_loss"] == pytest.approx(rows[1]["arms"][name]["val_loss"], abs=1e-5)

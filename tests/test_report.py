@@ -182,8 +182,9 @@ def test_every_committed_row_has_a_command_of_today_with_the_rows_settings(
         if script == "pvtune.py" and args.variant:
             assert row["variant"] == args.variant and pvtune.NAMES[args.variant] in row["arms"]
         if script == "lrqat.py":
-            alone = lrqat.ALONE[args.arm or "lr-qat"]
-            assert list(row["arms"])[-1] == alone and set(row["arms"]) <= set(lrqat.ARMS)
+            alone = lrqat.ARMS[args.arm or "lr-qat"].label
+            labels = {arm.label for arm in lrqat.ARMS.values()}
+            assert list(row["arms"])[-1] == alone and set(row["arms"]) <= labels
 
 def test_every_committed_row_of_a_kernel_is_one_of_todays_benchmark(monkeypatch):
     pytest.importorskip("triton", "3.5")

@@ -22,7 +22,8 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-from lrqat import PHI, arm_linear, check_phi, check_shapes, convert, arm_optimizer, start_range
+from lrqat import (ARMS, PHI, arm_linear, arm_optimizer, check_phi, check_shapes, convert,
+                   start_grid)
 from model import LLaMA, PRESETS, RMSNorm, UsageError
 from nanobit.checkpoint import tensor_bytes
 from nanobit.cli import Parser, number, resolve, run
@@ -32,7 +33,7 @@ from nanobit.runs import finish, open_model
 from nanobit.train import train_step
 
 VOCAB = 32000                          # of the random models: Llama 2's
-ARMS = ("LR-QAT", "full QAT (LSQ)", "dense, longer")
+MEASURED = ("lr-qat", "full", "longer")
 
 def parse_args(argv=None):
     p = Parser(prog="time_lrqat_memory.py", description=__doc__.splitlines()[0])
@@ -101,7 +102,7 @@ def ledger(c, args):
     else:
         scales = L * sum(O * (C // args.group_size) for O, C in shapes)
     learn = L * args.rank * sum(O + C for O, C in shapes) + scales
-    frozen = int(weights * PHI[args.phi][0])
+    frozen = int(weights * PHI[args.phi].bytes_per_weight)
     if args.bits == 2:
         frozen += scales                               # zero points of a byte
     embeddings = (2 - c.tied) * c.vocab_size * d * e   # with the head
@@ -187,8 +188,10 @@ def print_ledger(predicted, found):
 def random_tokens(vocab, seed):
     return types.SimpleNamespace(train=np.random.default_rng(seed).integers(0, vocab, 100_000))
 
-def random_model(arm, c, args):
-    """A model of random weights, made on the device, each linear at once in its final format."""
+def random_model(key, c, args):
+    """A model of random weights, made on the device, each linear at once in its final format. key:
+    of lrqat's ARMS."""
+    arm = ARMS[key]
     with torch.device("meta"):                         # shapes alone: no memory
         model = LLaMA(copy.copy(c), getattr(torch, args.dtype))
     check_shapes(model, args)
@@ -198,8 +201,8 @@ def random_model(arm, c, args):
     def make(name, linear):
         w = torch.randn(linear.weight.shape, device=args.device, dtype=model.dtype) / 50
         grid = None
-        if not arm.startswith("dense"):
-            grid = start_range(w, args.bits, args.group_size, search=False)
+        if arm.quantized:
+            grid = start_grid(w, args.bits, args.group_size, search=False)
         return arm_linear(linear, w, grid, arm, args)
 
     model.replace_linears(make)
@@ -236,20 +239,22 @@ def random_run(args):
         f"{args.phi} rank {args.rank} | {args.batch_size // args.accumulate} x {args.seq_len} "
         "tokens at a time")
     results = {}
-    for arm in ARMS:
-        model = results[arm] = None                    # free the last one
-        if cuda and arm != "LR-QAT":
+    for key in MEASURED:
+        label = ARMS[key].label
+        model = None                                   # free the last one
+        results[label] = None                          # where this one does not fit
+        if cuda and key != "lr-qat":
             limit_memory(args)
         try:
-            model = random_model(arm, c, args)
-            report = model.lean and arm == "LR-QAT"
-            results[arm] = measure(model, args, data, report)
-            line = f"{results[arm]['tokens/s']:.0f} tokens/s"
+            model = random_model(key, c, args)
+            report = model.lean and key == "lr-qat"
+            results[label] = measure(model, args, data, report)
+            line = f"{results[label]['tokens/s']:.0f} tokens/s"
         except torch.OutOfMemoryError:
-            if arm == "LR-QAT":
+            if key == "lr-qat":
                 raise
             line = f"out of memory: does not fit in {args.limit:g} GiB"
-        say(f"{arm} | {line}{peaks() if cuda else ''}")
+        say(f"{label} | {line}{peaks() if cuda else ''}")
     finish(args, "lrqat-random", nn.Module(), dict.fromkeys(("loss", "ppl", "bits_per_byte")),
            {"tokens": args.steps * args.batch_size * args.seq_len,
             "seconds": time.perf_counter() - start},
@@ -262,8 +267,8 @@ def base_run(args):
     base, _ = open_model(args, args.base)
     check_shapes(base, args)
     data = random_tokens(base.config.vocab_size, args.seed)
-    ranges = {n: start_range(m.weight, args.bits, args.group_size) for n, m in base.linears()}
-    model = convert(base, "LR-QAT", args, ranges)
+    grids = {n: start_grid(m.weight, args.bits, args.group_size) for n, m in base.linears()}
+    model = convert(base, ARMS["lr-qat"], args, grids)
     model.lean = args.lean
     found = measure(model, args, data, report=args.lean)
     say(f"LR-QAT of {args.base} | {found['tokens/s']:.0f} tokens/s")
