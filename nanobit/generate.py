@@ -44,7 +44,8 @@ def sample_text(model, tokenizer, prompt, n, seed, temperature=0.8, top_k=50, co
 
 @torch.no_grad()
 def generate(model, idx, n, temperature=1.0, top_k=None, generator=None, compile=False):
-    """Append n sampled tokens to idx (B, T), as LLaMA.generate does, with a cache.
+    """Append n sampled tokens to idx (B, T), as LLaMA.generate does, with a cache. One difference:
+    top_k keeps exactly so many, where the plain loop also keeps those equal to the last of them.
 
     Keys and values are kept up to seq_len tokens. Beyond, the window slides, all of its positions
     change, and each token costs a pass over the whole window.
@@ -77,32 +78,7 @@ def decode(model, idx, n, choose, compile=False):
     """
     B, T = idx.shape
     device = idx.device
-
-    # A cache for each layer, and the angles of all its positions. A length that 64 does not divide
-    # would make attention copy the mask to pad it.
-    c = model.config
-    S = math.ceil((T + n - 1) / 64) * 64
-    caches = [Cache(model, B, S) for _ in model.blocks]
-    cos, sin = rope_tables(S, c.head_dim, c.rope_theta, device, c.rope_scaling)    # (S, hs) each
-    slots = torch.arange(S, device=device)
-
-    def forward(idx, at):
-        """Ids (B, t) at positions `at` (t,) -> logits of the last one, (B, vocab)."""
-        # Minus infinity where a position of the cache lies ahead of the token.
-        ahead = slots > at.unsqueeze(1)                                            # (t, S)
-        mask = torch.zeros(ahead.shape, dtype=model.dtype, device=device)
-        mask = mask.masked_fill(ahead, -torch.inf)
-
-        # The model's own blocks, each with its cache.
-        cos_at = cos[at]                                                           # (t, hs)
-        sin_at = sin[at]                                                           # (t, hs)
-        x = model.embed(idx).to(model.dtype)                                       # (B, t, C)
-        for block, cache in zip(model.blocks, caches):
-            cache.at = at
-            cache.mask = mask
-            x = block(x, cos_at, sin_at, cache)
-        logits, _ = model.predict(x[:, -1:])                                       # (B, 1, vocab)
-        return logits[:, -1]
+    forward = cached_forward(model, B, T + n - 1, device)
 
     # A product with one token waits for its weight: the compiler's own, tuned kernels read it
     # faster than a library's.
@@ -138,6 +114,36 @@ def decode(model, idx, n, choose, compile=False):
             with torch.cuda.graph(graph):
                 step()
     yield token
+
+def cached_forward(model, B, length, device):
+    """The model with a cache for `length` tokens: a function of ids and their positions."""
+    # A cache for each layer, and the angles of all its positions. A length that 64 does not divide
+    # would make attention copy the mask to pad it.
+    c = model.config
+    S = math.ceil(length / 64) * 64
+    caches = [Cache(model, B, S) for _ in model.blocks]
+    cos, sin = rope_tables(S, c.head_dim, c.rope_theta, device, c.rope_scaling)    # (S, hs) each
+    slots = torch.arange(S, device=device)
+
+    def forward(idx, at):
+        """Ids (B, t) at positions `at` (t,) -> logits of the last one, (B, vocab)."""
+        # Minus infinity where a position of the cache lies ahead of the token.
+        ahead = slots > at.unsqueeze(1)                                            # (t, S)
+        mask = torch.zeros(ahead.shape, dtype=model.dtype, device=device)
+        mask = mask.masked_fill(ahead, -torch.inf)
+
+        # The model's own blocks, each with its cache.
+        cos_at = cos[at]                                                           # (t, hs)
+        sin_at = sin[at]                                                           # (t, hs)
+        x = model.embed(idx).to(model.dtype)                                       # (B, t, C)
+        for block, cache in zip(model.blocks, caches):
+            cache.at = at
+            cache.mask = mask
+            x = block(x, cos_at, sin_at, cache)
+        logits, _ = model.predict(x[:, -1:])                                       # (B, 1, vocab)
+        return logits[:, -1]
+
+    return forward
 
 def capturable(model):
     """Does no layer copy from the CPU or wait for the GPU? Of the packed ones, kernels.py's do not.

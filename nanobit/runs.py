@@ -27,7 +27,7 @@ except ImportError:                                    # Windows: no lock on --o
 from model import LLaMA, PRESETS, UsageError
 from nanobit.checkpoint import load_checkpoint, save_checkpoint, tensor_bytes
 from nanobit.data import load_data
-from nanobit.hf import read_hf_tokenizer
+from nanobit.hf_tokenizer import read_hf_tokenizer
 from nanobit.ranks import first_rank_first, put, rank, say, world_size
 from nanobit.train import dev_loss, evaluate, settings
 from quantizers import bits_per_weight
@@ -139,7 +139,8 @@ def check_groups(model, group_size):
     """Raise UsageError for a --group-size that does not divide a linear's inputs; -1: a row."""
     for name, linear in model.linears():
         C = linear.in_features
-        if group_size == 0 or C % abs(group_size):
+        size = C if group_size == -1 else group_size
+        if size < 1 or C % size:
             raise UsageError(f"--group-size {group_size} does not divide the {C} input channels of "
                              f"{name}; try {math.gcd(C, 128)}, or -1 (one scale per row)")
 

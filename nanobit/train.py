@@ -116,20 +116,14 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
             losses += check_finite(torch.stack(pending).tolist(), len(losses), saved, path)
             pending = []
             ms = (time.perf_counter() - last_line) / (done - line_step) * 1e3
-            ms = max(ms, 1e-6)
             rate = optimizer.param_groups[0]["lr"]
-            speed = args.batch_size * args.seq_len / ms                    # thousand tokens/s
-            eta = (args.steps - done) * ms / 1e3                           # s
             say(f"step {done:>4}/{args.steps} | loss {losses[-1]:.4f} | lr {rate:.1e} | "
-                f"gnorm {gnorm:.2f} |{status()} {ms:.0f} ms | {speed:.1f}k tok/s | eta {eta:.0f}s")
+                f"gnorm {gnorm:.2f} |{status()} {speed(args, done, max(ms, 1e-6))}")
             last_line = time.perf_counter()
             line_step = done
 
-        # A look at the dev split.
         if look:
-            dev = dev_loss(model, data, args.seq_len)
-            tokens = min(DEV_WINDOWS * args.seq_len, len(data.dev) - 1)
-            say(f"step {done:>4}/{args.steps} | dev loss {dev:.4f} nats/token on {tokens} tokens")
+            look_at_dev(model, data, args, done)
 
         # The state, from which --resume goes on. What it took is not the next steps' time.
         if save:
@@ -144,6 +138,17 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
 
     return {"seconds": seconds_before + time.perf_counter() - start, "losses": losses,
             "tokens": args.steps * args.batch_size * args.seq_len}
+
+def speed(args, done, ms):
+    """The end of a progress line: how long a step takes, and the steps that are left."""
+    thousands = args.batch_size * args.seq_len / ms    # of tokens per second
+    eta = (args.steps - done) * ms / 1e3
+    return f"{ms:.0f} ms | {thousands:.1f}k tok/s | eta {eta:.0f}s"
+
+def look_at_dev(model, data, args, done):
+    dev = dev_loss(model, data, args.seq_len)
+    tokens = min(DEV_WINDOWS * args.seq_len, len(data.dev) - 1)
+    say(f"step {done:>4}/{args.steps} | dev loss {dev:.4f} nats/token on {tokens} tokens")
 
 def train_arm(model, data, args, path, status, optimizer):
     """train, for one of the runs that a command compares: --resume begins those not yet begun."""
