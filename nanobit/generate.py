@@ -62,8 +62,7 @@ def generate(model, idx, n, temperature=1.0, top_k=None, generator=None, compile
     # The others.
     for _ in range(n - fit):
         choose.draw()
-        logits, _ = model(idx[:, -longest:])
-        token = choose(logits[:, -1])
+        token = choose(model(idx[:, -longest:])[0][:, -1])
         idx = torch.cat((idx, token), dim=1)
     return idx
 

@@ -204,10 +204,14 @@ def spans(text, cut=CUT, force=True, skip=0):
     """
     start = 0
     while len(text) - start > 2 * PIECE:
+        # The first place to cut after PIECE characters.
         limit = start + 2 * PIECE if force else len(text)
         found = cut.search(text, start + PIECE, limit)
-        stop = found.start() if found else limit
-        yield start, stop
-        start = stop + skip if found else stop
+        if not found:
+            yield start, limit
+            start = limit
+            continue
+        yield start, found.start()
+        start = found.start() + skip
     if start < len(text):
         yield start, len(text)

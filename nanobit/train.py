@@ -47,7 +47,7 @@ def train_step(model, optimizer, data, args, step):
         share_gradients_of_last(model, i + size >= len(x))
         x_part = x[i:i + size]
         y_part = y[i:i + size]
-        _, loss = model(x_part, y_part)
+        loss = model(x_part, y_part)[1]                # a name would keep the logits in memory
         loss = loss * (len(x_part) / len(x))
         loss.backward()
         total = total + loss.detach()
@@ -199,8 +199,8 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
     for i, b, t in progress(windows, "evaluating"):
         x = ids[i:i + b * t].view(b, t).to(device)
         y = ids[i + 1:i + 1 + b * t].view(b, t).to(device)
-        _, loss = model(x, y)
-        total += loss.item() * (b * t)
+        loss = model(x, y)[1].item()
+        total += loss * (b * t)
     model.lean = was_lean
 
     # The first token is context: its bytes are not scored.
