@@ -78,7 +78,7 @@ def load_data(source=None, vocab="1024", seq_len=128, spec=None, limit=None):
                              f"tokens, one window needs {seq_len + 1}; give more text or a lower "
                              "--seq-len")
 
-    text_bytes = {part: sum(map(count_bytes, texts)) for part, texts in parts.items()}
+    text_bytes = {part: sum(map(utf8_size, texts)) for part, texts in parts.items()}
     return Data(**ids, spec=spec, digest=digest, name=name, text_bytes=text_bytes)
 
 def split(docs):
@@ -266,7 +266,7 @@ def utf8(text, block=2**20):
     for i in range(0, len(text), block):
         yield text[i:i + block].encode()
 
-def count_bytes(text):
+def utf8_size(text):
     return sum(len(block) for block in utf8(text))
 
 def hash_of(docs):
