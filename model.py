@@ -8,15 +8,17 @@
     torchrun --standalone --nproc_per_node=8 model.py --size 100M      # the same run on 8 GPUs
 
 The model:
-  1. Tokens become vectors. Each block adds two things to them: what attention gathers from earlier
-     tokens, and what a small network, the SwiGLU, makes of each token alone.
+  1. Tokens become vectors. Each block adds two things to them: what attention gathers from the
+     token itself and earlier ones, and what a small network, the SwiGLU, makes of each alone.
   2. Both read the vectors through an RMSNorm. Positions enter as rotations of queries and keys.
   3. A last norm and a linear, the head, give a score for each token that may come next.
 The only weights that are quantized anywhere in this project are those of a block's seven linears:
 wq, wk, wv, wo, w_gate, w_up, w_down. Embedding, norms and head stay floats.
 
-Paper: Llama 2 (arXiv 2307.09288); the presets' shapes and rates are QuEST's (2502.05003).
+Read `LLaMA.forward` first, then `Block`, `Attention` and `MLP`, then the parts that they use.
 Training, data, checkpoints and the commands are in nanobit/. Not here: dropout, biases.
+
+Paper: Llama 2 (arXiv 2307.09288); shapes and rates from 30M to 800M are QuEST's (2502.05003).
 
 Shapes: B sequences, T tokens each, C = n_embd, nh = n_head, nkv = n_kv_head, hs = head size.
 """
@@ -46,7 +48,7 @@ class LlamaConfig:
     n_hidden: int = 768          # width inside the SwiGLU
     seq_len: int = 128           # longest window it is trained on
     rope_theta: float = 10000.0
-    rope_scaling: tuple = ()     # Llama 3.1's factor, low and high frequency factor, first length
+    rope_scaling: tuple = ()     # Llama 3.1's four numbers, see rope_tables; empty: no scaling
     head_dim: int = 0            # of one head; 0: n_embd / n_head
     norm_eps: float = 1e-5
     tied: bool = False           # the head shares the embedding's weights
@@ -55,14 +57,14 @@ class LlamaConfig:
 
     def __post_init__(self):
         heads_fit = self.n_head % self.n_kv_head == 0
-        width_fits = self.head_dim or self.n_embd % self.n_head == 0
+        width_fits = self.head_dim > 0 or self.n_embd % self.n_head == 0
         if not (heads_fit and width_fits):
             raise UsageError(f"width {self.n_embd} must be a multiple of the {self.n_head} heads, "
                              f"and these of the {self.n_kv_head} key/value heads")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
 
 class Preset(NamedTuple):
-    """A shape with the recipe that trains it: peak rate, steps, and windows a step."""
+    """A shape with the recipe that trains it: peak rate, steps, and windows per step."""
     n_layer: int
     n_embd: int
     n_head: int
@@ -70,12 +72,13 @@ class Preset(NamedTuple):
     lr: float
     steps: int
     batch_size: int
-    accumulate: int              # parts of a batch, one after the other
+    accumulate: int              # a batch goes through the model in so many parts
     seq_len: int
 
     def config(self, vocab_size, seq_len=None, tied=False):
-        return LlamaConfig(vocab_size, self.n_layer, self.n_embd, self.n_head, self.n_head,
-                           self.n_hidden, seq_len or self.seq_len, tied=tied)
+        return LlamaConfig(vocab_size, self.n_layer, self.n_embd, self.n_head,
+                           n_kv_head=self.n_head, n_hidden=self.n_hidden,
+                           seq_len=seq_len or self.seq_len, tied=tied)
 
 # 0.5M to 3.4M: for the scaling law, 25 tokens per parameter at the default vocabulary.
 # 30M to 800M: QuEST's shapes, peak learning rates and steps of 512 x 512 tokens.
@@ -97,7 +100,7 @@ PRESETS = {
 # ---- Parts ------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
-    """x over its root mean square, times a learned weight for each channel."""
+    """x divided by its root mean square, times a learned weight for each channel."""
 
     def __init__(self, n, eps):
         super().__init__()
@@ -105,12 +108,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        h = x.float()                                                      # statistics in float32
+        h = x.float()                          # bfloat16 would lose digits in the mean
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return (h * self.weight).to(x.dtype)
 
 class Linear(nn.Linear):
-    """No bias. The float32 master weight is cast to the dtype of its input: bfloat16 compute."""
+    """No bias. The weight stays float32, for the optimizer; the product is in the input's dtype."""
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
@@ -119,7 +122,8 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 def apply_linears(x, *linears):
-    """[linear(x) for each]. A class with `fused` does once what they share (QuEST: x's codes)."""
+    """[linear(x) for each]. A class that stands in the place of Linear may have `fused`, which does
+    only once what they share: QuestLinear rounds x once, not for each of them."""
     fused = getattr(type(linears[0]), "fused", None)
     if fused:
         return fused(x, linears)
@@ -128,34 +132,37 @@ def apply_linears(x, *linears):
 def rope_tables(seq_len, head_size, theta, device, scaling=()):
     """cos and sin, float32 (T, hs), in Hugging Face's half-split order: hs/2 frequencies, twice.
 
-    scaling (Llama 3.1): frequencies that turn less than `low` times in the first training length
-    are divided by `factor`, those that turn more than `high` times stay; between, a mixture.
+    scaling: () or Llama 3.1's (factor, low, high, length), with which a model trained on windows
+    of `length` reads longer ones. A frequency that turns less than `low` times in `length` is
+    divided by `factor`, one that turns more than `high` times stays; between, a mixture.
     """
+    # Radians per position: 1 for the first pair of channels, down to almost 1 / theta.
     freq = theta ** -(torch.arange(0, head_size, 2, device=device).float() / head_size)
     if scaling:
         factor, low, high, length = scaling
         turns = length * freq / (2 * math.pi)
         stay = ((turns - low) / (high - low)).clamp(0, 1)                          # (hs/2,)
         freq = freq * (stay + (1 - stay) / factor)
+
+    # The angle of each position and frequency; both channels of a pair turn by the same one.
     angle = torch.outer(torch.arange(seq_len, device=device).float(), freq)        # (T, hs/2)
     angle = angle.repeat(1, 2)                                                     # (T, hs)
     return angle.cos(), angle.sin()
 
 def apply_rope(x, cos, sin):
     """Rotate the pairs (i, i + hs/2) of x (B, heads, T, hs) by their position's angle."""
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = x.float().chunk(2, dim=-1)                                      # (B, heads, T, hs/2)
     turned = torch.cat((-b, a), dim=-1)
     return (x.float() * cos + turned * sin).to(x.dtype)
 
 def quantized(x, bits):
-    """Activations on a grid of their own for each token (of each head); at 16 bits x as it is. Only
-    LR-QAT sets fewer bits."""
+    """x, rounded on a grid for each token (of each head); at 16 bits, all but LR-QAT's, x itself."""
     return fake_quant_tokens(x, bits, symmetric=False)
 
 # ---- A block ----------------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Each token takes a weighted mean of what itself and the tokens before it offer."""
+    """Each token takes a weighted mean of what it and the tokens before it offer."""
 
     def __init__(self, c):
         super().__init__()
@@ -170,30 +177,31 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         a_bits, kv_bits = self.config.a_bits, self.config.kv_bits
 
-        # queries, keys and values of every head
+        # Queries, keys and values of every head.
         q, k, v = apply_linears(quantized(x, a_bits), self.wq, self.wk, self.wv)
         k, v = quantized(k, kv_bits), quantized(v, kv_bits)
         q = q.view(B, T, -1, self.head_size).transpose(1, 2)               # (B, nh, T, hs)
         k = k.view(B, T, -1, self.head_size).transpose(1, 2)               # (B, nkv, T, hs)
         v = v.view(B, T, -1, self.head_size).transpose(1, 2)               # (B, nkv, T, hs)
 
-        # positions turn queries and keys; a product of the two then knows only their distance
+        # Positions turn queries and keys. A product of the two then knows only their distance.
         q = quantized(apply_rope(q, cos, sin), a_bits)
         k = quantized(apply_rope(k, cos, sin), a_bits)
 
-        # with a cache (nanobit/generate.py) the earlier tokens' keys and values come from there
+        # Each query weighs the values by its products with the keys, up to its own position. In
+        # generation the earlier tokens' keys and values come from a cache (nanobit/generate.py).
         if cache is not None:
             y = cache.attend(q, k, v)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                                enable_gqa=q.size(1) != k.size(1))
 
-        # all heads side by side again
+        # All heads side by side again, mixed by the last linear.
         y = quantized(y, a_bits).transpose(1, 2)                           # (B, T, nh, hs)
         return self.wo(y.reshape(B, T, -1))                                # (B, T, C)
 
 class MLP(nn.Module):
-    """SwiGLU: w_down(silu(w_gate x) * w_up x), a gate for each of the n_hidden units."""
+    """SwiGLU: w_down(silu(w_gate x) * w_up x), a gate for each of the H = n_hidden units."""
 
     def __init__(self, c):
         super().__init__()
@@ -204,7 +212,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         a_bits = self.config.a_bits
-        gate, up = apply_linears(quantized(x, a_bits), self.w_gate, self.w_up)
+        gate, up = apply_linears(quantized(x, a_bits), self.w_gate, self.w_up)     # (B, T, H)
         return self.w_down(quantized(F.silu(gate) * up, a_bits))           # (B, T, C)
 
 class Block(nn.Module):
@@ -222,15 +230,12 @@ class Block(nn.Module):
 # ---- The model --------------------------------------------------------------------------------
 
 def rerun(f, *inputs):
-    """f(*inputs), keeping the inputs alone for the backward pass, which computes f again."""
+    """f(*inputs). Only the inputs are kept for the backward pass, which computes f once more."""
     return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 class LLaMA(nn.Module):
-    """Decoder-only transformer. `dtype` is that of the activations; the weights stay float32.
-
-    lean = True saves memory: the backward pass computes each block, and the logits, once more.
-    """
-    lean = False
+    """Decoder-only transformer. `dtype` is that of the activations; the weights stay float32."""
+    lean = False                 # True saves memory: backward computes blocks and logits once more
 
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
@@ -244,23 +249,26 @@ class LLaMA(nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
 
-        # The outputs of 2L residual branches add up, so each is made smaller.
+        # Every matrix begins as noise. What wo and w_down put out is added up over the L blocks,
+        # 2L summands, so theirs is smaller by sqrt(2L).
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                residual = name.endswith(("wo.weight", "w_down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if residual else 0.02)
+                std = 0.02
+                if name.endswith(("wo.weight", "w_down.weight")):
+                    std = std / math.sqrt(2 * c.n_layer)
+                nn.init.normal_(p, std=std)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, as_stored=False):
-        """The model of a Hugging Face folder. Its weights become float32 ones; as_stored: they keep
+        """The model of a Hugging Face folder. Its weights become float32, or with as_stored keep
         their dtype and stay in the mapped files until they are used. Raises UsageError."""
         from nanobit.hf import read_folder
         return read_folder(folder, dtype, as_stored)
 
     def forward(self, idx, targets=None):
-        """Ids (B, T) -> logits (B, T, vocab) and the loss, its mean in nats, None without targets.
-        With lean and targets the logits are None: they are never whole."""
-        cos, sin = self.rope(idx)                                          # (T, hs)
+        """Ids and targets (B, T) -> (logits (B, T, vocab), mean loss in nats). The loss is None
+        without targets; the logits are None with lean and targets, since they are never whole."""
+        cos, sin = self.rope(idx)                                          # (T, hs) each
         x = self.embed(idx).to(self.dtype)                                 # (B, T, C)
         for block in self.blocks:
             x = rerun(block, x, cos, sin) if self.lean else block(x, cos, sin)
@@ -302,12 +310,13 @@ class LLaMA(nn.Module):
         the same with a cache of keys and values.
         """
         for _ in range(n):
-            logits = self(idx[:, -self.config.seq_len:])[0][:, -1].float()         # (B, vocab)
+            logits, _ = self(idx[:, -self.config.seq_len:])
+            logits = logits[:, -1].float()                                         # (B, vocab)
             if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)
+                token = logits.argmax(-1, keepdim=True)                            # (B, 1)
             else:
                 logits = logits / temperature
-                if top_k:
+                if top_k:                      # only the k largest, and their equals, can be drawn
                     least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < least, -torch.inf)
                 token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
@@ -317,8 +326,8 @@ class LLaMA(nn.Module):
     # What the methods need of a model: the linears that they replace, and compiled parts.
 
     def linears(self):
-        """(name, module) of the linears inside the blocks: all that any method quantizes. By their
-        names, since a method's own class may stand there."""
+        """(name, module) of the linears inside the blocks: all that any method quantizes. They are
+        found by their names, w..., since a method's own class may stand there."""
         return [(name, m) for name, m in self.named_modules()
                 if name.startswith("blocks.") and name.rsplit(".", 1)[-1].startswith("w")]
 
@@ -329,13 +338,12 @@ class LLaMA(nn.Module):
         return self
 
     def compile_parts(self):
-        """torch.compile the blocks, for which the code of the first serves all, and predict: the
-        last norm, the head, the loss."""
+        """torch.compile each block (all share the first one's code) and predict."""
         for block in self.blocks:
             block.compile()
         self.predict = torch.compile(self.predict)
 
 if __name__ == "__main__":
-    # The rooms import this file once more, as `model`; nothing of this copy is used.
+    # nanobit.cli imports this file again, as `model`; nothing of this copy is used.
     from nanobit.cli import main, run
     run(main)

@@ -1,7 +1,9 @@
 """Checkpoints: one file of tensors and plain values, written whole or not at all.
 
-`save_checkpoint` writes under a temporary name and renames; `read_checkpoint` verifies checksums
-and loads nothing that could run code. A packed layer is its spec and its tensors.
+  1. `save_checkpoint` writes under a temporary name, then renames.
+  2. `read_checkpoint` verifies checksums, and loads nothing that could run code.
+  3. `load_checkpoint` makes the model again. A packed layer is its spec and its tensors.
+`load_weights` is for a model that is there already: a resumed run's.
 """
 import dataclasses
 import os
@@ -13,21 +15,6 @@ from model import LlamaConfig, LLaMA, UsageError
 from nanobit.ranks import agree, gather, placed_like, rank
 from quantizers import QuantLinear
 
-def check_weights(tensors, path):
-    """Raise UsageError for the first of the pairs (name, tensor) that has a NaN or an infinity."""
-    for name, tensor in tensors:
-        if not tensor.is_floating_point():
-            continue
-        # In parts: a mapped tensor is read without ever being whole in memory.
-        if not all(part.isfinite().all() for part in tensor.detach().flatten().split(2**24)):
-            raise UsageError(f"{path}: the weight {name} is not finite (it has a NaN or an "
-                             "infinity); fetch or train it again")
-
-def tensor_bytes(tensors):
-    """Bytes of the storages behind the tensors, each once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                for t in tensors}.values())
-
 SAVED = []  # the checkpoints that this process wrote, for the message after Ctrl-C
 
 def save_checkpoint(path, model, **content):
@@ -37,71 +24,100 @@ def save_checkpoint(path, model, **content):
     linears = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     content = {"format": "nanobit-1", "config": dataclasses.asdict(model.config),
                "linears": linears, "model": model.state_dict(), **content}
+
+    # All ranks bring their shares of the weights, and rank 0 writes. The others go on when it has.
     content = gather(content)
     if rank():
-        return agree()                                 # the file is there when all go on
+        agree()
+        return
     check_weights(content["model"].items(), path)
+    write_whole(path, content)
+    SAVED.append(path)
+    agree()
+
+def write_whole(path, content):
+    """torch.save, so that whenever the process ends the path holds the old file or the new one."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(temporary, "wb") as f:
             torch.save(content, f)
             f.flush()
-            os.fsync(f.fileno())
+            os.fsync(f.fileno())                       # on the disk before it gets its name
         os.replace(temporary, path)
-        SAVED.append(path)
-    except (OSError, RuntimeError) as e:               # torch turns a short write into the latter
-        e = e if isinstance(e, OSError) else e.__context__ or e
+    except (OSError, RuntimeError) as e:
+        # torch turns a short write into a RuntimeError; what the system said is its context.
+        if not isinstance(e, OSError):
+            e = e.__context__ or e
         raise UsageError(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; "
                          "free space or choose another --out") from None
     finally:
         if os.path.exists(temporary):                  # also after Ctrl-C
             os.remove(temporary)
-    agree()
 
 def read_checkpoint(path):
     """The content that save_checkpoint wrote. Raises UsageError for anything else."""
+    if os.path.isdir(path):
+        raise UsageError(f"{path}: a folder, not a checkpoint")
     if not os.path.isfile(path):
-        raise UsageError(f"{path}: " + ("a folder, not a checkpoint" if os.path.isdir(path)
-                                        else "no such checkpoint"))
+        raise UsageError(f"{path}: no such checkpoint")
+
+    # The file is a zip archive with checksums, which torch.load itself does not verify.
     try:
-        with zipfile.ZipFile(path) as z:               # torch.load itself verifies no checksum
+        with zipfile.ZipFile(path) as z:
             damaged = z.testzip()
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:      # a damaged or foreign file may fail in any way: refused in all
         raise UsageError(f"{path} is damaged or not a checkpoint ({type(e).__name__})") from None
     if damaged:
         raise UsageError(f"{path} is damaged: the checksum of {damaged} is wrong")
-    fields = {f.name for f in dataclasses.fields(LlamaConfig)}
-    if not isinstance(content, dict) or content.get("format") != "nanobit-1" or not (
-            {"config", "linears", "model"} <= set(content) and set(content["config"]) <= fields):
+    if not is_ours(content):
         raise UsageError(f"{path} was not written by this version of this project")
     return content
 
+def is_ours(content):
+    """Has a file's content what save_checkpoint writes, and no setting that we do not know?"""
+    if not isinstance(content, dict) or content.get("format") != "nanobit-1":
+        return False
+    if not {"config", "linears", "model"} <= set(content):
+        return False
+    fields = {field.name for field in dataclasses.fields(LlamaConfig)}
+    return set(content["config"]) <= fields
+
 def load_checkpoint(path, device="cpu", dtype=torch.float32, as_stored=False):
     """(model, content) of a checkpoint, dense or packed, or of a Hugging Face folder, whose weights
-    may stay `as_stored`, see from_pretrained. Raises UsageError."""
+    may stay `as_stored`, see LLaMA.from_pretrained. Raises UsageError."""
     if os.path.isdir(path):
-        from nanobit.hf import read_hf_tokenizer       # it imports this file
-        content = {"linears": {}, "method": "dense", "settings": {"smoke": False}, "data": None,
-                   "tokenizer": read_hf_tokenizer(path)}
-        return LLaMA.from_pretrained(path, dtype, as_stored).to(device).eval(), content
+        return load_folder(path, device, dtype, as_stored)
     content = read_checkpoint(path)
     if "tokenizer" not in content:
         raise UsageError(f"{path} is a training state for --resume; use the .pt file beside it")
-    with torch.device("meta"):                         # shapes alone: no memory, no random numbers
+
+    # A model of shapes alone, which takes no memory and no random numbers.
+    with torch.device("meta"):
         model = LLaMA(LlamaConfig(**content["config"]), dtype)
+
+    # Packed layers take the places of its linears.
     state = content["model"]
     for name, spec in content["linears"].items():
-        model.set_submodule(name, QuantLinear.of(spec, {
-            k.rsplit(".", 1)[1]: v for k, v in state.items() if k.startswith(name + ".")}))
+        prefix = name + "."
+        tensors = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+        model.set_submodule(name, QuantLinear.of(spec, tensors))
 
     # The file's tensors become the model's own, floats as float32.
     own = model.state_dict()
     check_fit(own, state, path)
     model.load_state_dict({k: t.to(own[k].dtype) for k, t in state.items()}, assign=True)
-    if model.config.tied:
+    if model.config.tied:                              # assigning has untied them
         model.head.weight = model.embed.weight
+    return model.to(device).eval(), content
+
+def load_folder(path, device, dtype, as_stored):
+    """load_checkpoint for a Hugging Face folder: the content says what a checkpoint's would."""
+    from nanobit.hf_tokenizer import read_hf_tokenizer     # it imports this file
+    content = {"linears": {}, "method": "dense", "settings": {"smoke": False}, "data": None,
+               "tokenizer": read_hf_tokenizer(path)}
+    model = LLaMA.from_pretrained(path, dtype, as_stored)
     return model.to(device).eval(), content
 
 def load_weights(model, state, path):
@@ -110,11 +126,31 @@ def load_weights(model, state, path):
     check_fit(own, state, path)
     model.load_state_dict({name: placed_like(t, own[name]) for name, t in state.items()})
 
+# ---- Checks -------------------------------------------------------------------------------------
+
 def check_fit(own, state, path):
     """Raise UsageError for the first tensor of a file that does not fit or is not finite."""
     for name in sorted(own.keys() | state.keys()):
-        here, there = (tuple(s[name].shape) if name in s else "missing" for s in (own, state))
+        here = tuple(own[name].shape) if name in own else "missing"
+        there = tuple(state[name].shape) if name in state else "missing"
         if here != there:
             raise UsageError(f"{path} does not fit: {name} is {there} there and {here} here; "
                              "use the --size and the method that wrote it")
     check_weights(state.items(), path)
+
+def check_weights(tensors, path):
+    """Raise UsageError for the first of the pairs (name, tensor) that has a NaN or an infinity."""
+    for name, tensor in tensors:
+        if not tensor.is_floating_point():
+            continue
+        # In parts: a mapped tensor is read without ever being whole in memory.
+        parts = tensor.detach().flatten().split(2**24)
+        if not all(part.isfinite().all() for part in parts):
+            raise UsageError(f"{path}: the weight {name} is not finite (it has a NaN or an "
+                             "infinity); fetch or train it again")
+
+def tensor_bytes(tensors):
+    """Bytes of the storages behind the tensors, each once."""
+    storages = [t.untyped_storage() for t in tensors]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(sizes.values())

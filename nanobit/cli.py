@@ -1,4 +1,10 @@
-"""The command line: flags and their defaults, errors in one line, and the commands of model.py."""
+"""The command line: the commands of model.py, the flags of all scripts, and errors in one line.
+
+  1. `main` chooses the command; `pretrain` and those after it each read as the story of a run.
+  2. `add_flags` gives a script the flags that mean the same in all of them.
+  3. `resolve` fills in defaults, checks what argparse cannot, and chooses device and dtype.
+  4. `run` calls a script's main(), and turns what the user can mend into one line on stderr.
+"""
 import argparse
 import math
 import os
@@ -25,174 +31,16 @@ from nanobit.tokenizer import make_tokenizer
 from nanobit.train import evaluate, train
 from quantizers import QuantLinear, bits_per_weight
 
-SMOKE = {"steps": 12, "batch_size": 4, "accumulate": 2, "seq_len": 64}
+# ---- The commands of model.py -------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                          # one line, without argparse's usage
-        raise UsageError(message)
-
-def number(kind, low, high=math.inf):
-    """argparse type: an int or a float from low to high."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            limit = f"from {low} to {high}" if high < math.inf else f">= {low}"
-            raise argparse.ArgumentTypeError(f"{text} is not {kind.__name__} {limit}")
-        return value
-    return parse
-
-def add_flags(p, data=True, trains=True, fsdp=False):
-    """The flags that mean the same in every script. Where the default is None, resolve sets it."""
-    add, own = p.add_argument, "(default: the script's own, or from --size)"
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
-        help="of weights, data order and sampling (default: 0)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of activations; weights stay float32 (default: bfloat16 on cuda, else float32)")
-    if data:
-        add("--data", help="text file, folder of .txt .md .py, or http(s) address "
-                           "(default: the sources of Python's library)")
-        add("--seq-len", type=number(int, 2),
-            help="tokens a window (default: from --size, or what the model was trained with)")
-        add("--batch-size", type=number(int, 1), help=f"windows a step {own}")
-    if not trains:
-        return p.set_defaults(vocab="1024", smoke=False)
-    add("--model", help="dense checkpoint or Hugging Face folder (default: OUT/base.pt; for "
-                        "model.py and quest.py random weights)")
-    add("--size", choices=tuple(PRESETS), default="tiny", help="preset (default: tiny)")
-    add("--tied", action="store_true", help="one matrix for embedding and head")
-    add("--vocab", default="1024", help="size of a BPE, or a tiktoken name (default: 1024)")
-    add("--steps", type=number(int, 1), help=f"optimizer steps {own}")
-    add("--lr", type=number(float, 1e-9, 10), help=f"peak learning rate {own}")
-    add("--accumulate", type=number(int, 1), help="micro-batches a step (default: from --size)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
-    add("--eval-every", type=number(int, 0), default=100,
-        help="steps between looks at the dev split; 0: never (default: %(default)s)")
-    add("--out", default="out", help="folder of checkpoints and results.jsonl (default: out)")
-    add("--resume", action="store_true", help="go on from the state saved in --out")
-    add("--smoke", action="store_true",
-        help="a few steps on little text into OUT/smoke, to see that all works")
-    p.set_defaults(fsdp=False)
-    if fsdp:
-        add("--fsdp", action="store_true",
-            help="each of torchrun's processes keeps a share of weights, gradients and moments")
-
-RUNNING = []  # the settings of the command that runs, for the message on too little memory
-
-def resolve(args):
-    """Fill in defaults, check what argparse cannot, choose device and dtype, seed torch."""
-    RUNNING[:] = [args]
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if world_size() > 1:
-        take_gpu(args)
-    try:
-        if torch.device(args.device).type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("neither cpu, cuda nor mps")
-        torch.zeros(1, device=args.device)
-        if args.device.startswith("cuda:"):
-            torch.cuda.set_device(args.device)         # on which Triton starts its kernels
-    except (RuntimeError, AssertionError) as e:
-        raise UsageError(f"--device {args.device} is not available here "
-                         f"({str(e).splitlines()[0][:80]}); try --device cpu") from None
-    cuda = args.device.startswith("cuda")
-    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high" if cuda else "highest")      # high: TF32 on a GPU
-    if "size" not in args:
-        return args
-    if args.smoke:                                     # never in the place of a real result
-        args.out = os.path.join(args.out, "smoke")
-    preset = PRESETS[args.size]._asdict() | (SMOKE if args.smoke else {})
-    for name in ("steps", "batch_size", "accumulate", "seq_len", "lr"):
-        if getattr(args, name) is None:
-            setattr(args, name, preset[name])
-    if args.batch_size % args.accumulate:
-        raise UsageError(f"--batch-size {args.batch_size} is not a multiple of "
-                         f"--accumulate {args.accumulate}")
-    folder = pathlib.Path(args.out).absolute()
-    while not folder.exists():                         # made later, by the first checkpoint
-        folder = folder.parent
-    if not args.out or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {args.out or repr('')}: {folder} is not a writable folder")
-    if args.compile:
-        try_compiling(args.device)
-    join_ranks(args)
-    return args
-
-def try_compiling(device):
-    """Compile one addition, so that what --compile lacks is known before the run starts: a C++
-    compiler on a CPU, a C compiler or Triton on a GPU, a cache that can be written. UsageError."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except (RuntimeError, OSError) as e:               # torch's own compiling errors are the former
-        reason = next(filter(None, map(str.strip, str(e).splitlines())), type(e).__name__)
-        raise UsageError(f"--compile does not work here: {reason[:200]}; install a C++ compiler "
-                         "such as g++, or leave --compile out") from None
-
-def run(main):
-    """Call main(); what the user can mend becomes one line on stderr and exit status 2."""
-    show_every_letter()
-    SAVED.clear()
-    try:
-        main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except UsageError as e:
-        complain(f"error: {e}")
-    except KeyboardInterrupt:
-        complain(interrupted())
-        raise SystemExit(130) from None
-    except BrokenPipeError:                            # `| head` has read enough
-        return
-    except OSError as e:                               # a file, a disk or the network, by its name
-        if e.errno is None:
-            raise
-        complain(f"error: {e}")
-    except (MemoryError, RuntimeError) as e:
-        if not (isinstance(e, (MemoryError, torch.OutOfMemoryError))
-                or "out of memory" in str(e) or "allocate memory" in str(e)):
-            raise
-        complain(f"error: {out_of_memory()}")
+def main():
+    commands = {"eval": eval_checkpoint, "sample": sample_checkpoint, "export": export_checkpoint}
+    words = sys.argv[1:]
+    if words and words[0] in commands:
+        command = commands[words[0]]
+        command(words[1:])
     else:
-        return
-    finally:
-        put(sys.stdout, "")                            # argparse's --help waits in the buffer
-    raise SystemExit(2)
-
-def complain(text):
-    """Print to stderr. The ranks mostly fail alike: rank 0 speaks, and torchrun then ends the
-    others, unless one has a trouble of its own."""
-    if rank():
-        time.sleep(5)
-    put(sys.stderr, text + "\n")
-
-def interrupted():
-    """What Ctrl-C leaves, outside of the training loop, which says it itself."""
-    if not SAVED:
-        return "interrupted"
-    state = SAVED[-1].endswith(".state")
-    return f"interrupted: {SAVED[-1]} is saved" + (
-        "; go on with the same command and --resume" if state else "")
-
-def out_of_memory():
-    """What was used at the peak, by how large a batch, and the flag to change."""
-    a, peak = vars(RUNNING[0]) if RUNNING else {}, ""
-    if torch.cuda.is_initialized():
-        peak = f" after a peak of {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    elif resource:                                     # in KiB; in bytes on a Mac
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak = f" after a peak of {peak / 2 ** (30 if sys.platform == 'darwin' else 20):.1f} GiB"
-    batch, parts = a.get("batch_size"), a.get("accumulate") or 1
-    if batch:
-        peak += (f" with --batch-size {batch}, {batch // parts} windows of {a['seq_len']} tokens "
-                 "at a time")
-    fix = f"raise --accumulate {parts} (same result) or " if batch and parts < batch else ""
-    return f"out of memory{peak}; {fix}lower --batch-size or --seq-len"
-
-# ---- The commands -----------------------------------------------------------------------------
+        pretrain(words)
 
 def pretrain(argv):
     p = Parser(prog="model.py", description="Pre-train the dense base model into OUT/base.pt.",
@@ -205,8 +53,12 @@ def pretrain(argv):
     path = os.path.join(args.out, "base.pt")
     keep_model(args, path)
     header("dense", args, model, data)
+
+    # Train and save.
     result = train(model, data, args, path + ".state")
     save_result(path, model, args, data, "dense")
+
+    # Report. The row is written before anything is printed.
     scores = score(model.eval(), data, args)
     row = record(args, "dense", model, scores, result)
     say(f"{show(scores)} | {len(data.val) - 1} tokens | saved {path}")
@@ -221,9 +73,11 @@ def eval_checkpoint(argv):
     data = load_training_data(args, content)
     scores = evaluate(model, data.val, args.seq_len, data.tokenizer, args.batch_size)
     check_numbers({"val_loss": scores["loss"]})
-    bpw, weights = bits_per_weight(model)
-    say(f"{content['method']} | " + (f"{bpw:.3f} bits per weight | " if weights else "")
-        + f"{show(scores)} | {len(data.val) - 1} tokens | loss {scores['loss']:.6f}")
+
+    bpw, weights = bits_per_weight(model)              # of the packed linears, if there are any
+    size = f"{bpw:.3f} bits per weight | " if weights else ""
+    say(f"{content['method']} | {size}{show(scores)} | {len(data.val) - 1} tokens | "
+        f"loss {scores['loss']:.6f}")
 
 def sample_checkpoint(argv):
     p = Parser(prog="model.py sample", description="Text from a checkpoint, dense or packed.")
@@ -241,9 +95,10 @@ def sample_checkpoint(argv):
     model, content = load_checkpoint(args.checkpoint, args.device, getattr(torch, args.dtype))
     if args.compile:
         try_compiling(args.device)
-    text = sample_text(prepare(model, args.compile), make_tokenizer(content["tokenizer"]),
-                       args.prompt, args.tokens, args.seed, args.temperature, args.top_k,
-                       args.compile)
+    model = prepare(model, args.compile)
+    tokenizer = make_tokenizer(content["tokenizer"])
+    text = sample_text(model, tokenizer, args.prompt, args.tokens, args.seed, args.temperature,
+                       args.top_k, args.compile)
     say(text)
 
 def export_checkpoint(argv):
@@ -252,10 +107,14 @@ def export_checkpoint(argv):
     p.add_argument("folder", help="to write, new or empty; packed weights become bfloat16")
     args = p.parse_args(argv)
     model, content = load_checkpoint(args.checkpoint)
-    spec, bits = content["tokenizer"], {m.spec["a_bits"] for m in model.modules()
-                                        if isinstance(m, QuantLinear)}
-    bits = min(bits | {model.config.a_bits, model.config.kv_bits})
+    spec = content["tokenizer"]
     write_hf(args.folder, model, spec)
+
+    # Say what such a folder cannot hold.
+    bits = min(model.config.a_bits, model.config.kv_bits)
+    for m in model.modules():
+        if isinstance(m, QuantLinear):
+            bits = min(bits, m.spec["a_bits"])
     if bits < 16:
         say(f"note: {args.checkpoint} also quantizes activations (to {bits} bits), which such a "
             "folder cannot say: there they stay floats, and the logits differ")
@@ -263,10 +122,218 @@ def export_checkpoint(argv):
         say("note: no tokenizer.json: this checkpoint's tokenizer is not a Hugging Face one")
     say(f"wrote {args.folder}: {model.config.n_layer} blocks in bfloat16")
 
-def main():
-    commands = {"eval": eval_checkpoint, "sample": sample_checkpoint, "export": export_checkpoint}
-    command = commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
-    if command:
-        command(sys.argv[2:])
-    else:
-        pretrain(sys.argv[1:])
+# ---- Flags --------------------------------------------------------------------------------------
+
+def add_flags(p, data=True, trains=True, fsdp=False):
+    """The flags that mean the same in every script. Where the default is None, resolve sets it."""
+    add = p.add_argument
+    own = "(default: the script's own, or from --size)"
+
+    # Of every command: where it computes, and from which seed.
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
+        help="of weights, data order and sampling (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of activations; weights stay float32 (default: bfloat16 on cuda, else float32)")
+
+    # Of those that read text.
+    if data:
+        add("--data", help="text file, folder of .txt .md .py, or http(s) address "
+                           "(default: the sources of Python's library)")
+        add("--seq-len", type=number(int, 2),
+            help="tokens a window (default: from --size, or what the model was trained with)")
+        add("--batch-size", type=number(int, 1), help=f"windows a step {own}")
+    if not trains:
+        p.set_defaults(vocab="1024", smoke=False)
+        return
+
+    # Of those that make a model.
+    add("--model", help="dense checkpoint or Hugging Face folder (default: OUT/base.pt; for "
+                        "model.py and quest.py random weights)")
+    add("--size", choices=tuple(PRESETS), default="tiny", help="preset (default: tiny)")
+    add("--tied", action="store_true", help="one matrix for embedding and head")
+    add("--vocab", default="1024", help="size of a BPE, or a tiktoken name (default: 1024)")
+    add("--steps", type=number(int, 1), help=f"optimizer steps {own}")
+    add("--lr", type=number(float, 1e-9, 10), help=f"peak learning rate {own}")
+    add("--accumulate", type=number(int, 1), help="micro-batches a step (default: from --size)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile")
+    add("--eval-every", type=number(int, 0), default=100,
+        help="steps between looks at the dev split; 0: never (default: %(default)s)")
+    add("--out", default="out", help="folder of checkpoints and results.jsonl (default: out)")
+    add("--resume", action="store_true", help="go on from the state saved in --out")
+    add("--smoke", action="store_true",
+        help="a few steps on little text into OUT/smoke, to see that all works")
+
+    # Of model.py and quest.py alone.
+    p.set_defaults(fsdp=False)
+    if fsdp:
+        add("--fsdp", action="store_true",
+            help="each of torchrun's processes keeps a share of weights, gradients and moments")
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a UsageError: one line, without the usage before it."""
+
+    def error(self, message):
+        raise UsageError(message)
+
+def number(kind, low, high=math.inf):
+    """argparse type: an int or a float from low to high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            limit = f"from {low} to {high}" if high < math.inf else f">= {low}"
+            raise argparse.ArgumentTypeError(f"{text} is not {kind.__name__} {limit}")
+        return value
+    return parse
+
+# ---- Flags, resolved ----------------------------------------------------------------------------
+
+SMOKE = {"steps": 12, "batch_size": 4, "accumulate": 2, "seq_len": 64}
+
+RUNNING = []  # the settings of the command that runs, for the message on too little memory
+
+def resolve(args):
+    """Fill in defaults, check what argparse cannot, choose device and dtype, seed torch."""
+    RUNNING[:] = [args]
+
+    # The device and the dtype. "high" lets a GPU multiply float32 matrices in TF32.
+    take_device(args)
+    cuda = args.device.startswith("cuda")
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high" if cuda else "highest")
+    if "size" not in args:                             # a command that does not train
+        return args
+
+    # What is not given comes from the preset, or with --smoke from its few small numbers. Its
+    # results never take the place of real ones.
+    preset = PRESETS[args.size]._asdict()
+    if args.smoke:
+        args.out = os.path.join(args.out, "smoke")
+        preset |= SMOKE
+    for name in ("steps", "batch_size", "accumulate", "seq_len", "lr"):
+        if getattr(args, name) is None:
+            setattr(args, name, preset[name])
+    if args.batch_size % args.accumulate:
+        raise UsageError(f"--batch-size {args.batch_size} is not a multiple of "
+                         f"--accumulate {args.accumulate}")
+
+    # What would fail late fails now.
+    check_out(args.out)
+    if args.compile:
+        try_compiling(args.device)
+    join_ranks(args)
+    return args
+
+def take_device(args):
+    """Choose --device where it is not given, and see that it is there. Raises UsageError."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if world_size() > 1:
+        take_gpu(args)
+    try:
+        if torch.device(args.device).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("neither cpu, cuda nor mps")
+        torch.zeros(1, device=args.device)
+        if args.device.startswith("cuda:"):
+            torch.cuda.set_device(args.device)         # on which Triton starts its kernels
+    except (RuntimeError, AssertionError) as e:
+        raise UsageError(f"--device {args.device} is not available here "
+                         f"({str(e).splitlines()[0][:80]}); try --device cpu") from None
+
+def check_out(out):
+    """Can the folder be written, or be made by the first checkpoint? Raises UsageError."""
+    folder = pathlib.Path(out).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not out or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {out or repr('')}: {folder} is not a writable folder")
+
+def try_compiling(device):
+    """Compile one addition, so that what --compile lacks is known before the run starts: a C++
+    compiler on a CPU, a C compiler or Triton on a GPU, a cache that can be written. UsageError."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except (RuntimeError, OSError) as e:               # torch's own compiling errors are the former
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(e).__name__
+        raise UsageError(f"--compile does not work here: {reason[:200]}; install a C++ compiler "
+                         "such as g++, or leave --compile out") from None
+
+# ---- Errors in one line -------------------------------------------------------------------------
+
+def run(main):
+    """Call main(); what the user can mend becomes one line on stderr and exit status 2."""
+    show_every_letter()
+    SAVED.clear()
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    except UsageError as e:
+        complain(f"error: {e}")
+    except KeyboardInterrupt:
+        complain(interrupted())
+        raise SystemExit(130) from None
+    except BrokenPipeError:                            # `| head` has read enough
+        return
+    except OSError as e:                               # a file, a disk or the network, by its name
+        if e.errno is None:
+            raise
+        complain(f"error: {e}")
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        complain(f"error: {out_of_memory()}")
+    finally:
+        put(sys.stdout, "")                            # argparse's --help waits in the buffer
+    raise SystemExit(2)
+
+def is_out_of_memory(e):
+    """Some of torch's errors for it are of no class of their own."""
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "out of memory" in str(e) or "allocate memory" in str(e)
+
+def complain(text):
+    """Print to stderr. The ranks mostly fail alike: rank 0 speaks, and torchrun then ends the
+    others, unless one has a trouble of its own."""
+    if rank():
+        time.sleep(5)
+    put(sys.stderr, text + "\n")
+
+def interrupted():
+    """What Ctrl-C leaves, outside of the training loop, which says it itself."""
+    if not SAVED:
+        return "interrupted"
+    text = f"interrupted: {SAVED[-1]} is saved"
+    if SAVED[-1].endswith(".state"):
+        text += "; go on with the same command and --resume"
+    return text
+
+def out_of_memory():
+    """What was used at the peak, by how large a batch, and the flag to change."""
+    # The peak, of the GPU where one is used.
+    peak = ""
+    if torch.cuda.is_initialized():
+        peak = f" after a peak of {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    elif resource:
+        unit = 2**30 if sys.platform == "darwin" else 2**20        # in bytes on a Mac, else in KiB
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = f" after a peak of {used / unit:.1f} GiB"
+
+    # The batch, of a command that has one. As long as it can be taken in more parts, the same
+    # training fits into less memory.
+    settings = vars(RUNNING[0]) if RUNNING else {}
+    batch = settings.get("batch_size")
+    parts = settings.get("accumulate") or 1
+    size = fix = ""
+    if batch:
+        size = (f" with --batch-size {batch}, {batch // parts} windows of {settings['seq_len']} "
+                "tokens at a time")
+        if parts < batch:
+            fix = f"raise --accumulate {parts} (same result) or "
+    return f"out of memory{peak}{size}; {fix}lower --batch-size or --seq-len"

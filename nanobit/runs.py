@@ -1,7 +1,11 @@
 """A run from its first to its last line: the model and the data it begins with, and its row.
 
-`load_base` or `new_model` begin it, `header` says what runs, `record` adds the row of results to
-OUT/results.jsonl before anything about it is printed, and `finish` prints it.
+In the order in which a script calls them:
+  1. `load_base` or `new_model` give it a model, and its text.
+  2. `check_groups` and `keep_model` refuse flags that would not work, before anything is computed.
+  3. `header` says what runs, and locks the folder --out.
+  4. `through_the_file` saves a packed model and scores what the file holds; `score` another one.
+  5. `finish` adds the row of results to OUT/results.jsonl, then prints it.
 """
 import contextlib
 import dataclasses
@@ -23,42 +27,44 @@ except ImportError:                                    # Windows: no lock on --o
 from model import LLaMA, PRESETS, UsageError
 from nanobit.checkpoint import load_checkpoint, save_checkpoint, tensor_bytes
 from nanobit.data import load_data
-from nanobit.hf import read_hf_tokenizer
+from nanobit.hf_tokenizer import read_hf_tokenizer
 from nanobit.ranks import first_rank_first, put, rank, say, world_size
 from nanobit.train import dev_loss, evaluate, settings
 from quantizers import bits_per_weight
 
-def load_training_data(args, content=None):
-    """The Data of --data and --vocab, or, unless --data is given, of a checkpoint's content."""
-    old = content.get("settings", {}) if content else {}
-    spec = content["tokenizer"] if content else None
-    if not content and os.path.isdir(args.model or ""):
-        spec = read_hf_tokenizer(args.model)
-    smoke = args.smoke or (old.get("smoke") and args.data is None)
-    with first_rank_first():
-        data = load_data(old.get("data") if args.data is None else args.data, args.vocab,
-                         args.seq_len, spec=spec, limit=30 if smoke else None)
-    if content and content.get("data") not in (None, data.digest):
-        say(f"note: {data.name} is not the text that this checkpoint was trained on")
-    return data
+# ---- The model and the data ---------------------------------------------------------------------
 
-def save_result(path, model, args, data, method):
-    """A checkpoint with all that `model.py eval` and `sample` need."""
-    save_checkpoint(path, model, method=method, settings=settings(args), tokenizer=data.spec,
-                    data=data.digest)
+def load_base(args, as_stored=False):
+    """(model, data) of a dense --model, else of OUT/base.pt, which is trained first if missing.
+    as_stored: see LLaMA.from_pretrained."""
+    path = args.model or os.path.join(args.out, "base.pt")
+    if not args.model and not os.path.exists(path):
+        train_base(args, path)
+    model, content = open_model(args, path, as_stored)
+    data = load_training_data(args, content)
 
-def score(model, data, args):
-    """Losses on the whole validation split, which is only reported, and "dev_loss", by which
-    settings are chosen."""
-    scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
-    return scores | {"dev_loss": dev_loss(model, data, args.seq_len)}
+    # The result keeps where its text came from, so that `model.py eval` reads the same.
+    args.data = args.data or content["settings"].get("data")
+    args.smoke = args.smoke or content["settings"].get("smoke")
+    return model, data
 
-def through_the_file(path, model, args, data, method):
-    """Save a result, load it again and score that -> (model, scores). What is reported of a packed
-    model is thereby what its file holds."""
-    save_result(path, model, args, data, method)
-    model, _ = load_checkpoint(path, args.device, model.dtype)
-    return model, score(model, data, args)
+def train_base(args, path):
+    """Run `python model.py` with those of the flags that it shares with this script."""
+    from nanobit.cli import RUNNING, pretrain          # it imports this file
+    say(f"there is no {path} yet: training it first, as `python model.py` does")
+    argv = []
+    for name in ("data", "vocab", "size", "device", "dtype"):
+        value = getattr(args, name)
+        if value:
+            argv.append(f"--{name}={value}")
+    if args.smoke:
+        argv += [f"--out={os.path.dirname(args.out)}", "--smoke"]          # which appends /smoke
+    else:
+        argv.append(f"--out={args.out}")
+    if args.resume and os.path.exists(path + ".state"):
+        argv.append("--resume")
+    pretrain(argv)
+    RUNNING[:] = [args]
 
 def open_model(args, path, as_stored=False, dense=True):
     """load_checkpoint on the command's device. Without --seq-len, which is then 0 or None, its
@@ -71,37 +77,23 @@ def open_model(args, path, as_stored=False, dense=True):
     longest = model.config.seq_len
     if os.path.isdir(path) and (args.seq_len or 0) > longest:
         raise UsageError(f"--seq-len {args.seq_len} is above the {longest} tokens of {path}")
-    args.seq_len = args.seq_len or min(longest, 2048)  # the usual window of published perplexities
+    if not args.seq_len:
+        args.seq_len = min(longest, 2048)              # the usual window of published perplexities
     return model, content
-
-def load_base(args, as_stored=False):
-    """(model, data) of a dense --model, else of OUT/base.pt, which is trained first if missing.
-    as_stored: see LLaMA.from_pretrained."""
-    path = args.model or os.path.join(args.out, "base.pt")
-    if not args.model and not os.path.exists(path):
-        from nanobit.cli import RUNNING, pretrain      # it imports this file
-        say(f"there is no {path} yet: training it first, as `python model.py` does")
-        flags = {n: getattr(args, n) for n in ("data", "vocab", "size", "device", "dtype")}
-        flags["out"] = os.path.dirname(args.out) if args.smoke else args.out
-        begun = args.resume and os.path.exists(path + ".state")
-        pretrain([f"--{n}={v}" for n, v in flags.items() if v] + ["--smoke"] * args.smoke
-                 + ["--resume"] * begun)
-        RUNNING[:] = [args]
-    model, content = open_model(args, path, as_stored)
-    data = load_training_data(args, content)
-    # The result keeps where its text came from, so that `model.py eval` reads the same.
-    for name in ("data", "smoke"):
-        setattr(args, name, getattr(args, name) or content["settings"].get(name))
-    return model, data
 
 def new_model(args, data):
     """The LLaMA of --size with random weights, or --model, on the device and in training mode."""
     config = PRESETS[args.size].config(data.tokenizer.n_vocab, args.seq_len, args.tied)
     if not args.model:
         model = LLaMA(config, getattr(torch, args.dtype))
-        return model if args.fsdp else model.to(args.device)   # --fsdp: distribute places shares
+        if args.fsdp:                                  # `distribute` places each rank's share
+            return model
+        return model.to(args.device)
+
+    # A Hugging Face folder has its own shape and tokenizer. A checkpoint has to be one of the run
+    # that the flags describe.
     model, content = open_model(args, args.model)
-    if os.path.isdir(args.model):                      # its own shape and tokenizer
+    if os.path.isdir(args.model):
         args.size = os.path.basename(os.path.abspath(args.model))
         return model.train()
     if content["tokenizer"] != data.spec:
@@ -110,6 +102,29 @@ def new_model(args, data):
         raise UsageError(f"--model {args.model} has another shape than --size {args.size}"
                          f"{' --tied' * args.tied}; give the flags that made it")
     return model.train()
+
+def load_training_data(args, content=None):
+    """The Data of --data and --vocab, or, unless --data is given, of a checkpoint's content."""
+    # Whose text, and whose tokenizer: a checkpoint's own, a folder's, or those of the flags.
+    old = {}
+    spec = None
+    if content:
+        old = content.get("settings", {})
+        spec = content["tokenizer"]
+    elif os.path.isdir(args.model or ""):
+        spec = read_hf_tokenizer(args.model)
+    source = old.get("data") if args.data is None else args.data
+
+    # --smoke reads few files, and so does what goes on from its result.
+    smoke = args.smoke or (old.get("smoke") and args.data is None)
+    limit = 30 if smoke else None
+    with first_rank_first():                           # the others find its tokens in the cache
+        data = load_data(source, args.vocab, args.seq_len, spec, limit)
+    if content and content.get("data") not in (None, data.digest):
+        say(f"note: {data.name} is not the text that this checkpoint was trained on")
+    return data
+
+# ---- What is refused before anything is computed ------------------------------------------------
 
 def keep_model(args, *paths):
     """Raise UsageError where the run would write one of the paths over the --model that it reads.
@@ -120,13 +135,14 @@ def keep_model(args, *paths):
             raise UsageError(f"--model {args.model} is the file that this run writes; give another "
                              "--out")
 
-def check_groups(model, g):
+def check_groups(model, group_size):
     """Raise UsageError for a --group-size that does not divide a linear's inputs; -1: a row."""
     for name, linear in model.linears():
         C = linear.in_features
-        if g == 0 or C % abs(g):
-            raise UsageError(f"--group-size {g} does not divide the {C} input channels of {name}; "
-                             f"try {math.gcd(C, 128)}, or -1 (one scale per row)")
+        size = C if group_size == -1 else group_size
+        if size < 1 or C % size:
+            raise UsageError(f"--group-size {group_size} does not divide the {C} input channels of "
+                             f"{name}; try {math.gcd(C, 128)}, or -1 (one scale per row)")
 
 @contextlib.contextmanager
 def definite_hessian(name, tokens, fix):
@@ -137,16 +153,21 @@ def definite_hessian(name, tokens, fix):
         raise UsageError(f"{name}: the Hessian of {tokens} calibration tokens is not positive "
                          f"definite; {fix}") from None
 
+# ---- The first lines ----------------------------------------------------------------------------
+
 def header(title, args, model, data):
     """The first lines of every script: what runs, on what, with which settings. Locks --out."""
-    if rank() == 0 and (os.path.isdir(args.out) or not args.resume):       # else resume() complains
+    # --resume without its folder gets resume's message, which names the missing state.
+    if rank() == 0 and (os.path.isdir(args.out) or not args.resume):
         hold(args.out)
+
+    params = sum(p.numel() for p in model.parameters())
     linear = sum(p.numel() for _, m in model.linears() for p in m.parameters())
-    together = f" in each of {world_size()} processes" if world_size() > 1 else ""
-    say(f"{title} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M params, "
-        f"{linear / 1e6:.2f}M in the blocks' linears | {args.device} {args.dtype}, "
-        f"{torch.get_num_threads()} threads{together} | torch {torch.__version__} | "
-        f"seed {args.seed}")
+    threads = f"{torch.get_num_threads()} threads"
+    if world_size() > 1:
+        threads += f" in each of {world_size()} processes"
+    say(f"{title} | {params / 1e6:.2f}M params, {linear / 1e6:.2f}M in the blocks' linears | "
+        f"{args.device} {args.dtype}, {threads} | torch {torch.__version__} | seed {args.seed}")
     say("settings: " + " ".join(f"{k}={v}" for k, v in settings(args).items()))
     say(f"data: {data.name} | {len(data.train)} train, {len(data.dev)} dev, {len(data.val)} val "
         f"tokens | sha256 {data.digest[:12]}")
@@ -163,19 +184,46 @@ def hold(folder):
         HELD[folder] = os.open(folder, os.O_RDONLY) if fcntl else None
     except OSError as e:
         raise UsageError(f"--out {folder} cannot be written: {e.strerror}") from None
+
+    # The lock is on the folder itself, so that no file of a lock is left over.
     try:
-        if fcntl:                                      # of the folder itself: no file is left over
+        if fcntl:
             fcntl.flock(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(HELD.pop(folder))
         raise UsageError(f"--out {folder} is in use by another run; wait for it, or choose "
                          "another --out") from None
     except OSError as e:                               # some network file systems
-        return say(f"note: {folder} cannot be locked ({e.strerror}); start no second run into it")
-    for left in pathlib.Path(folder).glob("*.pt*.[0-9]*.tmp"):
-        left.unlink()                                  # a run was killed while it wrote this
+        say(f"note: {folder} cannot be locked ({e.strerror}); start no second run into it")
+        return
 
-# ---- Rows of results --------------------------------------------------------------------------
+    # What a run was writing when it was killed: nobody else writes here now.
+    for left in pathlib.Path(folder).glob("*.pt*.[0-9]*.tmp"):
+        left.unlink()
+
+# ---- The result: a file, its scores, its row ----------------------------------------------------
+
+def through_the_file(path, model, args, data, method):
+    """Save a result, load it again and score that -> (model, scores). What is reported of a packed
+    model is thereby what its file holds."""
+    save_result(path, model, args, data, method)
+    model, _ = load_checkpoint(path, args.device, model.dtype)
+    return model, score(model, data, args)
+
+def save_result(path, model, args, data, method):
+    """A checkpoint with all that `model.py eval` and `sample` need."""
+    save_checkpoint(path, model, method=method, settings=settings(args), tokenizer=data.spec,
+                    data=data.digest)
+
+def score(model, data, args):
+    """Losses on the whole validation split, which is only reported, and "dev_loss", by which
+    settings are chosen."""
+    scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
+    return scores | {"dev_loss": dev_loss(model, data, args.seq_len)}
+
+def show(scores):
+    return (f"val loss {scores['loss']:.4f} nats/token | ppl {scores['ppl']:.2f} | "
+            f"{scores['bits_per_byte']:.3f} bits/byte")
 
 def finish(args, method, model, scores, result, **more):
     """`record` the run's row, then print it: the last line of a run."""
@@ -186,9 +234,13 @@ def record(args, method, model, scores, result, **more):
     prints about a result comes after this: then a failing print loses nothing. Raises UsageError
     where a number of it is not finite."""
     check_numbers({"val_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"], **more})
-    bpw, weights = bits_per_weight(model)              # of the packed linears, if there are any
+
+    # Of the packed linears, if there are any: their bits per weight, and their bytes.
+    bpw, weights = bits_per_weight(model)
     params = sum(p.numel() for p in model.parameters()) + weights
     packed = tensor_bytes(model.state_dict().values()) if weights else None
+
+    # `more` is the method's own: it replaces the bits, the group size and the base's loss.
     row = {"method": method, "w_bits": 16, "a_bits": 16, "bpw": bpw or 16.0, "group_size": -1,
            "val_loss": scores["loss"], "val_ppl": scores["ppl"], "dev_loss": scores.get("dev_loss"),
            "bits_per_byte": scores["bits_per_byte"], "base_val_loss": None,
@@ -197,6 +249,8 @@ def record(args, method, model, scores, result, **more):
            "peak_bytes": peak_bytes(),
            "seed": args.seed, **more, "command": command_line(), "commit": commit()}
     line = json.dumps(rounded(row))
+
+    # Where it cannot be written, the row is in the message: nothing is lost.
     path = os.path.join(args.out, "results.jsonl")
     if rank() == 0:
         try:
@@ -205,6 +259,12 @@ def record(args, method, model, scores, result, **more):
         except OSError as e:
             raise UsageError(f"cannot write {path}: {e.strerror}; the row: {line}") from None
     return line
+
+def arm_row(scores, bpw, seconds, **more):
+    """What a row of results keeps of each arm that the run compared."""
+    return {"val_loss": scores["loss"], "dev_loss": scores["dev_loss"],
+            "bits_per_byte": scores["bits_per_byte"], "bpw": bpw, "seconds": seconds,
+            "peak_bytes": peak_bytes(), **more}
 
 def check_numbers(x, name="the result"):
     """Raise UsageError for the first number in the nested x that is a NaN or an infinity."""
@@ -222,30 +282,15 @@ def append_line(path, line):
     """Add a line to a file. A last line without an end, which a killed run left, gets it first."""
     torn = os.path.isfile(path) and pathlib.Path(path).read_bytes()[-1:] not in (b"", b"\n")
     with open(path, "a") as f:
-        f.write("\n" * torn + line + "\n")
+        if torn:
+            f.write("\n")
+        f.write(line + "\n")
 
-def read_rows(path):
-    """The rows of a results.jsonl. A line that holds none, such as one that a run was killed in, is
-    left out by its number on stderr. Raises UsageError where there are only such lines."""
-    rows, torn = [], []
-    try:
-        lines = pathlib.Path(path).read_bytes().splitlines()
-    except OSError as e:
-        raise UsageError(f"{path}: {e.strerror}; give a results.jsonl") from None
-    for i, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line.strip() or "null")
-        except ValueError:
-            row = "torn"
-        if isinstance(row, dict):
-            rows.append(row)
-        elif row is not None:
-            torn.append(str(i))
-    if torn and not rows:
-        raise UsageError(f"{path} holds no result rows")
-    if torn:
-        put(sys.stderr, f"note: left out of {path}: line {', '.join(torn)}, not a row\n")
-    return rows
+def rounded(x):
+    """Every float in the nested x, to six places."""
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    return round(x, 6) if isinstance(x, float) else x
 
 def commit():
     """The commit of this checkout, with a + where files have changed since; None without git."""
@@ -255,17 +300,20 @@ def commit():
                               check=True).stdout.strip()
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
+        name = git("rev-parse", "--short=12", "HEAD")
+        return name + "+" if changed else name
     except (OSError, subprocess.CalledProcessError):
         return None
 
 def command_line():
     """The command that runs, as a shell reads it."""
-    start, local = ["python"], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if world_size() > local:
         start = ["torchrun", f"--nnodes={world_size() // local}", f"--nproc_per_node={local}"]
     elif world_size() > 1:
         start = ["torchrun", "--standalone", f"--nproc_per_node={local}"]
+    else:
+        start = ["python"]
     return shlex.join([*start, *sys.argv])
 
 def peak_bytes():
@@ -276,17 +324,32 @@ def peak_bytes():
     torch.cuda.reset_peak_memory_stats()
     return peak
 
-def arm_row(scores, bpw, seconds, **more):
-    """What a row of results keeps of each arm that the run compared."""
-    return {"val_loss": scores["loss"], "dev_loss": scores["dev_loss"],
-            "bits_per_byte": scores["bits_per_byte"], "bpw": bpw, "seconds": seconds,
-            "peak_bytes": peak_bytes(), **more}
+# ---- Rows of results, read ----------------------------------------------------------------------
 
-def rounded(x):
-    if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items()}
-    return round(x, 6) if isinstance(x, float) else x
+def read_rows(path):
+    """The rows of a results.jsonl. A line that holds none, such as one that a run was killed in, is
+    left out by its number on stderr. Raises UsageError where there are only such lines."""
+    try:
+        lines = pathlib.Path(path).read_bytes().splitlines()
+    except OSError as e:
+        raise UsageError(f"{path}: {e.strerror}; give a results.jsonl") from None
 
-def show(scores):
-    return (f"val loss {scores['loss']:.4f} nats/token | ppl {scores['ppl']:.2f} | "
-            f"{scores['bits_per_byte']:.3f} bits/byte")
+    rows = []
+    torn = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.strip())
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            torn.append(str(number))
+
+    if torn and not rows:
+        raise UsageError(f"{path} holds no result rows")
+    if torn:
+        put(sys.stderr, f"note: left out of {path}: line {', '.join(torn)}, not a row\n")
+    return rows

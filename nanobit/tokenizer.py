@@ -1,7 +1,10 @@
 """Tokenizers: a byte-pair encoding that is trained in seconds, tiktoken's, and Hugging Face's.
 
-A checkpoint keeps a tokenizer's spec, plain values from which `make_tokenizer` makes it again.
-Texts of any length are encoded in pieces, cut where no token crosses.
+  1. `train_bpe` makes an encoding of a text: the most frequent pair of neighbours becomes a new
+     token, again and again.
+  2. A checkpoint keeps a tokenizer's spec, plain values; `make_tokenizer` makes it again.
+  3. Texts of any length are encoded in pieces, cut where no token crosses: `spans`.
+Hugging Face's own class is in hf_tokenizer.py.
 """
 import array
 import collections
@@ -20,41 +23,7 @@ PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\w\s]|_)+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 END = "<|endoftext|>"            # stands after every document
 
-# A text is encoded in pieces of about so many characters: a large file takes little memory, and
-# tiktoken's patterns, which fail on a run of a million spaces, never see such a run whole.
-PIECE = 2**14
-
-# In PATTERN, as in the patterns of tiktoken's encodings, a token ends between a letter or digit
-# and white space, and between the end of a line of text and a letter. No pattern looks behind, so
-# a cut in such a place changes no token.
-CUT = re.compile(r"(?<=[^\W_])(?=[ \t\r\n])|(?<=\S\n)(?=[^\W\d_])")
-
-WORDS_CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")       # for tokenizers of other projects
-
-def spans(text, cut=CUT, force=True, skip=0):
-    """Yield (start, stop) of the pieces of a text. They end where the pattern `cut` allows it.
-
-    force: end anywhere where it does not for PIECE characters in a row. That is no normal text,
-    and the tokens at such an end may be others. skip: characters to leave out between two pieces.
-    """
-    start = 0
-    while len(text) - start > 2 * PIECE:
-        limit = start + 2 * PIECE if force else len(text)
-        found = cut.search(text, start + PIECE, limit)
-        stop = found.start() if found else limit
-        yield start, stop
-        start = stop + skip if found else stop
-    if start < len(text):
-        yield start, len(text)
-
-def count_words(docs):
-    """{match of PATTERN: how often it stands in the documents}"""
-    import regex                                       # comes with tiktoken
-    words = collections.Counter()
-    pieces = [(doc, start, stop) for doc in docs for start, stop in spans(doc)]
-    for doc, start, stop in progress(pieces, "data: counting words"):
-        words.update(regex.findall(PATTERN, doc[start:stop]))
-    return words
+# ---- Training -----------------------------------------------------------------------------------
 
 def train_bpe(docs, vocab_size):
     """Byte-pair encoding: merge the most frequent pair of neighbours until vocab_size - 1 tokens.
@@ -62,71 +31,121 @@ def train_bpe(docs, vocab_size):
     docs: strings -> token bytes in order of rank, the 256 bytes first. END takes the last id.
     A merge costs as much as there are places of its pair, whatever the length of the words.
     """
-    # All different words stand in one row of symbols, a gap (-1) before, between and after them.
-    # before[p] and after[p] are the neighbours of the symbol at p; a merge unlinks the second
-    # symbol of the pair and marks its place as a gap too.
-    symbols, weights = array.array("i", [-1]), array.array("q", [0])
-    for word, count in count_words(docs).items():
-        letters = word.encode()
-        symbols.extend(letters)
-        symbols.append(-1)
-        weights.extend([count] * len(letters) + [0])   # how often the text has the word
-    before = array.array("q", range(-1, len(symbols) - 1))
-    after = array.array("q", range(1, len(symbols) + 1))
+    words = Words(count_words(docs))
 
-    pairs = collections.Counter()                      # (left, right): how often in the text
-    places = collections.defaultdict(lambda: array.array("q"))     # and where, by the left one
-    for p in range(1, len(symbols) - 1):
-        pair = symbols[p], symbols[p + 1]
-        if -1 not in pair:
-            pairs[pair] += weights[p]
-            places[pair].append(p)                     # may be out of date, never incomplete
-
-    heap = [(-n, pair) for pair, n in pairs.items()]
+    # The pairs, the most frequent on top. A pair may be in the heap several times, with old counts.
+    heap = [(-n, pair) for pair, n in words.pairs.items()]
     heapq.heapify(heap)
+
     tokens = [bytes([i]) for i in range(256)]
     for new in progress(range(256, vocab_size - 1), "data: training a tokenizer, merge"):
         # Old counts are too high, never too low: one that is up to date on top is the highest.
-        while heap and -heap[0][0] != pairs[heap[0][1]]:
+        while heap and -heap[0][0] != words.pairs[heap[0][1]]:
             _, pair = heapq.heappop(heap)
-            if pairs[pair]:
-                heapq.heappush(heap, (-pairs[pair], pair))
-        if not heap:
+            if words.pairs[pair]:
+                heapq.heappush(heap, (-words.pairs[pair], pair))
+        if not heap:                                   # every word is one token
             break
+
+        # The new token, in the place of the pair everywhere.
         _, pair = heapq.heappop(heap)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        for now in words.merge(pair, new):
+            if words.pairs[now]:
+                heapq.heappush(heap, (-words.pairs[now], now))
+    return tokens
 
-        # Merge from left to right. Each merge takes its own pair and those with both neighbours
-        # from the counts, and brings two.
+class Words:
+    """All different words of a text as rows of symbols, and where each pair of neighbours stands.
+
+    The words stand in one row, a gap (-1) before, between and after them. before[p] and after[p]
+    are the neighbours of the symbol at p. A merge unlinks the second symbol of the pair and marks
+    its place as a gap too. The arrays hold machine integers: lists would take several times more.
+    """
+
+    def __init__(self, counts):
+        self.symbols = array.array("i", [-1])
+        self.weights = array.array("q", [0])           # how often the text has the symbol's word
+        for word, count in counts.items():
+            letters = word.encode()
+            self.symbols.extend(letters)
+            self.symbols.append(-1)
+            self.weights.extend([count] * len(letters) + [0])
+        self.before = array.array("q", range(-1, len(self.symbols) - 1))
+        self.after = array.array("q", range(1, len(self.symbols) + 1))
+
+        # (left, right): how often it stands in the text, and where, by its left symbol. The places
+        # may be out of date, but none is missing.
+        self.pairs = collections.Counter()
+        self.places = collections.defaultdict(lambda: array.array("q"))
+        for p in range(1, len(self.symbols) - 1):
+            pair = self.symbols[p], self.symbols[p + 1]
+            if -1 not in pair:
+                self.pairs[pair] += self.weights[p]
+                self.places[pair].append(p)
+
+    def merge(self, pair, new):
+        """Put the symbol `new` in the place of the pair, from left to right -> the pairs that this
+        brings. It takes its own pair and those with both neighbours from the counts."""
+        symbols, weights = self.symbols, self.weights
+        before, after = self.before, self.after
         fresh = set()
-        for p in places.pop(pair):
+
+        def replace(old, now, p):                      # the pair at p, next to a merged one
+            self.pairs[old] -= weights[p]
+            self.pairs[now] += weights[p]
+            self.places[now].append(p)
+            fresh.add(now)
+
+        for p in self.places.pop(pair):
             q = after[p]
             if (symbols[p], symbols[q]) != pair:       # one of them was merged with another since
                 continue
-            left, right = before[p], after[q]
-            pairs[pair] -= weights[p]
-            symbols[p], symbols[q] = new, -1
-            after[p], before[right] = right, p
+            left = before[p]
+            right = after[q]
+            self.pairs[pair] -= weights[p]
+            symbols[p] = new
+            symbols[q] = -1
+            after[p] = right
+            before[right] = p
             if symbols[left] != -1:
-                now = symbols[left], new
-                pairs[symbols[left], pair[0]] -= weights[p]
-                pairs[now] += weights[p]
-                places[now].append(left)
-                fresh.add(now)
+                replace((symbols[left], pair[0]), (symbols[left], new), left)
             if symbols[right] != -1:
-                now = new, symbols[right]
-                pairs[pair[1], symbols[right]] -= weights[p]
-                pairs[now] += weights[p]
-                places[now].append(p)
-                fresh.add(now)
-        for now in fresh:
-            if pairs[now]:
-                heapq.heappush(heap, (-pairs[now], now))
-    return tokens
+                replace((pair[1], symbols[right]), (new, symbols[right]), p)
+        return fresh
+
+def count_words(docs):
+    """{match of PATTERN: how often it stands in the documents}"""
+    import regex                                       # comes with tiktoken
+    pieces = [(doc, start, stop) for doc in docs for start, stop in spans(doc)]
+    words = collections.Counter()
+    for doc, start, stop in progress(pieces, "data: counting words"):
+        words.update(regex.findall(PATTERN, doc[start:stop]))
+    return words
+
+# ---- The tokenizers -----------------------------------------------------------------------------
+
+def make_tokenizer(spec):
+    """The tokenizer of a spec: a name that tiktoken knows, a list of latin-1 strings in order of
+    rank, or the dict of a Hugging Face folder."""
+    if isinstance(spec, dict):
+        from nanobit.hf_tokenizer import HFTokenizer   # it imports this file
+        return HFTokenizer(spec)
+    if isinstance(spec, list):
+        ranks = {t.encode("latin-1"): i for i, t in enumerate(spec)}
+        return BPETokenizer(tiktoken.Encoding("nanobit", pat_str=PATTERN, mergeable_ranks=ranks,
+                                              special_tokens={END: len(ranks)}))
+    try:
+        return BPETokenizer(tiktoken.get_encoding(spec))
+    except ValueError:
+        raise UsageError(f"--vocab {spec} is neither a size nor one of tiktoken's encodings: "
+                         + " ".join(tiktoken.list_encoding_names())) from None
+    except OSError as e:                               # requests raises OSErrors
+        raise UsageError(f"--vocab {spec}: tiktoken could not fetch it ({type(e).__name__}); "
+                         "try a size such as --vocab 1024") from None
 
 class Tokenizer:
-    """What BPETokenizer and hf.HFTokenizer share. `n_vocab` counts their ids, `eot_token` is END's.
-    """
+    """What BPETokenizer and HFTokenizer share. `n_vocab` counts the ids, `eot_token` is END's."""
     bytes_per_decoded = 1.0      # bytes of text for each byte that decoding gives: see Data
 
     def spans(self, text):
@@ -151,7 +170,9 @@ class BPETokenizer(Tokenizer):
     """A byte-pair encoding that tiktoken runs: one of its own, or one of train_bpe."""
 
     def __init__(self, inner):
-        self.inner, self.n_vocab, self.eot_token = inner, inner.n_vocab, inner.eot_token
+        self.inner = inner
+        self.n_vocab = inner.n_vocab
+        self.eot_token = inner.eot_token
 
     def encode_ordinary_batch(self, pieces):
         return self.inner.encode_ordinary_batch(pieces, num_threads=os.cpu_count() or 1)
@@ -162,21 +183,35 @@ class BPETokenizer(Tokenizer):
     def decode_bytes(self, ids):
         return self.inner.decode_bytes(ids)
 
-def make_tokenizer(spec):
-    """The tokenizer of a spec: a name that tiktoken knows, a list of latin-1 strings in order of
-    rank, or the dict of a Hugging Face folder."""
-    if isinstance(spec, dict):
-        from nanobit.hf import HFTokenizer             # it imports this file
-        return HFTokenizer(spec)
-    if isinstance(spec, list):
-        ranks = {t.encode("latin-1"): i for i, t in enumerate(spec)}
-        return BPETokenizer(tiktoken.Encoding("nanobit", pat_str=PATTERN, mergeable_ranks=ranks,
-                                              special_tokens={END: len(ranks)}))
-    try:
-        return BPETokenizer(tiktoken.get_encoding(spec))
-    except ValueError:
-        raise UsageError(f"--vocab {spec} is neither a size nor one of tiktoken's encodings: "
-                         + " ".join(tiktoken.list_encoding_names())) from None
-    except OSError as e:                               # requests raises OSErrors
-        raise UsageError(f"--vocab {spec}: tiktoken could not fetch it ({type(e).__name__}); "
-                         "try a size such as --vocab 1024") from None
+# ---- Pieces -------------------------------------------------------------------------------------
+
+# A text is encoded in pieces of about so many characters: a large file takes little memory, and
+# tiktoken's patterns, which fail on a run of a million spaces, never see such a run whole.
+PIECE = 2**14
+
+# In PATTERN, as in the patterns of tiktoken's encodings, a token ends between a letter or digit
+# and white space, and between the end of a line of text and a letter. No pattern looks behind, so
+# a cut in such a place changes no token.
+CUT = re.compile(r"(?<=[^\W_])(?=[ \t\r\n])|(?<=\S\n)(?=[^\W\d_])")
+
+WORDS_CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")       # for tokenizers of other projects
+
+def spans(text, cut=CUT, force=True, skip=0):
+    """Yield (start, stop) of the pieces of a text. They end where the pattern `cut` allows it.
+
+    force: end anywhere where it does not for PIECE characters in a row. That is no normal text,
+    and the tokens at such an end may be others. skip: characters to leave out between two pieces.
+    """
+    start = 0
+    while len(text) - start > 2 * PIECE:
+        # The first place to cut after PIECE characters.
+        limit = start + 2 * PIECE if force else len(text)
+        found = cut.search(text, start + PIECE, limit)
+        if not found:
+            yield start, limit
+            start = limit
+            continue
+        yield start, found.start()
+        start = found.start() + skip
+    if start < len(text):
+        yield start, len(text)

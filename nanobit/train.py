@@ -1,8 +1,10 @@
 """Training and evaluation: one recipe for the dense model and for every method.
 
-`train_step` is the step: batch, loss, gradient, clipping, optimizer. `train` is the loop around it:
-progress, looks at the dev split, a state every minute, and --resume. `evaluate` is the one loss
-that is reported anywhere.
+  1. `train_step` is one step: batch, loss, gradient, clipping, optimizer.
+  2. `train` is the loop around it: progress, looks at the dev split, a state every minute,
+     and --resume, which goes on from that state.
+  3. `evaluate` is the one loss that is reported anywhere; `dev_loss` is the one to choose by.
+Read them in this order. The optimizer and its rate stand after them, --resume last.
 """
 import contextlib
 import copy
@@ -22,73 +24,49 @@ from nanobit.data import batch
 from nanobit.ranks import (agree, average_gradients, distribute, placed_like, progress, rank, say,
                            share_gradients_of_last, whole, world_size)
 
-def settings(args):
-    """What a checkpoint keeps of the command line: plain values."""
-    return {k: v for k, v in vars(args).items() if k not in ("resume", "out")}
+# ---- A step, and the loop around it -------------------------------------------------------------
 
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")              # no compiling for these shapes
-def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
-    """Mean loss over non-overlapping windows; every token but the first is scored once.
+def train_step(model, optimizer, data, args, step):
+    """One optimizer step over args.batch_size windows -> its loss and its gradient's norm."""
+    # A method's own optimizer may have a schedule, and a peak rate for each group of parameters.
+    schedule = getattr(optimizer, "schedule", learning_rate)
+    for group in optimizer.param_groups:
+        group["lr"] = schedule(step, args.steps, group.get("peak", args.lr))
 
-    tokens: ids (n,) -> {"loss": nats per token, "ppl": its exponential} and, with a tokenizer,
-    "bits_per_byte" of the text that was tokenized, the only one to compare across tokenizers.
-    batch_size: windows at a time. By default, on a CPU, 2^13 tokens, for which packed weights are
-    unpacked once; on a GPU as many as take some 1 GB, so that it never waits for the CPU.
-    """
-    device, n = next(model.parameters()).device, len(tokens) - 1
-    together = 2**26 // model.config.n_hidden if device.type == "cuda" else 2**13  # tokens
-    batch_size = batch_size or max(1, together // seq_len)
-    lean, model.lean = getattr(model, "lean", False), True                 # few logits at a time
-    ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
-    full, total = n // seq_len, 0.0
-    windows = [(i * seq_len, min(batch_size, full - i), seq_len)
-               for i in range(0, full, batch_size)]
-    if n % seq_len:
-        windows.append((full * seq_len, 1, n % seq_len))                   # the short last one
-    for i, b, t in progress(windows, "evaluating"):
-        x, y = (ids[j:j + b * t].view(b, t).to(device) for j in (i, i + 1))
-        total += model(x, y)[1].item() * (b * t)
-    loss, model.lean = total / n, lean
-    scores = {"loss": loss, "ppl": math.exp(min(loss, 700))}
-    if tokenizer:                                      # the first token is context, not scored
-        n_bytes = tokenizer.count_bytes(tokens) - tokenizer.count_bytes(tokens[:1])
-        scores["bits_per_byte"] = total / math.log(2) / max(1, n_bytes)
-    return scores
+    # All ranks draw the same batch, and each takes its share of it.
+    inputs, targets = batch(data.train, step, args.batch_size, args.seq_len, args.seed,
+                            args.device)
+    x = inputs.chunk(world_size())[rank()]                                 # (b, T)
+    y = targets.chunk(world_size())[rank()]                                # (b, T)
 
-DEV_WINDOWS = 64
+    # The share goes through the model in parts, whose gradients add up to that of the whole. A
+    # part is as large on W ranks as on one, so that each rank has accumulate / W of them.
+    size = args.batch_size // args.accumulate
+    total = 0.0
+    for i in range(0, len(x), size):
+        share_gradients_of_last(model, i + size >= len(x))
+        x_part = x[i:i + size]
+        y_part = y[i:i + size]
+        loss = model(x_part, y_part)[1]                # a name would keep the logits in memory
+        loss = loss * (len(x_part) / len(x))
+        loss.backward()
+        total = total + loss.detach()
 
-def dev_loss(model, data, seq_len):
-    """Nats per token on the first windows of the dev split: settings are chosen by this one."""
-    return evaluate(model, data.dev[:DEV_WINDOWS * seq_len + 1], seq_len)["loss"]
-
-def kl_loss(teacher, student):
-    """KL(teacher || student) of logits (..., vocab), mean over tokens. The gradient of equal
-    logits is exactly zero, so that Adam does not blow noise up."""
-    log_p = teacher - teacher.logsumexp(-1, keepdim=True)
-    return (student.logsumexp(-1) + (log_p.exp() * (log_p - student)).sum(-1)).mean()
-
-def learning_rate(step, steps, peak):
-    """Cosine up from peak/100 over the first tenth of the steps, then cosine down to peak/10."""
-    warm = max(1, round(0.1 * steps))
-    if step < warm:
-        low, t = peak / 100, 1 - step / warm
-    else:
-        low, t = peak / 10, (step - warm) / max(1, steps - 1 - warm)
-    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * t))
-
-def make_optimizer(model, lr):
-    """AdamW; weight decay for what the blocks' linears own (with LSQ, as in the QuEST authors'
-    runs, also its step sizes), not for embedding, head and norms."""
-    decay = {id(p) for _, m in model.linears() for p in m.parameters()}
-    groups = [{"params": [p for p in model.parameters() if (id(p) in decay) == d],
-               "weight_decay": 0.1 * d} for d in (True, False)]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    # Average over the ranks, cut a gradient that is longer than 1, and move.
+    learn = [p for group in optimizer.param_groups for p in group["params"]]
+    average_gradients(learn)
+    gnorm = nn.utils.clip_grad_norm_(learn, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total / world_size(), whole(gnorm)
 
 STOP = []  # not empty once Ctrl-C was pressed
 
 @contextlib.contextmanager
 def finish_step_on_ctrl_c():
+    """Inside, Ctrl-C only fills STOP: the step that runs is finished and the state saved."""
     STOP.clear()
     handler = signal.signal(signal.SIGINT, lambda *_: STOP.append(True))
     try:
@@ -105,44 +83,72 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
     "losses": one float a step}. A loss that is not finite raises UsageError and saves nothing.
     A method's own optimizer may have a `schedule`, and groups with a "peak" rate, not args.lr.
     """
+    # Begin, or go on where the state was saved.
     distribute(model, args)
-    optimizer, losses, before = optimizer or make_optimizer(model, args.lr), [], 0.0
+    optimizer = optimizer or make_optimizer(model, args.lr)
+    losses = []
+    seconds_before = 0.0
     if args.resume:
-        losses, before = resume(model, optimizer, args, data, path)
+        losses, seconds_before = resume(model, optimizer, args, data, path)
     if args.compile:
         model.compile_parts()
+
     # perf_counter, unlike time.time, has fine steps everywhere and is never set back.
     start = last_line = last_save = time.perf_counter()
-    pending, line_step, saved = [], len(losses), len(losses)   # pending: still on the device
+    line_step = saved = len(losses)                    # the steps of the last line and state
+    pending = []                                       # losses that are still on the device
     for done in range(len(losses) + 1, args.steps + 1):
+        # A step. Its loss is not read yet, since that would wait for the GPU. The sum is NaN where
+        # the gradient is not finite.
         loss, gnorm = train_step(model, optimizer, data, args, done - 1)
-        pending.append(loss + 0 * gnorm)               # NaN if the gradient is not finite
+        pending.append(loss + 0 * gnorm)
+
+        # What is due? The clocks of ranks differ, and Ctrl-C may reach one of them first.
+        now = time.perf_counter()
         look = args.eval_every and done % args.eval_every == 0
-        save = look or STOP or done == args.steps or time.perf_counter() - last_save > 60
-        save, line = agree(save, save or done == 1 or time.perf_counter() - last_line > 10)
+        save = look or STOP or done == args.steps or now - last_save > 60
+        line = save or done == 1 or now - last_line > 10
+        save, line = agree(save, line)
+
+        # The progress line, for which the losses are read at last. A coarse clock may not have
+        # moved since the last one.
         if line:
             losses += check_finite(torch.stack(pending).tolist(), len(losses), saved, path)
+            pending = []
             ms = (time.perf_counter() - last_line) / (done - line_step) * 1e3
-            pending, ms = [], max(ms, 1e-6)            # a coarse clock may not have moved
-            speed, eta = args.batch_size * args.seq_len / ms, (args.steps - done) * ms / 1e3
-            say(f"step {done:>4}/{args.steps} | loss {losses[-1]:.4f} | "
-                f"lr {optimizer.param_groups[0]['lr']:.1e} | gnorm {gnorm:.2f} |{status()} "
-                f"{ms:.0f} ms | {speed:.1f}k tok/s | eta {eta:.0f}s")
-            last_line, line_step = time.perf_counter(), done
+            rate = optimizer.param_groups[0]["lr"]
+            say(f"step {done:>4}/{args.steps} | loss {losses[-1]:.4f} | lr {rate:.1e} | "
+                f"gnorm {gnorm:.2f} |{status()} {speed(args, done, max(ms, 1e-6))}")
+            last_line = time.perf_counter()
+            line_step = done
+
         if look:
-            dev = dev_loss(model, data, args.seq_len)
-            tokens = min(DEV_WINDOWS * args.seq_len, len(data.dev) - 1)
-            say(f"step {done:>4}/{args.steps} | dev loss {dev:.4f} nats/token on {tokens} tokens")
+            look_at_dev(model, data, args, done)
+
+        # The state, from which --resume goes on. What it took is not the next steps' time.
         if save:
-            seconds = before + time.perf_counter() - start
+            seconds = seconds_before + time.perf_counter() - start
             save_checkpoint(path, model, settings=settings(args), data=data.digest, losses=losses,
                             optimizer=optimizer.state_dict(), seconds=seconds)
-            saved, last_line, last_save = done, time.perf_counter(), time.perf_counter()
+            saved = done
+            last_line = last_save = time.perf_counter()
         if save and agree(STOP)[0]:
             say(f"interrupted: {path} holds step {done}; go on with the same command and --resume")
             raise SystemExit(130)
-    return {"seconds": before + time.perf_counter() - start, "losses": losses,
+
+    return {"seconds": seconds_before + time.perf_counter() - start, "losses": losses,
             "tokens": args.steps * args.batch_size * args.seq_len}
+
+def speed(args, done, ms):
+    """The end of a progress line: how long a step takes, and the steps that are left."""
+    thousands = args.batch_size * args.seq_len / ms    # of tokens per second
+    eta = (args.steps - done) * ms / 1e3
+    return f"{ms:.0f} ms | {thousands:.1f}k tok/s | eta {eta:.0f}s"
+
+def look_at_dev(model, data, args, done):
+    dev = dev_loss(model, data, args.seq_len)
+    tokens = min(DEV_WINDOWS * args.seq_len, len(data.dev) - 1)
+    say(f"step {done:>4}/{args.steps} | dev loss {dev:.4f} nats/token on {tokens} tokens")
 
 def train_arm(model, data, args, path, status, optimizer):
     """train, for one of the runs that a command compares: --resume begins those not yet begun."""
@@ -150,60 +156,134 @@ def train_arm(model, data, args, path, status, optimizer):
     own.resume = args.resume and os.path.exists(path)
     return train(model, data, own, path, status, optimizer)
 
-def train_step(model, optimizer, data, args, step):
-    """One optimizer step over args.batch_size windows -> its loss and its gradient's norm."""
-    schedule = getattr(optimizer, "schedule", learning_rate)
-    for group in optimizer.param_groups:
-        group["lr"] = schedule(step, args.steps, group.get("peak", args.lr))
-    x, y = (ids.chunk(world_size())[rank()] for ids in batch(
-        data.train, step, args.batch_size, args.seq_len, args.seed, args.device))
-    # Windows at a time on a rank. The parts of a batch are shared out too: W ranks take
-    # accumulate / W of them each.
-    size, total = args.batch_size // args.accumulate, 0.0
-    for i in range(0, len(x), size):
-        share_gradients_of_last(model, i + size >= len(x))
-        xs, ys = x[i:i + size], y[i:i + size]
-        loss = model(xs, ys)[1] * (len(xs) / len(x))
-        loss.backward()
-        total = total + loss.detach()
-    learn = [p for group in optimizer.param_groups for p in group["params"]]
-    average_gradients(learn)
-    gnorm = nn.utils.clip_grad_norm_(learn, 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if world_size() > 1:
-        dist.all_reduce(total)
-    return total / world_size(), whole(gnorm)
-
 def check_finite(losses, first, saved, path):
-    for i, loss in enumerate(losses, first + 1):
+    """The losses of the steps after `first`. Raises UsageError for one that is not finite."""
+    for step, loss in enumerate(losses, first + 1):
         if not math.isfinite(loss):
             kept = f"{path} holds step {saved}" if saved else "nothing was saved before"
-            raise UsageError(f"the loss or its gradient is not finite at step {i}; {kept}; "
+            raise UsageError(f"the loss or its gradient is not finite at step {step}; {kept}; "
                              "try a lower --lr")
     return losses
+
+# ---- The losses ---------------------------------------------------------------------------------
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")              # no compiling for these shapes
+def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
+    """Mean loss over non-overlapping windows; every token but the first is scored once.
+
+    tokens: ids (n,) -> {"loss": nats per token, "ppl": its exponential} and, with a tokenizer,
+    "bits_per_byte" of the text that was tokenized, the only one to compare across tokenizers.
+    batch_size: windows at a time. By default, on a CPU, 2^13 tokens, for which packed weights are
+    unpacked once; on a GPU as many as take some 1 GB, so that it never waits for the CPU.
+    """
+    device = next(model.parameters()).device
+    if not batch_size:
+        together = 2**26 // model.config.n_hidden if device.type == "cuda" else 2**13     # tokens
+        batch_size = max(1, together // seq_len)
+
+    # The windows, several at a time, and a shorter one for what is left at the end.
+    n = len(tokens) - 1                                # each token has the one after it as target
+    full = n // seq_len
+    windows = []                                       # (first token, windows, tokens of each)
+    for i in range(0, full, batch_size):
+        windows.append((i * seq_len, min(batch_size, full - i), seq_len))
+    if n % seq_len:
+        windows.append((full * seq_len, 1, n % seq_len))
+
+    # Add up their losses. A lean model never holds the logits of all tokens.
+    was_lean = getattr(model, "lean", False)
+    model.lean = True
+    ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
+    total = 0.0
+    for i, b, t in progress(windows, "evaluating"):
+        x = ids[i:i + b * t].view(b, t).to(device)
+        y = ids[i + 1:i + 1 + b * t].view(b, t).to(device)
+        loss = model(x, y)[1].item()
+        total += loss * (b * t)
+    model.lean = was_lean
+
+    # The first token is context: its bytes are not scored.
+    loss = total / n
+    scores = {"loss": loss, "ppl": math.exp(min(loss, 700))}               # exp(710) overflows
+    if tokenizer:
+        n_bytes = tokenizer.count_bytes(tokens) - tokenizer.count_bytes(tokens[:1])
+        scores["bits_per_byte"] = total / math.log(2) / max(1, n_bytes)
+    return scores
+
+DEV_WINDOWS = 64
+
+def dev_loss(model, data, seq_len):
+    """Nats per token on the first windows of the dev split: settings are chosen by this one."""
+    return evaluate(model, data.dev[:DEV_WINDOWS * seq_len + 1], seq_len)["loss"]
+
+def kl_loss(teacher, student):
+    """KL(teacher || student) of logits (..., vocab), mean over tokens. The gradient of equal
+    logits is exactly zero, so that Adam does not blow noise up."""
+    log_p = teacher - teacher.logsumexp(-1, keepdim=True)                  # (..., vocab)
+    apart = (log_p.exp() * (log_p - student)).sum(-1)                      # (...)
+    return (student.logsumexp(-1) + apart).mean()
+
+# ---- The recipe ---------------------------------------------------------------------------------
+
+def learning_rate(step, steps, peak):
+    """Cosine up from peak/100 over the first tenth of the steps, then cosine down to peak/10."""
+    warm = max(1, round(0.1 * steps))
+    if step < warm:
+        low = peak / 100
+        t = 1 - step / warm                            # 1 ... 0: how far from the peak
+    else:
+        low = peak / 10
+        t = (step - warm) / max(1, steps - 1 - warm)   # 0 ... 1
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * t))
+
+def make_optimizer(model, lr):
+    """AdamW; weight decay for what the blocks' linears own (with LSQ, as in the QuEST authors'
+    runs, also its step sizes), not for embedding, head and norms."""
+    owned = {id(p) for _, linear in model.linears() for p in linear.parameters()}
+    decayed = [p for p in model.parameters() if id(p) in owned]
+    others = [p for p in model.parameters() if id(p) not in owned]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+# ---- --resume -----------------------------------------------------------------------------------
+
+def settings(args):
+    """What a checkpoint keeps of the command line: plain values."""
+    return {k: v for k, v in vars(args).items() if k not in ("resume", "out")}
+
+FREE = {"eval_every", "compile", "fsdp", "data"}       # settings that a resumed run may change
 
 def resume(model, optimizer, args, data, path):
     """Load model and optimizer from `path` -> (losses so far, seconds so far)."""
     content = read_checkpoint(path)
     if "optimizer" not in content:
         raise UsageError(f"{path} holds no training state to resume")
-    if content["data"] != data.digest:                 # the text itself, wherever it lies now
+
+    # The text is compared by its content, wherever it lies now, and so is not a setting.
+    if content["data"] != data.digest:
         raise UsageError(f"--data {data.name} is not the text that {path} was trained on")
-    free = {"eval_every", "compile", "fsdp", "data"}
+
+    # The settings have to be those of the state. Another method's have other names.
+    free = set(FREE)
     if os.path.isdir(args.model or ""):
         free.add("size")                               # here it is the folder's name
-    old, new = content["settings"], settings(args)
-    for name in old | new:                             # another method's settings have other names
+    old = content["settings"]
+    new = settings(args)
+    for name in old | new:
         if name not in free and not same_setting(name, old.get(name), new.get(name)):
             raise UsageError(f"--{name.replace('_', '-')} is {new.get(name)} here and "
                              f"{old.get(name)} in {path}; give the same settings, or leave "
                              "--resume out")
+
+    # The weights, then the optimizer's moments, each sharded as its parameter is. AdamW's count of
+    # steps has no dimension and is never sharded.
     load_weights(model, content["model"], path)
     learn = [p for group in optimizer.param_groups for p in group["params"]]
     for i, state in content["optimizer"]["state"].items():
-        state.update({k: placed_like(t, learn[i]) for k, t in state.items()
-                      if torch.is_tensor(t) and t.dim()})
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.dim():
+                state[name] = placed_like(value, learn[i])
     optimizer.load_state_dict(content["optimizer"])
     say(f"resumed {path} at step {len(content['losses'])}/{args.steps}")
     return content["losses"], content["seconds"]

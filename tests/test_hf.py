@@ -22,6 +22,7 @@ import nanobit.checkpoint
 import nanobit.data
 import nanobit.export
 import nanobit.hf
+import nanobit.hf_tokenizer
 import nanobit.tokenizer
 import normtweak
 from conftest import TEXT, call, check_refused
@@ -259,7 +260,7 @@ def test_a_window_of_mistral_limits_the_length(window, longest):
 # ---- The tokenizer ----------------------------------------------------------------------------
 
 def test_tokens_are_those_of_the_tokenizers_library(folder, bpe, text):
-    spec = nanobit.hf.read_hf_tokenizer(folder)
+    spec = nanobit.hf_tokenizer.read_hf_tokenizer(folder)
     assert json.loads(json.dumps(spec)) == spec        # plain values
     enc, want = nanobit.tokenizer.make_tokenizer(spec), tokenizers.Tokenizer.from_str(bpe)
     want.no_truncation()
@@ -271,12 +272,12 @@ def test_tokens_are_those_of_the_tokenizers_library(folder, bpe, text):
     assert (enc.n_vocab, enc.eot_token, enc.start_token) == (300, 0, 1)
 
 def test_special_tokens_in_a_text_stay_text(folder):
-    enc = nanobit.tokenizer.make_tokenizer(nanobit.hf.read_hf_tokenizer(folder))
+    enc = nanobit.tokenizer.make_tokenizer(nanobit.hf_tokenizer.read_hf_tokenizer(folder))
     assert not {0, 1} & set(enc.encode_ordinary("a<|end|>b<s>"))
     assert enc.decode(enc.encode_ordinary("a<|end|>b<s>")) == "a<|end|>b<s>"
 
 def test_data_has_the_end_token_after_every_document(folder, text):
-    spec = nanobit.hf.read_hf_tokenizer(folder)
+    spec = nanobit.hf_tokenizer.read_hf_tokenizer(folder)
     for _ in range(2):                                 # tokenized, then from the cache
         data = nanobit.data.load_data("text.txt", "1024", 16, spec=spec)
         assert data.spec == spec and data.val[-1] == 0 and (data.val[:-1] != 0).all()
@@ -287,7 +288,7 @@ def test_data_has_the_end_token_after_every_document(folder, text):
 def test_several_end_tokens_take_the_first(folder):
     pathlib.Path("hf/generation_config.json").unlink()
     edit("hf/config.json", eos_token_id=[5, 0], bos_token_id=None)
-    spec = nanobit.hf.read_hf_tokenizer("hf")
+    spec = nanobit.hf_tokenizer.read_hf_tokenizer("hf")
     assert (spec["end"], spec["start"], spec["ends"]) == (5, 5, [5, 0])
 
 @pytest.mark.parametrize("config, generation, tokenizer, ends, start", [
@@ -301,7 +302,7 @@ def test_special_tokens_come_from_the_first_file_that_names_them(folder, bpe, co
     edit("hf/config.json", **dict(eos_token_id=None, bos_token_id=None) | config)
     pathlib.Path("hf/generation_config.json").write_text(json.dumps(generation))
     pathlib.Path("hf/tokenizer_config.json").write_text(json.dumps(tokenizer))
-    spec = nanobit.hf.read_hf_tokenizer("hf")
+    spec = nanobit.hf_tokenizer.read_hf_tokenizer("hf")
     if isinstance(start, str):
         start = tokenizers.Tokenizer.from_str(bpe).token_to_id(start)
     assert (spec["ends"], spec["end"], spec["start"]) == (ends, ends[0], start)
@@ -313,12 +314,12 @@ def test_special_tokens_beyond_the_vocabulary_are_no_trouble(folder, bpe):
     t.add_special_tokens(["[PAD]"])
     assert t.token_to_id("[PAD]") == 300
     pathlib.Path("hf/tokenizer.json").write_text(t.to_str())
-    enc = nanobit.tokenizer.make_tokenizer(nanobit.hf.read_hf_tokenizer("hf"))
+    enc = nanobit.tokenizer.make_tokenizer(nanobit.hf_tokenizer.read_hf_tokenizer("hf"))
     assert max(enc.encode_ordinary("a [PAD] added0")) < 300
     t.add_tokens(["one more"])
     pathlib.Path("hf/tokenizer.json").write_text(t.to_str())
     with pytest.raises(UsageError, match="id 301"):
-        nanobit.hf.read_hf_tokenizer("hf")
+        nanobit.hf_tokenizer.read_hf_tokenizer("hf")
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 NAMES = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|end|>",
@@ -556,7 +557,8 @@ def test_a_missing_package_is_named_with_the_command(folder, capsys, monkeypatch
 def test_eval_scores_what_transformers_scores(folder, capsys):
     status, out, err = call(capsys, "model.py eval hf --data text.txt --seq-len 16")
     assert status == 0, err
-    data = nanobit.data.load_data("text.txt", "1024", 16, spec=nanobit.hf.read_hf_tokenizer("hf"))
+    spec = nanobit.hf_tokenizer.read_hf_tokenizer("hf")
+    data = nanobit.data.load_data("text.txt", "1024", 16, spec=spec)
     want = transformers.AutoModelForCausalLM.from_pretrained("hf", dtype=torch.float32)
     nll, tokens = 0.0, torch.from_numpy(data.val.astype("int64"))
     for i in range(0, len(tokens) - 1, 16):
