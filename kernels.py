@@ -402,6 +402,20 @@ def _zeros(T: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr):
         zeros += (tl.zeros((S, 16, BLOCK_M), tl.float32),)
     return zeros
 
+@triton.jit
+def _x_operand(xs, k, C: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr,
+               EVEN: tl.constexpr):
+    """A stripe of x, from k on, as the dots' right operand (S, 32, BLOCK_M).
+
+    xs: addresses (i, m8, S, m / 8, e). e counts 8 neighbouring k's: it is (p, plane, h).
+    """
+    if EVEN:
+        xk = tl.load(xs + k)
+    else:
+        xk = tl.load(xs + k, mask=k < C, other=0.0)
+    b = tl.reshape(xk, (4, 8, S, BLOCK_M // 8, 2, 2, 2))                   # i m8 s m/8 p plane h
+    return tl.reshape(tl.trans(b, (2, 5, 0, 4, 6, 3, 1)), (S, 32, BLOCK_M))
+
 @triton.jit(do_not_specialize=["M", "MASK"])
 def _decode(x, words, high, grid, y, M, O, N, MASK, C: tl.constexpr, GROUP: tl.constexpr,
             BITS: tl.constexpr, S: tl.constexpr, T: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -460,14 +474,8 @@ def _decode(x, words, high, grid, y, M, O, N, MASK, C: tl.constexpr, GROUP: tl.c
             if f % SUB == 0:
                 part = _zeros(T, S, BLOCK_M)
 
-            # The stripe's x, as operand: e is (p, plane, h).
-            if EVEN:
-                xk = tl.load(xs + (k0 + f))
-            else:
-                xk = tl.load(xs + (k0 + f), mask=k0 + f < C, other=0.0)
-            b = tl.reshape(xk, (4, 8, S, BLOCK_M // 8, 2, 2, 2))           # i m8 s m/8 p plane h
-            b = tl.reshape(tl.trans(b, (2, 5, 0, 4, 6, 3, 1)), (S, 32, BLOCK_M))
-
+            # One stripe: x serves all T tiles of outputs.
+            b = _x_operand(xs, k0 + f, C, S, BLOCK_M, EVEN)
             new, total = (), ()
             for t in tl.static_range(T):
                 # The stripe's numbers, as operand: from s 1 r8 i r16 p plane h
@@ -1189,12 +1197,12 @@ def quest_tile(M, a_bits, bits):
         return QUEST_TILE_8x8
     return next(tile for tile in QUEST_TILES if M <= tile.tokens)
 
-def quest_matmul(a, w, a_bits, bits, dtype):
+def quest_matmul(a, w, a_bits, bits, dtype, tile=None):
     """QuEST inputs times QuEST weights, (M, N) in dtype; sums are exact integers.
 
     a: codes (M, K), scale, sums of hadamard_quantize. w: the same of a weight (N, K), or what
     quest_operand gives: codes uint8 (N, K b / 8), b = 1, 2 or 4, for which a's codes come in
-    planes = 8 / b. 128 divides K (at b = 1 256) and K <= 32512.
+    planes = 8 / b. 128 divides K (at b = 1 256) and K <= 32512. tile: another than the tables'.
     """
     a_codes, a_scale, a_sum = a[:3]
     w_codes, w_scale, w_sum = w[:3]
@@ -1203,7 +1211,7 @@ def quest_matmul(a, w, a_bits, bits, dtype):
     b = 8 * w_codes.size(1) // K
     y = torch.empty(M, N, dtype=dtype, device=a_codes.device)
 
-    if use_tma(M, N, b, dtype):
+    if tile is None and use_tma(M, N, b, dtype):
         tile = QUEST_TMA
         _quest_matmul_tma[PROCESSORS,](
             TensorDescriptor.from_tensor(a_codes, [tile.BLOCK_M, tile.BLOCK_K]), a_scale, a_sum,
@@ -1213,7 +1221,7 @@ def quest_matmul(a, w, a_bits, bits, dtype):
             num_warps=tile.warps)
         return y
 
-    tile = quest_tile(M, a_bits, bits)
+    tile = tile or quest_tile(M, a_bits, bits)
     half = 0 if bits == 1.58 or b == 8 else 0x01010101 << (7 - b)          # ternary codes have none
     BLOCK_K = math.gcd(K, 256 if b == 1 else tile.BLOCK_K)     # 32 columns of a plane at least
     tiles = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)

@@ -407,7 +407,8 @@ def test_every_product_is_timed_behind_the_cublas_that_it_is_a_ratio_to():
     jobs = time_kernels.jobs_of(args)
     assert {(c.name, bits) for _, M, c, bits in jobs if M == 1} == {
         ("cuBLAS", 16), ("lowbit_matmul", 3), ("lowbit_matmul", 4), ("quest_linear", 4),
-        ("tinygemm", 4), ("gemlite", 4), ("humming", 3), ("humming", 4)}
+        ("plain_matmul", 3), ("plain_matmul", 4), ("tinygemm", 4), ("gemlite", 4), ("humming", 3),
+        ("humming", 4)}
     many = {c.name for _, M, c, _ in jobs if M == 600}
     assert many == {"cuBLAS", "lowbit_matmul", "quest_linear"}
     base = None
@@ -417,6 +418,23 @@ def test_every_product_is_timed_behind_the_cublas_that_it_is_a_ratio_to():
         assert base == (shape, M)
     only = time_kernels.jobs_of(time_kernels.parse_args(["--only", "aqlm", "--batches", "4", "16"]))
     assert [c.name for _, _, c, _ in only] == 4 * ["cuBLAS", "aqlm", "cuBLAS"]
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("M", [17, 64, 300, 1024])
+def test_sweep_tries_the_present_tile_first_and_then_others_that_fit(M, bits, monkeypatch):
+    import kernels
+    import time_kernels
+    monkeypatch.setattr(kernels, "TMA", True)
+    w = kernels.LowBit(range(896), None, None, bits, 128, (14336, 4096))
+    tiles = time_kernels.tiles_to_try(M, w)
+    assert tiles[0] == kernels.choose_tile(M, w)
+    assert len(set(tiles)) == len(tiles) == time_kernels.KEEP + 1
+    for tile in tiles:
+        assert 4096 % (tile.BLOCK_K * tile.split) == 0 and tile.BLOCK_M <= 2 * M
+        assert tile.BLOCK_M * tile.BLOCK_N <= 128 * 32 * tile.warps    # sums, in registers
+    if bits in (4, 8):
+        tiles = time_kernels.quest_tiles_to_try(M, 14336, 4096, bits)
+        assert tiles[0] == kernels.quest_tile(M, bits, bits) and len(set(tiles)) == len(tiles)
 
 @pytest.mark.slow
 def test_benchmark_runs_from_any_folder_and_refuses_in_one_line(tmp_path, monkeypatch, capsys):
