@@ -428,12 +428,12 @@ def _decode(x, words, high, grid, y, M, O, N, MASK, C: tl.constexpr, GROUP: tl.c
         warp      0          1          2           ...   0           ...
 
     For this a dot has three dimensions, (S, 16, 32) times (S, 32, BLOCK_M): Triton gives every warp
-    one slice of the first, and so no warp waits for another. A warp fetches the words and grids of
-    its span, all at once, then goes through the span by stripes of 32 k's:
+    one slice of the first, and so no warp needs what another one holds. A warp fetches the words
+    and grids of its span, all at once, then goes through the span by stripes of 32 k's:
 
         a (16 outputs, 32 k's)      the words, shifted and masked in the registers they came in
         b (32 k's, BLOCK_M)         x, 16 bytes a thread: its 8 k's of a token
-        part += a b                 one tensor-core instruction a plane
+        part += a b                 one tensor-core instruction a plane and 8 tokens
 
     Both have the k's in the order (plane, i, p, h), so that the four that thread i holds of a plane
     are neighbours: what Triton calls kWidth = 4. After a group's k's, or the span's, SUB in number,
@@ -562,11 +562,12 @@ def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexp
 
     acc (BLOCK_N, BLOCK_M) += a (BLOCK_N, BLOCK_K) b (BLOCK_K, BLOCK_M), by wgmma:
 
-        a      the weights, on the left, since wgmma takes its left operand from registers: words,
-               unpacked and scaled where they were loaded
+        a      the weights, on the left, since wgmma takes its left operand from registers: each
+               thread unpacks and scales its own words, and the results stay where they are
         b      x, from shared memory: padded to whole tiles and in the order of `_shuffle`; with TMA
                x is a tensor descriptor, which loads whole tiles and costs no registers
 
+    Triton copies words, grids and x into shared memory some steps ahead of their use (num_stages).
     A step's BLOCK_K k's lie under one grid. They are B whole blocks of words, or part of one, whose
     words are then shifted so that the part's stripes come first.
     With SPLIT > 1 each program leaves its sum in `parts`, and the one that draws the tile's last
@@ -595,7 +596,7 @@ def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexp
     if PDL:
         tl.extra.cuda.gdc_wait()                       # for x and the tickets
     for step in range(0, C // BLOCK_K // SPLIT):
-        # Words and grids, straight from memory into registers
+        # Words and grids, which hold the codes of a thread side by side
         k = (first + step) * BLOCK_K
         block = t * (ROW // BLK) + k // BLK + tl.arange(0, B)[None, :, None]
         w = tl.load(words + block * 128 + u)
@@ -764,6 +765,8 @@ def plan_decode(M, w):
     constants = dict(C=w.shape[1], GROUP=w.group, BITS=w.bits, ASM=ASM, S=warps, T=T,
                      BLOCK_M=BLOCK_M, SPAN=span.inputs, SUB=math.gcd(span.inputs, w.group),
                      WAIT=span.wait)
+
+    # With more stages Triton would send the loads through shared memory: 5 to 13 times slower.
     return Launch(_decode, (tiles // T,), constants, dict(num_warps=warps, num_stages=1))
 
 def count_tiles(M, O, tile):
