@@ -1,9 +1,12 @@
-"""kernels.lowbit_matmul against float64, its packing against its inverse, and its machine code.
+"""kernels.plain_matmul and lowbit_matmul against float64 and each other, the packed order against
+its inverse, layers on a GPU against PyTorch on a CPU, and machine code.
 
 Without a GPU the kernels run in Triton's interpreter, in one process of their own that this file
 starts: the interpreter must be chosen before Triton is imported. It knows no bfloat16 arithmetic,
 so that is for GPUs only, where the same cases run compiled. Every output starts as NaN.
 """
+import copy
+import io
 import json
 import os
 import pathlib
@@ -35,6 +38,12 @@ if GPU:       # many steps, several programs at once: what the interpreter runs 
     CASES["512 tokens, few outputs"] = 4096, 2048, 128, False, 512, "tile"
     CASES["1024 tokens"] = 4352, 2048, 128, False, 1024, "tile"
 
+PLAIN = {  # O, C, group, symmetric, M
+    "one token, groups that are no power of two": (70, 96, 24, False, 1),
+    "one scale a row, an odd number of inputs, signed codes": (16, 77, -1, True, 17),
+    "several tiles": (72, 160, 32, False, 70),
+}
+
 def random_codes(O, C, group, bits, symmetric):
     g = C if group == -1 else group
     scale = torch.rand(O, C // g) * 0.02 + 0.01
@@ -44,27 +53,49 @@ def random_codes(O, C, group, bits, symmetric):
     return (torch.randint(2**bits, (O, C), dtype=torch.uint8), scale,
             torch.randint(2**bits, (O, C // g), dtype=torch.uint8))
 
-def relative_error(bits, case, device, dtype):
-    """|y - float64| / |float64| of one case, and whether more calls gave the same bits."""
-    import kernels
+def error_of(y, exact):
+    return ((y.double().cpu() - exact).norm() / exact.norm()).item()
+
+def random_problem(bits, O, C, group, symmetric, M, device, dtype):
+    """Codes (q, scale, zero_point) and x (M, C) on the device, and the exact product in float64."""
     from quantizers import dequantize
     torch.manual_seed(bits)
-    O, C, group, symmetric, M, path = CASES[case]
     q, scale, zero_point = random_codes(O, C, group, bits, symmetric)
     x = torch.randn(M, C).to(device, dtype)
-    codes = (t if t is None else t.to(device) for t in (q, scale, zero_point))
+    zero = zero_point if zero_point is None else zero_point.double()
+    exact = x.double().cpu() @ dequantize(q, scale.double(), zero, group).T
+    codes = [t if t is None else t.to(device) for t in (q, scale, zero_point)]
+    return codes, x, exact
+
+def plain(codes, x, bits, group):
+    import kernels
+    from quantizers import pack
+    q, scale, zero_point = codes
+    return kernels.plain_matmul(x, pack(q, bits), scale, zero_point, bits, group)
+
+def plain_error(bits, case, device, dtype):
+    """|y - float64| / |float64| of one case by the plain kernel."""
+    O, C, group, symmetric, M = PLAIN[case]
+    codes, x, exact = random_problem(bits, O, C, group, symmetric, M, device, dtype)
+    return error_of(plain(codes, x, bits, group), exact)
+
+def relative_error(bits, case, device, dtype):
+    """|y - float64| / |float64| of one case, whether more calls gave the same bits, and
+    |y - plain kernel| / |float64|."""
+    import kernels
+    O, C, group, symmetric, M, path = CASES[case]
+    codes, x, exact = random_problem(bits, O, C, group, symmetric, M, device, dtype)
     w = kernels.pack_weight(*codes, bits, group)
-    before = kernels.FUSED, kernels.PIECE, kernels.TMA, kernels.TILE[64]
+    before = kernels.FUSED, kernels.PIECE, kernels.TMA, kernels.ENOUGH[4]
     if path == "tma":
-        kernels.TMA, kernels.TILE[64] = True, (*before[3][:4], 1)      # as if outputs were many
+        kernels.TMA, kernels.ENOUGH[4] = True, 1       # as if outputs were many
     if path == "dequantize":
         kernels.FUSED, kernels.PIECE = 16, 128 * M
     y = kernels.lowbit_matmul(x, w)
     same = all(torch.equal(y, kernels.lowbit_matmul(x, w)) for _ in range(20 if GPU else 1))
-    kernels.FUSED, kernels.PIECE, kernels.TMA, kernels.TILE[64] = before
-    zero_point = zero_point if zero_point is None else zero_point.double()
-    exact = x.double().cpu() @ dequantize(q, scale.double(), zero_point, group).T
-    return [((y.double().cpu() - exact).norm() / exact.norm()).item(), same]
+    kernels.FUSED, kernels.PIECE, kernels.TMA, kernels.ENOUGH[4] = before
+    apart = error_of(y, plain(codes, x, bits, group).double().cpu())
+    return [error_of(y, exact), same, apart]
 
 def unpack_words(words, bits, third=False):
     """The exact inverse of kernels._pack_words: int32 (O, C)."""
@@ -104,17 +135,31 @@ def interpreted():
 @pytest.mark.parametrize("bits", BITS)
 def test_product_equals_float64_in_float16(request, bits, case):
     if GPU:
-        error, same = relative_error(bits, case, "cuda", torch.float16)
+        error, same, apart = relative_error(bits, case, "cuda", torch.float16)
     else:
-        error, same = request.getfixturevalue("interpreted")[f"{bits} {case}"]
+        error, same, apart = request.getfixturevalue("interpreted")[f"{bits} {case}"]
     assert error < 6e-4 and same                       # NaN, from what was not written, fails too
+    assert apart < 8e-4                                # from the plain kernel
 
 @pytest.mark.skipif(not GPU, reason="the interpreter has no bfloat16")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("bits", BITS)
 def test_product_equals_float64_in_bfloat16(bits, case):
-    error, same = relative_error(bits, case, "cuda", torch.bfloat16)
+    error, same, apart = relative_error(bits, case, "cuda", torch.bfloat16)
     assert error < 5e-3 and same
+    assert apart < 7e-3                                # from the plain kernel
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PLAIN)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_plain_kernel_equals_float64(request, bits, case):
+    """From the bytes of quantizers.pack, of codes that cross their borders too."""
+    if GPU:
+        assert plain_error(bits, case, "cuda", torch.bfloat16) < 5e-3
+        error = plain_error(bits, case, "cuda", torch.float16)
+    else:
+        error = request.getfixturevalue("interpreted")[f"plain {bits} {case}"]
+    assert error < 6e-4
 
 @pytest.mark.parametrize("bits, third", [(1, False), (2, False), (4, False), (8, False), (1, True)])
 def test_words_unpack_to_their_codes(bits, third):
@@ -145,6 +190,7 @@ def test_layer_on_a_gpu_goes_through_the_kernel_and_says_once_if_it_cannot(monke
     import kernels
     from quantizers import QuantLinear
     x = torch.randn(3, 64, dtype=torch.float64)
+    monkeypatch.setattr(kernels, "HOPPER", True)
     monkeypatch.setattr(kernels, "lowbit_matmul",
                         lambda x, w: x @ dequantize_weight(w, x.dtype).T)
     for bits, symmetric in ((4, False), (8, True), (3, True)):
@@ -157,11 +203,146 @@ def test_layer_on_a_gpu_goes_through_the_kernel_and_says_once_if_it_cannot(monke
         layer.packed = layer.packed.clone()
         kernels.linear(layer, x)
         assert layer.fast is not packed                                # the layer moved
+        packed = layer.fast
+        layer.load_state_dict(layer.state_dict())
+        kernels.linear(layer, x)
+        assert layer.fast is not packed                                # it was written to
     layer = QuantLinear.affine(*random_codes(24, 48, 24, 4, False), 4, 24)
     x = torch.randn(3, 48)
     with pytest.warns(UserWarning, match="no kernel for 4 bits, 48 inputs, groups of 24") as said:
         assert kernels.linear(layer, x) is None and kernels.linear(layer, x) is None
     assert len(said) == 1                              # and forward uses PyTorch
+
+def test_on_other_gpus_the_plain_kernel_reads_the_checkpoints_own_tensors(monkeypatch):
+    """With a stub in the kernel's place; very many tokens are cuBLAS's."""
+    import kernels
+    from quantizers import QuantLinear
+    asked = []
+    monkeypatch.setattr(kernels, "HOPPER", False)
+    monkeypatch.setattr(kernels, "plain_matmul", lambda *args: asked.append(args))
+    for bits, group, symmetric in ((5, 24, False), (3, -1, True)):
+        layer = QuantLinear.affine(*random_codes(24, 48, group, bits, symmetric), bits, group)
+        x = torch.randn(2, 3, 48)
+        kernels.linear(layer, x)
+        assert asked.pop() == (x, layer.packed, layer.scale, layer.zero_point, bits, group)
+        many = torch.randn(kernels.FUSED + 1, 48)
+        assert torch.equal(kernels.linear(layer, many), many @ layer.weight().T) and not asked
+
+# ---- Layers on a GPU ----------------------------------------------------------------------------
+
+def affine_layer(bits, a_bits=16, symmetric=False, group=64, seed=0):
+    from quantizers import QuantLinear
+    torch.manual_seed(seed)
+    return QuantLinear.affine(*random_codes(48, 256, group, bits, symmetric), bits, group, a_bits)
+
+def quest_layer(bits, a_bits, seed=0):
+    from quantizers import QuantLinear
+    torch.manual_seed(seed)
+    return QuantLinear.quest(torch.randn(48, 256), bits, a_bits)
+
+def codebook_layer(seed=0):
+    from quantizers import QuantLinear
+    torch.manual_seed(seed)
+    return QuantLinear.vq(torch.randint(256, (48, 32, 2)), torch.randn(2, 256, 8),
+                          torch.rand(48) + 0.5)
+
+LAYERS = {  # each is a function of a seed
+    "affine W4": lambda seed: affine_layer(4, seed=seed),
+    "affine W3, signed codes, one scale a row":
+        lambda seed: affine_layer(3, symmetric=True, group=-1, seed=seed),
+    "affine W8A8": lambda seed: affine_layer(8, 8, seed=seed),
+    "affine W4A8": lambda seed: affine_layer(4, 8, seed=seed),
+    "QuEST W4A4": lambda seed: quest_layer(4, 4, seed),
+    "QuEST W4A8": lambda seed: quest_layer(4, 8, seed),
+    "QuEST W8A4": lambda seed: quest_layer(8, 4, seed),
+    "QuEST W8A8": lambda seed: quest_layer(8, 8, seed),
+    "QuEST W1A1": lambda seed: quest_layer(1, 1, seed),
+    "QuEST W2A4": lambda seed: quest_layer(2, 4, seed),
+    "QuEST W3A6": lambda seed: quest_layer(3, 6, seed),
+    "QuEST W1.58A8": lambda seed: quest_layer(1.58, 8, seed),
+    "codebooks": codebook_layer,
+}
+
+def as_it_was(layer, other):
+    return layer
+
+def sliced(layer, other):
+    """Outputs 16 to 47, as views of the tensors that it had; codebooks serve all outputs."""
+    for name, t in list(layer.named_buffers()):
+        if name != "codebooks":
+            setattr(layer, name, t[16:48])
+    return layer
+
+def moved(layer, other):
+    return layer.cpu().cuda()
+
+def reloaded(layer, other):
+    """What a checkpoint keeps of it, through a file."""
+    from quantizers import QuantLinear
+    file = io.BytesIO()
+    torch.save((layer.spec, dict(layer.named_buffers())), file)
+    file.seek(0)
+    return QuantLinear.of(*torch.load(file))
+
+def written_to(layer, other):
+    """Its tensors stay the same ones; what they hold is another layer's."""
+    layer.load_state_dict(other.state_dict())
+    return layer
+
+def sure_inputs(layer, tokens, dtype):
+    """x (tokens, 256) on the GPU. For QuEST, of rows whose codes float32 cannot mistake: no value
+    lies within 1e-4 of the border of two codes."""
+    from quantizers import quest_codes, rotate
+    x = torch.randn(4 * tokens, 256).to(dtype)
+    if layer.spec["kind"] == "quest":
+        u = quest_codes(rotate(x.double()), layer.a_bits)[2]
+        places = u + 0.5 if layer.a_bits == 1.58 else u
+        x = x[((places - places.round()).abs() > 1e-4).all(1)]
+    assert len(x) >= tokens
+    return x[:tokens].cuda()
+
+def exact_product(layer, x):
+    """By plain PyTorch on the CPU in float64, with the same grid of x where x has one."""
+    from quantizers import fake_quant_tokens
+    layer = copy.deepcopy(layer).cpu()
+    if layer.spec["kind"] == "affine":
+        x = fake_quant_tokens(x, layer.a_bits).cpu().double()
+        return x @ layer.weight().double().T
+    return layer(x.cpu().double())
+
+@pytest.mark.skipif(not GPU, reason="of layers on a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("change", [as_it_was, sliced, moved, reloaded, written_to])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_on_a_gpu_equals_float64_on_a_cpu(name, change, dtype):
+    """4 tokens and 40; and after a change the kernels do not read the weight from before."""
+    import kernels
+    bound = 6e-4 if dtype == torch.float16 else 5e-3
+    for tokens in (4, 40):
+        layer = LAYERS[name](0).cuda()
+        x = sure_inputs(layer, tokens, dtype)
+        assert kernels.linear(layer, x) is not None
+        layer = change(layer, LAYERS[name](1).cuda())
+        y = layer(x.view(2, -1, 256))
+        assert y.shape[:2] == (2, tokens // 2) and y.dtype == dtype
+        assert error_of(y.flatten(0, 1), exact_product(layer, x)) < bound
+        if layer.spec["kind"] != "affine" or layer.a_bits == 16:       # else it rounds x before
+            assert torch.equal(kernels.linear(layer, x), y.flatten(0, 1))
+
+@pytest.mark.skipif(not GPU, reason="of layers on a GPU")
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_call_in_bfloat16_does_not_change_those_in_float16(name):
+    import kernels
+    layer = LAYERS[name](0).cuda()
+    x = torch.randn(4, 256, device="cuda", dtype=torch.float16)
+    first = kernels.linear(layer, x)
+    kernels.linear(layer, x.bfloat16())
+    assert torch.equal(kernels.linear(layer, x), first)
+    fresh = LAYERS[name](0).cuda()
+    kernels.linear(fresh, x.bfloat16())
+    assert torch.equal(kernels.linear(fresh, x), first)
+
+# ---- Machine code -------------------------------------------------------------------------------
 
 def overwritten_operands(sass):
     """Instructions of the loops that write a register which a wgmma in flight still reads."""
@@ -226,7 +407,8 @@ def test_every_product_is_timed_behind_the_cublas_that_it_is_a_ratio_to():
     jobs = time_kernels.jobs_of(args)
     assert {(c.name, bits) for _, M, c, bits in jobs if M == 1} == {
         ("cuBLAS", 16), ("lowbit_matmul", 3), ("lowbit_matmul", 4), ("quest_linear", 4),
-        ("tinygemm", 4), ("gemlite", 4), ("humming", 3), ("humming", 4)}
+        ("plain_matmul", 3), ("plain_matmul", 4), ("tinygemm", 4), ("gemlite", 4), ("humming", 3),
+        ("humming", 4)}
     many = {c.name for _, M, c, _ in jobs if M == 600}
     assert many == {"cuBLAS", "lowbit_matmul", "quest_linear"}
     base = None
@@ -236,6 +418,23 @@ def test_every_product_is_timed_behind_the_cublas_that_it_is_a_ratio_to():
         assert base == (shape, M)
     only = time_kernels.jobs_of(time_kernels.parse_args(["--only", "aqlm", "--batches", "4", "16"]))
     assert [c.name for _, _, c, _ in only] == 4 * ["cuBLAS", "aqlm", "cuBLAS"]
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("M", [17, 64, 300, 1024])
+def test_sweep_tries_the_present_tile_first_and_then_others_that_fit(M, bits, monkeypatch):
+    import kernels
+    import time_kernels
+    monkeypatch.setattr(kernels, "TMA", True)
+    w = kernels.LowBit(range(896), None, None, bits, 128, (14336, 4096))
+    tiles = time_kernels.tiles_to_try(M, w)
+    assert tiles[0] == kernels.choose_tile(M, w)
+    assert len(set(tiles)) == len(tiles) == time_kernels.KEEP + 1
+    for tile in tiles:
+        assert 4096 % (tile.BLOCK_K * tile.split) == 0 and tile.BLOCK_M <= 2 * M
+        assert tile.BLOCK_M * tile.BLOCK_N <= 128 * 32 * tile.warps    # sums, in registers
+    if bits in (4, 8):
+        tiles = time_kernels.quest_tiles_to_try(M, 14336, 4096, bits)
+        assert tiles[0] == kernels.quest_tile(M, bits, bits) and len(set(tiles)) == len(tiles)
 
 @pytest.mark.slow
 def test_benchmark_runs_from_any_folder_and_refuses_in_one_line(tmp_path, monkeypatch, capsys):
@@ -251,5 +450,8 @@ def test_benchmark_runs_from_any_folder_and_refuses_in_one_line(tmp_path, monkey
 
 if __name__ == "__main__":
     poison()
-    print(json.dumps({f"{bits} {case}": relative_error(bits, case, "cpu", torch.float16)
-                      for bits in BITS for case in CASES}))
+    outcomes = {f"{bits} {case}": relative_error(bits, case, "cpu", torch.float16)
+                for bits in BITS for case in CASES}
+    outcomes |= {f"plain {bits} {case}": plain_error(bits, case, "cpu", torch.float16)
+                 for bits in range(1, 9) for case in PLAIN}
+    print(json.dumps(outcomes))

@@ -200,7 +200,7 @@ def check_lookups_equal_the_dense_weight():
             codes, scales = codes.to(DEVICE, torch.uint8), randn(N, seed=3).abs()
             w = sum(books.double()[m][codes[..., m].long()] for m in range(M)).flatten(1)
             for tile, programs in itertools.product(VQ_TILES, (1, 264)):   # one part, or many
-                kernels.VQ_TILES = ((2**31, tile[1], programs, *tile[3:]),)
+                kernels.VQ_TILES = (tile._replace(most=2**31, programs=programs),)
                 poison()
                 y = vq_matmul(x, vq_order(codes), books, scales)
                 close(y, x.double() @ w.T * scales.double(), 2 * ULP[dtype])
@@ -296,25 +296,24 @@ def compiled(kernel, warps, stages=3, **arguments):
                                             (4, 2, False), (8, 2, False), (8, 2, True)])
 def test_integer_matmul_compiles_for_an_h100_to_tensor_cores_without_spills(b, tile, eight):
     import kernels
-    tile = kernels.QUEST_TILE_8x8 if eight else kernels.QUEST_TILES[tile][1:]
-    BM, BN, BK, warps, stages = tile
+    tile = kernels.QUEST_TILE_8x8 if eight else kernels.QUEST_TILES[tile]
     spills, shared, count = compiled(
-        kernels._quest_matmul, warps, stages, a="*i8", a_scale="*fp32", a_sum="*i32", w="*i32",
-        w_scale="*fp32", w_sum="*i32", y="*bf16", M="i32", N="i32", K=4096, b=b,
-        HALF=0 if b == 8 else 0x01010101 << (7 - b), A8=eight, W8=eight, BM=BM, BN=BN,
-        BK=256 if b == 1 else BK)
+        kernels._quest_matmul, tile.warps, tile.stages, a="*i8", a_scale="*fp32", a_sum="*i32",
+        w="*i32", w_scale="*fp32", w_sum="*i32", y="*bf16", M="i32", N="i32", K=4096, b=b,
+        HALF=0 if b == 8 else 0x01010101 << (7 - b), A8=eight, W8=eight,
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=256 if b == 1 else tile.BLOCK_K)
     assert spills == 0 and shared <= 227 * 1024 and count["IGMMA"] and count["LDGSTS"]
 
 @pytest.mark.codegen
 @pytest.mark.parametrize("eight", [False, True])
 def test_integer_matmul_of_tiles_compiles_for_an_h100_without_spills(eight):
     import kernels
-    BM, BN, BK, warps, stages = kernels.QUEST_TMA
+    _, BM, BN, BK, warps, stages = kernels.QUEST_TMA
     spills, shared, count = compiled(
         kernels._quest_matmul_tma, warps, a=f"tensordesc<i8[{BM},{BK}]>", a_scale="*fp32",
         a_sum="*i32", w=f"tensordesc<i8[{BN},{BK}]>", w_scale="*fp32", w_sum="*i32",
         y=f"tensordesc<bf16[{BM},{BN // 2}]>", M="i32", N="i32", K=4096, A8=eight, W8=eight,
-        BM=BM, BN=BN, BK=BK, STAGES=stages)
+        BLOCK_M=BM, BLOCK_N=BN, BLOCK_K=BK, STAGES=stages)
     assert spills == 0 and shared <= 227 * 1024 and count["IGMMA"] and count["UTMALDG"]
 
 @pytest.mark.parametrize("x, C, train", [("*bf16", 4096, False), ("*bf16", 14336, False),
@@ -349,11 +348,11 @@ def test_rotation_of_gradients_compiles_for_an_h100_without_spills(count, out):
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 def test_lookups_compile_for_an_h100_without_spills(entry, tokens):
     import kernels
-    _, BN, _, R, warps, unroll = kernels.VQ_TILES[entry]
+    tile = kernels.VQ_TILES[entry]
     spills, shared, count = compiled(
-        kernels._vq_lookups, warps, tables="*bf16", codes="*u8", scales="*fp32", parts="*fp32",
-        tickets="*i32", y="*bf16", tokens="i32", N="i32", ROWS=1024, R=R // tokens, TOKENS=tokens,
-        BN=BN, SPLIT=16, PDL=True, UNROLL=unroll)
+        kernels._vq_lookups, tile.warps, tables="*bf16", codes="*u8", scales="*fp32", parts="*fp32",
+        tickets="*i32", y="*bf16", tokens="i32", N="i32", ROWS=1024, R=tile.tables // tokens,
+        TOKENS=tokens, BLOCK_N=tile.outputs, SPLIT=16, PDL=True, UNROLL=tile.unroll)
     assert spills == 0 and shared <= 227 * 1024 and count["ACQBULK"]   # waits for the tables
 
 def main():

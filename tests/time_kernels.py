@@ -4,6 +4,7 @@
     python tests/time_kernels.py --shapes 14336x4096 --bits 4   # one shape, 4 bits beside cuBLAS
     python tests/time_kernels.py --only tinygemm gemlite        # some candidates beside cuBLAS
     python tests/time_kernels.py --out rows.jsonl --plot kernels.png
+    python tests/time_kernels.py --sweep --out sweep.jsonl      # other tiles than the tables have
 
 Every candidate multiplies bfloat16 activations x (M, C) with a layer of random weights (O, C),
 groups of 128. A time is the median replay of one CUDA graph that reads at least 200 MB of copies of
@@ -11,9 +12,14 @@ the weights in turn, so that no call finds its weights in the L2 cache. The floo
 a copy of as many bytes takes, or as many operations at 790 TFLOP/s, whichever is longer.
 The peers are torch's own products and, where they are installed, gemlite, humming and aqlm. What
 torch's 8-bit products need besides, quantizing x, is not timed.
+
+--sweep times tiles that kernels.py does not choose, for 17 to 1024 tokens. A model of waves and
+padding picks those that may be fast; each is held to the result of the present tile before it is
+timed. It ends by itself after --minutes.
 """
 import argparse
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -28,8 +34,9 @@ import torch.nn.functional as F
 import triton
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-from kernels import (LowBit, hadamard_quantize, lowbit_matmul, quest_linear, quest_operand,
-                     vq_matmul)
+import kernels
+from kernels import (LowBit, QuestTile, Tile, hadamard_quantize, lowbit_matmul, plain_matmul,
+                     quest_linear, quest_matmul, quest_operand, vq_matmul)
 from model import UsageError
 from nanobit.cli import Parser, number, run
 from nanobit.ranks import progress, say
@@ -38,14 +45,16 @@ from nanobit.runs import command_line
 GROUP = 128                            # inputs that share a scale and a zero point
 COPIES = 200e6                         # bytes of weights that a graph reads: four times the L2
 TFLOPS = 790                           # of dense bfloat16 products, as measured on an H100
+SHAPES = ["4096x4096", "14336x4096", "4096x14336", "28672x8192"]
+SWEEP = [300, 128, 64, 512, 256, 192, 384, 96, 32, 768, 1024]  # the valley first
 QUERY = "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.limit"
 
 # ---- The candidates ---------------------------------------------------------------------------
 # Each is a function of x (M, C), O and bits that makes a layer of random weights and returns its
 # call.
 
-def _lowbit(x, O, bits):
-    C = x.size(1)
+def random_lowbit(O, C, bits):
+    """A LowBit of random codes, groups of 128."""
 
     def random_words(b):
         shape = (O // 16, C * b // 256, 128)
@@ -58,8 +67,18 @@ def _lowbit(x, O, bits):
     # A float32 holds a group's scale and, in its last 8 bits, the zero point.
     grid = torch.rand(C // GROUP, O, device="cuda").view(torch.int32)
     grid = grid & -256 | 2 ** (bits - 1)
-    w = LowBit(words, high, grid, bits, GROUP, (O, C))
+    return LowBit(words, high, grid, bits, GROUP, (O, C))
+
+def _lowbit(x, O, bits):
+    w = random_lowbit(O, x.size(1), bits)
     return lambda: lowbit_matmul(x, w)
+
+def _plain(x, O, bits):
+    C = x.size(1)
+    packed = torch.randint(256, (O, C * bits // 8), dtype=torch.uint8, device="cuda")
+    scale = torch.rand(O, C // GROUP, device="cuda")
+    zero = torch.randint(2**bits, (O, C // GROUP), device="cuda").to(torch.uint8)
+    return lambda: plain_matmul(x, packed, scale, zero, bits, GROUP)
 
 def _cublas(x, O, bits):
     w = torch.randn(O, x.size(1), device="cuda", dtype=x.dtype)
@@ -102,11 +121,14 @@ def _humming(x, O, bits):
     layer.transform()
     return lambda: layer(x)
 
+def random_quest(O, C, bits):
+    """A weight of random codes, as quest_matmul wants it."""
+    codes = torch.randint(256, (O, C * bits // 8), dtype=torch.uint8, device="cuda")
+    return quest_operand(codes, torch.rand(O, 1, device="cuda"), bits, C)
+
 def _quest(x, O, bits):
     """QuEST's layer; its time includes rotating and quantizing x."""
-    C = x.size(1)
-    codes = torch.randint(256, (O, C * bits // 8), dtype=torch.uint8, device="cuda")
-    w = quest_operand(codes, torch.rand(O, 1, device="cuda"), bits, C)
+    w = random_quest(O, x.size(1), bits)
     return lambda: quest_linear(x, w, bits, bits)
 
 def _codebooks(x, O):
@@ -139,6 +161,7 @@ class Candidate(NamedTuple):
 CANDIDATES = [                         # cuBLAS is first, the others are ratios to it
     Candidate("cuBLAS", _cublas, (16,), math.inf),
     Candidate("lowbit_matmul", _lowbit, (1, 2, 3, 4, 8), math.inf, grouped=True),
+    Candidate("plain_matmul", _plain, (1, 2, 3, 4, 8), 512, grouped=True),
     Candidate("quest_linear", _quest, (4, 8), math.inf),
     Candidate("vq_matmul", _vq, (2,), 4),
     Candidate("tinygemm", _tinygemm, (4,), 512, grouped=True),
@@ -195,17 +218,23 @@ def shape(text):
 def parse_args(argv=None):
     p = Parser(prog="time_kernels.py", description=__doc__.splitlines()[0])
     add = p.add_argument
-    add("--shapes", nargs="+", type=shape, help="outputs x inputs (default: four of LLaMAs)",
-        default=["4096x4096", "14336x4096", "4096x14336", "28672x8192"])
-    add("--bits", nargs="+", type=int, choices=(1, 2, 3, 4, 8), default=[1, 2, 3, 4, 8],
-        help="of the weights (default: all)")
-    add("--batches", nargs="+", type=number(int, 1), default=[1, 16, 64, 512, 4096],
-        help="tokens (default: 1 16 64 512 4096)")
+    add("--shapes", nargs="+", type=shape,
+        help="outputs x inputs (default: four of LLaMAs; of a sweep, the first two)")
+    add("--bits", nargs="+", type=int, choices=(1, 2, 3, 4, 8),
+        help="of the weights (default: all; of a sweep, 4)")
+    add("--batches", nargs="+", type=number(int, 1),
+        help="tokens (default: 1 16 64 512 4096; of a sweep, eleven from 32 to 1024)")
     add("--only", nargs="+", choices=[c.name for c in CANDIDATES],
         help="these candidates (default: every one installed)")
     add("--out", help="append the rows to this file, one JSON object each")
     add("--plot", help="draw times against their floors into this file")
-    return p.parse_args(argv)
+    add("--sweep", action="store_true", help="time other tiles of lowbit_matmul and quest_matmul")
+    add("--minutes", type=number(float, 0), default=7, help="the most of a sweep (default: 7)")
+    args = p.parse_args(argv)
+    args.shapes = args.shapes or (SHAPES[:2] if args.sweep else SHAPES)
+    args.bits = args.bits or ([4] if args.sweep else [1, 2, 3, 4, 8])
+    args.batches = args.batches or (SWEEP if args.sweep else [1, 16, 64, 512, 4096])
+    return args
 
 def jobs_of(args):
     """[(shape, tokens, candidate, bits)]. Each product stands beside its own cuBLAS, which comes
@@ -271,6 +300,149 @@ def measure_rotation(copy):
         floor = T * C * 3 / copy / 1e6                 # two bytes in, one out
         say(f"hadamard_quantize {T} x {C} | {us:.1f} us, {us / floor:.2f} x its bytes' {floor:.1f}")
 
+# ---- Other tiles ------------------------------------------------------------------------------
+
+KEEP = 9           # candidates for a shape, bits and number of tokens
+SMS = 132
+
+# Guesses, for the choice of candidates alone: what unpacking a tile's weights costs, in tokens'
+# worth of multiplying; a program's start and end in microseconds; bytes that one SM can write and
+# read in a microsecond, where parts of k are added up.
+UNPACKING, START, PARTS = 48, 1.5, 38e3
+
+def waves_us(M, O, C, tile, split=1, unpacking=UNPACKING):
+    """About what a product takes by this tile. Tiles are padded, and the last wave of programs
+    takes as long as a full one."""
+    programs = kernels.count_tiles(M, O, tile) * split
+    slots = kernels.ENOUGH[tile.warps]                 # two programs an SM, or one of 8 warps
+    work = 2 * (tile.BLOCK_M + unpacking) * tile.BLOCK_N * C / split / (TFLOPS / SMS * 1e6)
+    if split > 1:
+        work += 8 * tile.BLOCK_M * tile.BLOCK_N / PARTS
+    return math.ceil(programs / slots) * (START + work * slots / SMS)
+
+def tiles_to_try(M, w):
+    """The present Tile for M tokens of a LowBit, then those with the least waves_us."""
+    O, C = w.shape
+    present = kernels.choose_tile(M, w)
+    found = set()
+    for BLOCK_M, (BLOCK_N, warps), BLOCK_K, stages, split in itertools.product(
+            (32, 64, 128, 256), ((64, 4), (128, 4), (128, 8)), (64, 128), (3, 4), (1, 2, 4, 8)):
+        tile = Tile(BLOCK_M, BLOCK_N, math.gcd(BLOCK_K, w.group, C), warps, stages, split)
+        registers = BLOCK_M * BLOCK_N / warps / 32     # of a thread, for its sums
+        shared = stages * BLOCK_M * BLOCK_K * 2
+        steps = C / BLOCK_K / split
+        if registers > 128 or shared > 224 * 1024 or steps % 1 or BLOCK_M > 2 * M:
+            continue
+        found.add(tile._replace(tma=kernels.TMA and BLOCK_M > 32))
+    found.discard(present)
+
+    # Of equal ones, those with the larger tiles: less traffic. Then more loads in flight.
+    def rank(tile):
+        us = waves_us(M, O, C, tile, tile.split)
+        return us, -tile.BLOCK_M * tile.BLOCK_N, -tile.BLOCK_K, -tile.stages
+    return [present] + unlike(sorted(found, key=rank))
+
+def unlike(tiles):
+    """The first KEEP of them, at most two that differ in BLOCK_K and stages alone."""
+    kept = []
+    for tile in tiles:
+        like = tile._replace(BLOCK_K=0, stages=0)
+        if sum(t._replace(BLOCK_K=0, stages=0) == like for t in kept) < 2:
+            kept.append(tile)
+    return kept[:KEEP]
+
+def quest_tiles_to_try(M, O, C, bits):
+    """The same for quest_matmul, whose tensor cores are twice as fast."""
+    present = kernels.quest_tile(M, bits, bits)
+    found = set()
+    for BLOCK_M, BLOCK_N, BLOCK_K, stages in itertools.product(
+            (16, 32, 64, 128), (64, 128), (128, 256), (3, 4)):
+        # A wide tile of many tokens needs 8 warps for its sums.
+        warps = 8 if BLOCK_M * BLOCK_N > 64 * 64 else 4
+        shared = stages * BLOCK_K * (BLOCK_M + BLOCK_N * bits // 8)
+        if shared <= 224 * 1024 and BLOCK_M <= 2 * M:
+            found.add(QuestTile(kernels.MANY, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages))
+    found.discard(present._replace(tokens=kernels.MANY))
+
+    def rank(tile):
+        return waves_us(M, O, C / 2, tile, unpacking=16), -tile.BLOCK_K, -tile.stages
+    return [present] + unlike(sorted(found, key=rank))
+
+def lowbit_sweep(M, O, C, bits):
+    """-> name, [(Tile, its calls)]: a call for each copy of the weight, which returns y."""
+    copies = max(2, math.ceil(COPIES / (O * C * bits / 8)))
+    weights = [random_lowbit(O, C, bits) for _ in range(copies)]
+    x = torch.randn(M, C, device="cuda", dtype=torch.bfloat16)
+    y = x.new_empty(M, O)
+
+    def call(w, tile):
+        kernels.multiply_tiles(x, w, tile, y)
+        return y
+    return "lowbit_matmul", [(tile, [functools.partial(call, w, tile) for w in weights])
+                             for tile in tiles_to_try(M, weights[0])]
+
+def quest_sweep(M, O, C, bits):
+    """The same of quest_linear with as many bits of x: rotating and quantizing it is timed too."""
+    copies = max(2, math.ceil(COPIES / (O * C * bits / 8)))
+    weights = [random_quest(O, C, bits) for _ in range(copies)]
+    x = torch.randn(M, C, device="cuda", dtype=torch.bfloat16)
+
+    def call(w, tile):
+        a = hadamard_quantize(x, bits, planes=8 // bits)
+        return quest_matmul(a, w, bits, bits, x.dtype, tile)
+    return "quest_linear", [(tile, [functools.partial(call, w, tile) for w in weights])
+                            for tile in quest_tiles_to_try(M, O, C, bits)]
+
+def sweep(args):
+    """Time the candidates of every shape, number of tokens and bits, beside cuBLAS."""
+    end = time.time() + 60 * args.minutes
+    for M, shape, bits in itertools.product(args.batches, args.shapes, args.bits):
+        O, C = map(int, shape.split("x"))
+        x = torch.randn(M, C, device="cuda", dtype=torch.bfloat16)
+        dense = [_cublas(x, O, 16) for _ in range(max(2, math.ceil(COPIES / (O * C * 2))))]
+        cublas = graph_us(dense)
+        del dense
+
+        makers = [lowbit_sweep] if M > kernels.FEW and M <= kernels.FUSED else []
+        makers += [quest_sweep] if bits in (4, 8) else []
+        for make in makers:
+            name, candidates = make(M, O, C, bits)
+            expected = candidates[0][1][0]().clone()
+            times = []
+            for tile, calls in candidates:
+                if time.time() > end:
+                    say(f"{args.minutes} minutes are up at {shape}, {M} tokens")
+                    return
+                try:
+                    # Another order of sums, or of the parts of k, moves a bfloat16 by an ulp.
+                    error = (calls[0]() - expected).abs().max() / expected.abs().max()
+                    us = graph_us(calls) if error < 0.01 else math.inf
+                except RuntimeError as e:              # more registers or shared memory than it has
+                    say(f"{name} {tile}: {str(e).splitlines()[0][:80]}")
+                    continue
+                if us == math.inf:
+                    say(f"{name} {tile} is WRONG by {error:.1e} at {shape}, {M} tokens")
+                    continue
+                times.append((us, tile))
+                if args.out:
+                    row = dict(shape=shape, batch=M, kernel=name, bits=bits, us=round(us, 2),
+                               cublas=round(cublas / us, 3), tile=tile._asdict(),
+                               present=tile == candidates[0][0], command=command_line())
+                    with open(args.out, "a") as file:
+                        print(json.dumps(row), file=file)
+            report(name, shape, M, bits, cublas, candidates[0][0], times)
+
+def report(name, shape, M, bits, cublas, present, times):
+    """The present tile and the three fastest."""
+    fastest = sorted(times, key=lambda pair: pair[0])[:3]
+    shown = [pair for pair in times if pair[1] == present]
+    shown += [pair for pair in fastest if pair[1] != present]
+    for us, tile in shown:
+        mark = "present" if tile == present else ""
+        fields = " ".join(str(value) for value in tile)
+        say(f"{shape:>10} {M:4} tokens | {name:13} W{bits} | {us:6.1f} us | {cublas / us:4.2f} x "
+            f"cuBLAS | {fields} {mark}")
+
 def main():
     args = parse_args()
     if not torch.cuda.is_available():
@@ -280,6 +452,9 @@ def main():
     copy = copy_speed()
     say(f"{torch.cuda.get_device_name()} | torch {torch.__version__} | triton {triton.__version__} "
         f"| SM, memory, highest SM clock, power limit: {clocks} | copy {copy:.2f} TB/s")
+    if args.sweep:
+        sweep(args)
+        return
     rows = measure(jobs_of(args), copy, args.out)
     if not args.only:
         measure_rotation(copy)
