@@ -79,9 +79,8 @@ from quantizers import (EPS, QuantLinear, affine_codes, bits_per_weight, block_h
 EPS_ADAM = 1e-6                  # added after the root, as in the authors' code
 
 # ---- The method: one step for one layer -------------------------------------------------------
-# It asks two things of a representation: the weight that codes and values stand for, and
-# the codes near a weight. For additive codebooks these are vq_dequantize and
-# nearest_codes.
+# It asks two things of a representation: the weight that codes and values stand for, and the
+# codes near a weight. For additive codebooks these are vq_dequantize and nearest_codes.
 
 def nearest_codes(R, codes, codebooks, scales, generator=None):
     """New codes (O, J, M) near R (O, C), where the search starts from the old ones.
@@ -108,9 +107,8 @@ def lamb(p, g, state, lr, betas):
     direction = m / (v.sqrt() + EPS_ADAM)
     step = -lr * p.norm() * direction / direction.norm()
 
-    # Adam corrects the moments for having started at zero. Here that comes after the
-    # length is set, as in the authors' code, and so it shortens or lengthens the first
-    # steps.
+    # Adam corrects the moments for having started at zero. Here that comes after the length is
+    # set, as in the authors' code, and so it shortens or lengthens the first steps.
     return step * math.sqrt(1 - b2**t) / (1 - b1**t)
 
 def pv_step(G, codes, values, buffer, states, dequantize, nearest, lr, code_lr, tau, forget=0,
@@ -121,9 +119,8 @@ def pv_step(G, codes, values, buffer, states, dequantize, nearest, lr, code_lr, 
     step, W. states: a dict for each of the values and one for the buffer. Returns the new codes
     and the new buffer.
     """
-    # P half: the codes stay, and the values take a step. The chain rule takes G on to
-    # them: a codeword's gradient is the sum over all groups that use it, times their
-    # scales.
+    # P half: the codes stay, and the values take a step. The chain rule takes G on to them: a
+    # codeword's gradient is the sum over all groups that use it, times their scales.
     gradients = torch.autograd.grad(dequantize(codes, *values), values, G)
     with torch.no_grad():
         for p, g, state in zip(values, gradients, states):
@@ -137,14 +134,12 @@ def pv_step(G, codes, values, buffer, states, dequantize, nearest, lr, code_lr, 
     # A step is safe up to 1 / L, where L is the loss's curvature along the numbers that
     # change. For all of them L is so large that 1 / L moves no code; a longer step moves
     # many, and the loss jumps. Along a few numbers L is small, and the step can be long
-    # enough to reach another code. So only the tau n groups that are farthest from R may
-    # move.
+    # enough to reach another code. So only the tau n groups farthest from R may move.
     n = codes.size(0) * codes.size(1)
     residual = (R - W).view(n, -1).square().sum(1)                     # (n,)
     chosen = residual.topk(math.ceil(tau * n)).indices                 # the farthest first
 
-    # They go to their nearest codes, in this order, until the change of W leaves the
-    # trust region.
+    # They go to their nearest codes, in this order, until W leaves its trust region.
     best = nearest(R, codes, *values)                                  # (O, J, M)
     change = (dequantize(best, *values) - W).view(n, -1).square().sum(1).detach()
     limit = (trust * W.norm()) ** 2
@@ -156,8 +151,7 @@ def pv_step(G, codes, values, buffer, states, dequantize, nearest, lr, code_lr, 
             spent = spent + change[j]
 
     # What R asked for and the codes did not do stays in the buffer, and adds up over the
-    # steps: a code moves after many small pushes in one direction. forget = 1 starts from
-    # W again.
+    # steps: a code moves after many small pushes in one direction. forget = 1 drops it all.
     W = dequantize(codes, *values).detach()
     return codes, (1 - forget) * R + forget * W
 
@@ -280,8 +274,7 @@ def move_codes(form, reference, fraction, rank="residual", trust=None, left=None
     vectors = w.view(L, n, form.group_size)    # a view: writing to it changes w
     target = reference.reshape(L, n, form.group_size)
 
-    # 1. Which groups may move? Where all may and none has to come first, they need no
-    #    ranking.
+    # 1. Which groups may move? Where all may and none has to come first, none is ranked.
     count = math.ceil(fraction * n)
     if count == n and trust is None:
         chosen = every_group(form)
@@ -289,15 +282,14 @@ def move_codes(form, reference, fraction, rank="residual", trust=None, left=None
         chosen = choose_groups(form, vectors, target, count, rank, left, generator)
 
     # 2. Where to? Only the chosen groups are searched: a small share saves time too.
-    target = gather_groups(target, chosen)                             # (L, count, g)
+    goal = gather_groups(target, chosen)                               # (L, count, g)
     old_vectors = gather_groups(vectors, chosen)
     old_codes = gather_groups(form.codes, chosen)                      # (L, count, M)
-    new_codes, new_vectors, error = search_groups(form, chosen, target, rounding, generator)
+    new_codes, new_vectors, error = search_groups(form, chosen, goal, rounding, generator)
     if left is not None:
         left.scatter_(1, chosen, error)
 
-    # 3. How far? Beyond the trust region nothing moves: the gradient says little so far
-    #    away.
+    # 3. How far? Beyond the trust region nothing moves: so far away the gradient says little.
     used = w.new_zeros(L)
     if trust is not None:
         radius = trust * w.flatten(1).norm(dim=1, keepdim=True)        # (L, 1)
@@ -322,7 +314,7 @@ def choose_groups(form, vectors, target, count, rank, left, generator):
     They have the largest squared error of vectors against target, both (L, n, g) and in the unit
     of the weights, so that rows with large scales come first.
     """
-    score = squared(target - vectors)                                    # (L, n)
+    score = squared(target - vectors)                                  # (L, n)
 
     # Ours: --rank improvement. A large error may be one that no code can mend, and then
     # its group takes a place in the ranking for ever. So rank by the error that goes
@@ -341,7 +333,7 @@ def search_groups(form, chosen, target, rounding, generator):
     the squared error (L, k) of the nearest."""
     candidates = 2 if rounding else 1
     codes, vectors = form.nearest(target, chosen, candidates, generator)
-    errors = squared(vectors - target.unsqueeze(2))                     # (L, k, candidates)
+    errors = squared(vectors - target.unsqueeze(2))                    # (L, k, candidates)
     new_codes = codes[:, :, 0]
     new_vectors = vectors[:, :, 0]
 
@@ -390,8 +382,7 @@ def lamb_step(p, g, state, lr, betas):
     state["t"] += 1
     t = state["t"]
 
-    # Adam's direction. With b1 = 0, as for R, the first moment is g itself and need not
-    # be kept.
+    # Adam's direction. With b1 = 0, as for R, the first moment is g itself: it is not kept.
     v = state["v"].mul_(b2).addcmul_(g, g, value=1 - b2)
     m = state["m"].lerp_(g, 1 - b1) if b1 else g
     step = m / v.sqrt().add_(EPS_ADAM)
