@@ -8,33 +8,57 @@
     python model.py eval out/pvtune-2x4g4.pt    # the packed result
 
 The idea:
-  1. A weight is a code into a few values. First fit both to the dense model: additive codebooks by
-     k-means and a search that knows the inputs (AQLM), or a grid by GPTQ.
-  2. One batch gives the gradient G of the dense weight W. The P half turns G into gradients of
-     codebooks and scales, and takes an Adam step on them and on norms, embedding and head.
-  3. The V half takes an Adam step on a virtual dense weight R. A share tau of the groups may move
-     to the code nearest to R: few at a time, because many at once overshoot, as --demo shows. R
-     remembers what did not yet become a change of code (a straight-through buffer).
+  1. A compressed weight is a code into a few values. First fit both to the dense model:
+     additive codebooks by k-means and by a search that knows the inputs (AQLM), or a grid by
+     GPTQ.
+  2. One batch gives the gradient G of the dense weight W. The P half keeps the codes. It turns
+     G into gradients of codebooks and scales, and takes an Adam step on them and on norms,
+     embedding and head.
+  3. The V half keeps the values. It takes an Adam step on a virtual dense weight R, and lets a
+     share tau of the groups move to the code nearest to R. Few may move at a time, because many
+     at once overshoot, as --demo shows. R remembers what did not yet become a change of code.
 
-Paper: PV-Tuning, Malinovskii et al. 2024 (arXiv 2405.14852); code: Vahe1994/AQLM (2401.06118).
-Ours differs: plain grids too, whose scales learn while their integer zero points stay; with --rank
-improvement groups are ranked by the error that a change removes (the official ranking, by residual,
-is the default); --trust is 0.2 (theirs 0.01, or none); the fit takes up to 4 x 19 Adam steps at 1 %
-of a tensor's size, each 19 with a search after them (theirs up to 100 x 100 steps at 1e-4); the
-rates fall to 0 and were chosen on the dev split; gradients are clipped to norm 1 as everywhere
-here; all draws follow from --seed and the step. Their search is wrong for three and more codebooks
-with a beam above 1, and their stochastic rounding raises for two; ours is tested for both. Not
-here: AQLM's tuning of a whole block between the layers' fits, scales of groups.
-Printed: codes, groups whose code changed in this step / how many may; trust, the largest share of
-its trust region that a weight used. In the table: recovered, the share of what the fit lost that an
-arm wins back; changed, changes over all groups; budget, changes over those that were allowed.
-Shapes: W (O, C) weights, J = C / g groups a row; n groups in all, M codes each, K = 2^B codewords.
+The symbols:
+  W          dense weight (O, C) that codes and values stand for
+  g, J, n    weights in a group, groups in a row (J = C / g), groups in W (n = O J)
+  codes      (O, J, M): M of each group, one into each codebook
+  values     what the codes point into: codebooks (M, K, g), M times K = 2^B vectors, of which
+             one each are summed, and scales (O,), by which the sum is multiplied
+  G          gradient (O, C) of the loss with respect to W
+  R, buffer  virtual dense weight (O, C), and what of it is remembered until the next step
+  forget     the paper's delta: the share of the buffer's memory that is lost in a step
+  tau        share of the groups that may change in a step
+  trust      length of the change of W that new codes may make in a step, relative to |W|
+
+Printed in a line: codes, the groups whose code changed in this step / how many may; trust, the
+largest share of its trust region that a weight used. In the table: recovered, the share of what
+the fit lost that an arm wins back; changed, changes over all groups; budget, changes over those
+that were allowed.
+
+Paper: PV-Tuning, Malinovskii et al. 2024 (arXiv 2405.14852); of the fit, AQLM (2401.06118).
+Code: github.com/Vahe1994/AQLM.
+Not here: AQLM's tuning of a whole block between the fits of its layers; in codebooks, scales of
+anything but rows.
+
+Where ours differs from the official code:
+  - Plain grids can be tuned too. Their scales learn; their integer zero points stay.
+  - --rank improvement ranks groups by the error that a change removes. The official ranking, by
+    residual, is the default.
+  - --trust is 0.2 (theirs 0.01, or none).
+  - The fit takes up to 4 x 19 Adam steps at 1 % of a tensor's size, each 19 with a search after
+    them (theirs up to 100 x 100 steps at 1e-4).
+  - The rates fall to 0, and were chosen on the dev split. Gradients are clipped to norm 1, as
+    everywhere here.
+  - All draws follow from --seed and the step.
+  - Their search is wrong for three and more codebooks with a beam above 1, and their stochastic
+    rounding raises for two codebooks. Ours is tested for both.
 """
 import copy
 import math
 import os
 import re
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,366 +76,464 @@ from quantizers import (EPS, QuantLinear, affine_codes, bits_per_weight, block_h
                         full_float32, gptq, output_error, rtn, unpack, vq_dequantize, vq_fit,
                         vq_search, vq_sum)
 
-# The V half: delta, the share of R's memory that is lost in a step; the share of the groups that
-# may change (None: --tau); the temperature of stochastic rounding. p has none.
-VARIANTS = {"p": None, "naive": (1, 1, 0), "stochastic": (1, 1, 0.5), "ste": (0, 1, 0),
-            "subspace": (1, None, 0), "pv": (0, None, 0)}
-NAMES = {"p": "P only", "naive": "naive PV", "stochastic": "stochastic rounding", "ste": "STE",
-         "subspace": "subspace PV", "pv": "PV"}
+EPS_ADAM = 1e-6                  # added after the root, as in the authors' code
 
-def parse_args(argv=None):
-    p = Parser(prog="pvtune.py", description="Fine-tune codes and codebooks (PV-Tuning).")
-    add = p.add_argument
-    add("--bits", type=number(int, 1, 8), default=2, help="a weight, 1 to 8 (default: 2)")
-    add("--scheme", help="MxBgG: M codebooks of 2^B vectors of G weights; or affine, a grid of "
-        "--bits (default: BITSx4g4)")
-    add("--group-size", type=number(int, -1), help="affine: inputs a scale; -1: all (default: -1)")
-    add("--variant", choices=tuple(VARIANTS), help="only this arm (default: p, ste and pv)")
-    add("--rank", choices=("residual", "improvement"), default="residual", help="the groups that "
-        "may change: largest error, or largest error that goes away (default: residual)")
-    add("--tau", type=float, default=0.01, help="share of the groups that may change (def.: 0.01)")
-    add("--trust", type=number(float, 1e-9), default=0.2, help="largest change of a weight by new "
-        "codes, relative to its norm, in one step (default: 0.2)")
-    add("--code-lr", type=number(float, 1e-9, 10), default=0.1, help="of the virtual dense "
-        "weight, relative to its norm (default: 0.1)")
-    add("--demo", action="store_true", help="only show the exact theory on tiny problems")
-    add_flags(p)
-    p.set_defaults(lr=6e-3, seq_len=0, eval_every=0)
-    args = p.parse_args(argv)
-    if not 0 < args.tau <= 1:
-        raise UsageError(f"--tau {args.tau} is outside (0, 1]; try 0.01")
-    args.scheme = args.scheme or f"{args.bits}x4g4"
-    if args.scheme == "affine":
-        args.group_size = -1 if args.group_size is None else args.group_size
-    else:
-        *_, g = parse_scheme(args.scheme)
-        if args.group_size is not None:
-            raise UsageError(f"--group-size {args.group_size} is for --scheme affine; --scheme "
-                             f"{args.scheme} has groups of {g} already")
-        args.group_size = g
-    args.steps = args.steps or (6 if args.smoke else 70)
-    return resolve(args)
+# ---- The method: one step for one layer -------------------------------------------------------
+# It asks two things of a representation: the weight that codes and values stand for, and the
+# codes near a weight. For additive codebooks these are vq_dequantize and nearest_codes.
 
-def parse_scheme(text):
-    """"2x8g8" -> (2, 8, 8): M codebooks, B bits a code, g weights a group."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)g([1-9]\d*)", text)
-    if not match:
-        raise UsageError(f"--scheme {text} is neither affine nor MxBgG such as 2x4g4")
-    M, B, g = map(int, match.groups())
-    if B > 16:
-        raise UsageError(f"--scheme {text}: 2^{B} codes do not fit in 16 bits; try {M}x16g{g}")
-    return M, B, g
+def nearest_codes(R, codes, codebooks, scales, generator=None):
+    """New codes (O, J, M) near R (O, C), where the search starts from the old ones.
 
-def check_shapes(model, args):
-    """Raise UsageError for a group or a codebook that some linear of the model cannot have."""
-    if args.scheme == "affine":
-        return check_groups(model, args.group_size)
-    _, B, g = parse_scheme(args.scheme)
-    for name, linear in model.linears():
-        (O, C), K = linear.weight.shape, 2**B
-        if C % g:
-            raise UsageError(f"--scheme {args.scheme}: groups of {g} do not divide {name}'s {C} "
-                             f"input channels; try {math.gcd(C, 64)}")
-        if K > O * C // g / 4:
-            raise UsageError(f"--scheme {args.scheme}: {K} vectors are above a quarter of {name}'s "
-                             f"{O * C // g} groups; try fewer bits a code or smaller groups")
-
-# ---- The exact theory (sections 3 and 4 of the paper), for phi(x) = x'Ax / 2 - b'x ------------
-# A vector x with few distinct values V(x) (the codebook), and the ties P(x) among its entries
-# (the codes). phi never grows, whatever the halves are.
-
-def exact_p(A, b, x):
-    """The best vector that keeps x's ties: with E its one-hot codes, (E'AE) v = E'b."""
-    values, codes = x.unique(return_inverse=True)
-    E = F.one_hot(codes, len(values)).to(x)                                        # (d, c)
-    return E @ torch.linalg.solve(E.t() @ A @ E, E.t() @ b)
-
-def exact_v(A, b, y):
-    """The best vector of y's values, among all c^d."""
-    x = torch.cartesian_prod(*[y.unique()] * len(y))                               # (c^d, d)
-    return x[(((x @ A) * x).sum(1) / 2 - x @ b).argmin()]
-
-def linear_v(A, b, y, values, tau):
-    """Round y - g / L to the nearest of `values`, in the tau coordinates with the largest |g| among
-    those that have a value to go to; L is phi's smoothness on these alone. tau = d: the naive step.
+    One codebook after the other, in random order, takes the vector that is best beside the
+    present ones of the others. The error never grows.
     """
-    g = A @ y - b
-    ahead = (values * g.sign().unsqueeze(1) < (y * g.sign()).unsqueeze(1)).any(1)  # downhill
-    order = torch.where(ahead, g.abs(), -1.0).argsort(descending=True, stable=True)
-    S = order[:tau]
-    L = torch.linalg.eigvalsh(A[S][:, S])[-1]
-    x = y.clone()
-    x[S] = values[((y[S] - g[S] / L).unsqueeze(1) - values).abs().argmin(1)]
-    return x
+    O, J, M = codes.shape
+    x = (R / scales.unsqueeze(1)).view(O, J, -1)                       # (O, J, g)
+    codes = codes.clone()
+    for m in torch.randperm(M, generator=generator).tolist():
+        others = sum(codebooks[k][codes[:, :, k]] for k in range(M) if k != m)
+        target = (x - others).unsqueeze(2)                             # (O, J, 1, g)
+        error = (target - codebooks[m]).square().sum(3)                # (O, J, K)
+        codes[:, :, m] = error.argmin(2)
+    return codes
 
-def ste(A, b, x, values, lr, steps):
-    """Shadow weights collect the gradients at their rounded values; yields those."""
-    shadow = x.clone()
-    for _ in range(steps):
-        yield x
-        shadow = shadow - lr * (A @ x - b)
-        x = values[(shadow.unsqueeze(1) - values).abs().argmin(1)]
+def lamb(p, g, state, lr, betas):
+    """What LAMB adds to a tensor p with gradient g: Adam's direction, lr times as long as p."""
+    b1, b2 = betas
+    t = state["t"] = state.get("t", 0) + 1
+    m = state["m"] = b1 * state.get("m", 0) + (1 - b1) * g
+    v = state["v"] = b2 * state.get("v", 0) + (1 - b2) * g.square()
+    direction = m / (v.sqrt() + EPS_ADAM)
+    step = -lr * p.norm() * direction / direction.norm()
 
-def values_along(move, x, phi, steps):
-    """phi along x, move(x), move(move(x)), ..."""
-    values = []
-    for _ in range(steps):
-        values.append(phi(x))
-        x = move(x)
-    return values
+    # Adam corrects the moments for having started at zero. Here that comes after the length is
+    # set, as in the authors' code, and so it shortens or lengthens the first steps.
+    return step * math.sqrt(1 - b2**t) / (1 - b1**t)
 
-def ten(v):
-    return " ".join(f"{x:7.3f}" for x in v[:10])
+def pv_step(G, codes, values, buffer, states, dequantize, nearest, lr, code_lr, tau, forget=0,
+            trust=math.inf):
+    """One PV step for a layer of weight W = dequantize(codes, *values), given G = dloss/dW.
 
-def demo(seed):
-    """Print the example that separates the methods, and curves of exact and linear PV."""
-    A, b, x = torch.ones(10, 10).double(), torch.full((10,), 4.0).double(), torch.zeros(10).double()
-    phi, values = lambda x: (x.sum() - 4).item() ** 2 / 2, torch.tensor([0.0, 1.0]).double()
-    say("phi(x) = (x_1 + ... + x_10 - 4)^2 / 2, x_i in {0, 1}, from x = 0; phi after each step")
-    for tau in (10, 1, 2, 3):
-        name = f"subspace, tau {tau}" if tau < 10 else "naive, step 1/L"
-        found = values_along(lambda x: linear_v(A, b, x, values, tau), x, phi, 10)
-        say(f"{name:15} | {ten(found)}")
-    for lr in (0.02, 0.05, 0.1):
-        found = [phi(x) for x in ste(A, b, x, values, lr, 200)]
-        say(f"STE, lr {lr:<7} | {ten(found)} ... lowest of 200 steps {min(found)}")
-    say("\nphi - min phi after each P and V: mean of 50 coupled quadratics of 6 numbers, c values")
-    generator = torch.Generator().manual_seed(seed)
-    for c in range(1, 7):
-        curves = torch.tensor([pv_curves(c, generator) for _ in range(50)]).mean(0).tolist()
-        for name, values in zip(("exact", "linear", "subspace"), curves):
-            say(f"c = {c}, {name:8} | {ten(values)}")
+    values: the codebooks and scales, which change in place. buffer (O, C): before the first
+    step, W. states: a dict for each of the values and one for the buffer. Returns the new codes
+    and the new buffer.
+    """
+    # P half: the codes stay, and the values take a step. The chain rule takes G on to them: a
+    # codeword's gradient is the sum over all groups that use it, times their scales.
+    gradients = torch.autograd.grad(dequantize(codes, *values), values, G)
+    with torch.no_grad():
+        for p, g, state in zip(values, gradients, states):
+            p += lamb(p, g, state, lr, (0.9, 0.95))
+        W = dequantize(codes, *values)
 
-def pv_curves(c, generator, d=6):
-    """phi - min phi of exact, linear and subspace (tau 1) PV from the same random start."""
-    draw = dict(generator=generator, dtype=torch.float64)
-    root, b, values = torch.randn(d, d, **draw), torch.randn(d, **draw), torch.randn(c, **draw)
-    A = root @ root.t() / d + torch.eye(d).double() / 10 + 3           # every pair is coupled
-    x = values[torch.cat((torch.arange(c), torch.randint(c, (d - c,), generator=generator)))]
-    best = torch.linalg.solve(A, b)
-    phi = lambda x: ((x - best) @ A @ (x - best) / 2).item()
-    halves = (exact_v, *(lambda A, b, y, tau=tau: linear_v(A, b, y, y.unique(), tau)
-                         for tau in (d, 1)))
-    return [values_along(lambda x: v(A, b, exact_p(A, b, x)), x, phi, 8) for v in halves]
+    # V half: the values stay, and codes may move. R is where the same gradient would take
+    # the weight if it were free to go anywhere.
+    R = buffer + lamb(buffer, G, states[-1], code_lr, (0.0, 0.95))
 
-# ---- Two representations of L linears of one shape. The method asks of one: what it stands for,
-# and `nearest`, the codes near targets (L, k, g) for the groups `where` (L, k) -> (L, k, keep, M),
-# with their values (L, k, keep, g). The groups of a linear are counted row by row.
+    # A step is safe up to 1 / L, where L is the loss's curvature along the numbers that
+    # change. For all of them L is so large that 1 / L moves no code; a longer step moves
+    # many, and the loss jumps. Along a few numbers L is small, and the step can be long
+    # enough to reach another code. So only the tau n groups farthest from R may move.
+    n = codes.size(0) * codes.size(1)
+    residual = (R - W).view(n, -1).square().sum(1)                     # (n,)
+    chosen = residual.topk(math.ceil(tau * n)).indices                 # the farthest first
 
-def not_zero(scale):
-    """scale, or EPS where training took it nearer to 0 than that: then it can divide."""
-    return torch.where(scale.abs() < EPS, EPS, scale)
+    # They go to their nearest codes, in this order, until W leaves its trust region.
+    best = nearest(R, codes, *values)                                  # (O, J, M)
+    change = (dequantize(best, *values) - W).view(n, -1).square().sum(1).detach()
+    limit = (trust * W.norm()) ** 2
+    spent = 0.0                                                        # |change of W|^2 so far
+    codes = codes.clone()
+    for j in chosen.tolist():
+        if spent < limit:
+            codes.view(n, -1)[j] = best.view(n, -1)[j]
+            spent = spent + change[j]
+
+    # What R asked for and the codes did not do stays in the buffer, and adds up over the
+    # steps: a code moves after many small pushes in one direction. forget = 1 drops it all.
+    W = dequantize(codes, *values).detach()
+    return codes, (1 - forget) * R + forget * W
+
+class Variant(NamedTuple):
+    """An arm: what its V half does."""
+    label: str
+    forget: float        # of the buffer's memory, in a step; 1: there is no buffer
+    share: float         # of the groups that may change; None: --tau; 0: there is no V half
+    rounding: float = 0  # temperature of stochastic rounding; 0: always to the nearest
+
+VARIANTS = {
+    # Only codebooks, scales and the rest are tuned.
+    "p": Variant("P only", forget=1, share=0),
+    # Every code may move, and nothing is remembered: small steps change no code at all.
+    "naive": Variant("naive PV", forget=1, share=1),
+    # Now and then a code moves to the runner-up: small steps count in the mean.
+    "stochastic": Variant("stochastic rounding", forget=1, share=1, rounding=0.5),
+    # The straight-through estimator: every code may move, and everything is remembered.
+    "ste": Variant("STE", forget=0, share=1),
+    # The paper's subspace step.
+    "subspace": Variant("subspace PV", forget=1, share=None),
+    # The same with a buffer, as in the published recipes.
+    "pv": Variant("PV", forget=0, share=None),
+}
+
+# ---- The same for L layers of one shape at once -----------------------------------------------
+# A step on one small layer is many small operations, and a GPU would spend its time on
+# starting them. So layers of one shape are stacked, every tensor with their number L in
+# front. A LLaMA of any depth has four shapes at most, and each operation of a step runs
+# four times, not once for each of 42 layers. A stack of either representation, Codebooks
+# here and Grid below, has
+#   codes                    (L, n, M): the groups of a layer are counted row by row
+#   group_size               g, the weights of a group
+#   dequantize()             the weights (L, O, C), differentiable in the stack's parameters
+#   nearest(target, where)   codes near given vectors, for chosen groups, and their vectors
+#   stack, pack              many stacks -> one; one stack -> a packed layer of each of the L
 
 class Codebooks(nn.Module):
     """Additive codebooks: codes (L, O, J, M), codebooks (L, M, K, g), scales (L, O)."""
-    more = ()
+    beam = 1             # hypotheses that vq_search keeps; as published
 
     def __init__(self, codes, codebooks, scales):
         super().__init__()
-        self.shape, self.group = codes.shape, codebooks.size(3)
-        self.register_buffer("codes", codes.flatten(1, 2).int())
-        self.codebooks, self.scales = nn.Parameter(codebooks.clone()), nn.Parameter(scales.clone())
+        self.shape = codes.shape                                       # (L, O, J, M)
+        self.group_size = codebooks.size(3)
+        self.register_buffer("codes", codes.flatten(1, 2).int())       # (L, n, M)
+        self.codebooks = nn.Parameter(codebooks.clone())
+        self.scales = nn.Parameter(scales.clone())
 
-    def parts(self):
-        return self.codes.view(self.shape), self.codebooks, self.scales
-
-    def dequantize(self):
-        return vq_dequantize(*self.parts())                                        # (L, O, C)
-
-    def nearest(self, target, where, keep=1, **how):
-        s = self.scales.gather(1, where // self.shape[2]).unsqueeze(2)             # (L, k, 1)
-        codes = vq_search(target / not_zero(s), take(self.codes, where), self.codebooks, keep=keep,
-                          **how)
-        values = vq_sum(codes.flatten(1, 2), self.codebooks).view(*codes.shape[:3], -1)
-        return codes, values * s.unsqueeze(3)
-
-    def pack(self):
-        return [QuantLinear.vq(*parts) for parts in zip(*self.parts())]
-
-class Grid(nn.Module):
-    """The affine grid of `rtn` and `gptq`: a group is one weight, its code the integer (L, O, C).
-    The scales (L, O, G) learn; the zero points are integers and stay."""
-    group = 1
-
-    def __init__(self, q, scale, zero_point, bits):
-        super().__init__()
-        self.shape, self.more, self.size = q.shape, (bits,), q.size(2) // scale.size(2)
-        self.register_buffer("codes", q.flatten(1).unsqueeze(2).int())
-        self.register_buffer("zero_point", zero_point)
-        self.scale = nn.Parameter(scale.clone())
-
-    def parts(self):
-        return self.codes.view(self.shape), self.scale, self.zero_point
+    @classmethod
+    def stack(cls, forms):
+        """One stack of them all."""
+        codes = torch.cat([form.codes.view(form.shape) for form in forms])
+        codebooks = torch.cat([form.codebooks for form in forms])
+        scales = torch.cat([form.scales for form in forms])
+        return cls(codes, codebooks, scales)
 
     def dequantize(self):
-        return dequantize(*(x.flatten(0, 1) for x in self.parts()), self.size).view(self.shape)
+        return vq_dequantize(self.codes.view(self.shape), self.codebooks, self.scales)
 
-    def nearest(self, target, where, keep=1, **_):
-        s, z = (x.flatten(1).gather(1, where // self.size).unsqueeze(2) for x in self.parts()[1:])
-        bits, = self.more
-        divisor = not_zero(s)
-        first = affine_codes(target, divisor, z, bits)                             # (L, k, 1)
-        up = (target / divisor + z > first) & (first < 2**bits - 1) | (first == 0)
-        codes = torch.cat((first, first + torch.where(up, 1, -1)), 2)[..., :keep].unsqueeze(3)
-        return codes, (codes - z.unsqueeze(3)) * s.unsqueeze(3)
+    def nearest(self, target, where, keep=1, generator=None):
+        """The `keep` best codes near target (L, k, g) for the groups where (L, k).
+
+        Returns codes (L, k, keep, M) and the vectors that they stand for, (L, k, keep, g).
+        """
+        # The codebooks hold vectors before scaling: divide the targets by the scales of
+        # their rows.
+        row = where // self.shape[2]                                   # (L, k): J groups a row
+        s = self.scales.gather(1, row).unsqueeze(2)                    # (L, k, 1)
+        start = gather_groups(self.codes, where)                       # (L, k, M)
+        codes = vq_search(target / not_zero(s), start, self.codebooks, self.beam, generator, keep)
+
+        L, k, found, _ = codes.shape
+        sums = vq_sum(codes.flatten(1, 2), self.codebooks).view(L, k, found, -1)
+        return codes, sums * s.unsqueeze(3)
 
     def pack(self):
-        return [QuantLinear.affine(*parts, *self.more, self.size) for parts in zip(*self.parts())]
+        codes = self.codes.view(self.shape)
+        return [QuantLinear.vq(codes[i], self.codebooks[i], self.scales[i])
+                for i in range(len(codes))]
 
 def stack(forms):
-    """One form of them all; they have one shape."""
-    return type(forms[0])(*map(torch.cat, zip(*(f.parts() for f in forms))), *forms[0].more)
+    """One stack of them all, which are of one class and one shape."""
+    return type(forms[0]).stack(forms)
 
-# ---- The V half -------------------------------------------------------------------------------
+def not_zero(scale):
+    """scale, or EPS where training took it nearer to 0 than that, to divide targets by. What has
+    a scale of 0 stands for zeros, whatever its codes are."""
+    return torch.where(scale.abs() < EPS, EPS, scale)
 
-BEAM = 1                                               # hypotheses of the code search
+# ---- The V half of a stack --------------------------------------------------------------------
 
-def take(x, where):
-    """x (L, n, ...) at where (L, k) -> (L, k, ...)."""
+def gather_groups(x, where):
+    """The chosen groups of x (L, n, ...): where (L, k) -> (L, k, ...)."""
     return x.gather(1, where.unsqueeze(2).expand(-1, -1, x.size(2)))
 
+def scatter_groups(x, where, values):
+    """Write values (L, k, ...) into the chosen groups of x (L, n, ...), in place."""
+    x.scatter_(1, where.unsqueeze(2).expand(-1, -1, x.size(2)), values)
+
+def squared(x):
+    """Squared lengths of the vectors along the last dimension."""
+    return x.square().sum(-1)
+
 @torch.no_grad()
+def move_codes(form, reference, fraction, rank="residual", trust=None, left=None, generator=None,
+               rounding=0.0):
+    """Let a share of the groups of each layer move to codes near reference (L, O, C).
+
+    fraction: of the n groups, rounded up, so that a small layer may always change one.
+    rank, left (L, n): see choose_groups.
+    trust: the radius of the trust region, relative to the norm of the weight.
+    rounding: the temperature of stochastic rounding.
+
+    Changes form.codes. Returns the new weights (L, O, C), the numbers of changed groups (L,) and
+    the used shares of the trust region (L,). All are tensors: nothing here waits for a GPU.
+    """
+    w = form.dequantize()
+    L, n, M = form.codes.shape
+    vectors = w.view(L, n, form.group_size)    # a view: writing to it changes w
+    target = reference.reshape(L, n, form.group_size)
+
+    # 1. Which groups may move? Where all may and none has to come first, none is ranked.
+    count = math.ceil(fraction * n)
+    if count == n and trust is None:
+        chosen = every_group(form)
+    else:
+        chosen = choose_groups(form, vectors, target, count, rank, left, generator)
+
+    # 2. Where to? Only the chosen groups are searched: a small share saves time too.
+    goal = gather_groups(target, chosen)                               # (L, count, g)
+    old_vectors = gather_groups(vectors, chosen)
+    old_codes = gather_groups(form.codes, chosen)                      # (L, count, M)
+    new_codes, new_vectors, error = search_groups(form, chosen, goal, rounding, generator)
+    if left is not None:
+        left.scatter_(1, chosen, error)
+
+    # 3. How far? Beyond the trust region nothing moves: so far away the gradient says little.
+    used = w.new_zeros(L)
+    if trust is not None:
+        radius = trust * w.flatten(1).norm(dim=1, keepdim=True)        # (L, 1)
+        inside = inside_trust(old_vectors, new_vectors, radius).unsqueeze(2)
+        new_codes = torch.where(inside, new_codes, old_codes)
+        new_vectors = torch.where(inside, new_vectors, old_vectors)
+        used = (squared(new_vectors - old_vectors).sum(1) / radius[:, 0].square()).sqrt()
+
+    scatter_groups(form.codes, chosen, new_codes.int())
+    scatter_groups(vectors, chosen, new_vectors)
+    changed = (new_codes != old_codes).any(2).sum(1)                   # (L,)
+    return w, changed, used
+
+def every_group(form):
+    """The numbers of all groups of each layer, (L, n)."""
+    L, n, _ = form.codes.shape
+    return torch.arange(n, device=form.codes.device).expand(L, n)
+
+def choose_groups(form, vectors, target, count, rank, left, generator):
+    """The `count` groups of each layer that may move, (L, count).
+
+    They have the largest squared error of vectors against target, both (L, n, g) and in the unit
+    of the weights, so that rows with large scales come first.
+    """
+    score = squared(target - vectors)                                  # (L, n)
+
+    # Ours: --rank improvement. A large error may be one that no code can mend, and then
+    # its group takes a place in the ranking for ever. So rank by the error that goes
+    # away: subtract what the nearest code would leave. That takes a search of all groups.
+    # Where the reference changes little from step to step, `left` is given instead: what
+    # the last search of a group left, 0 at first.
+    if rank == "improvement":
+        if left is None:
+            _, best = form.nearest(target, every_group(form), generator=generator)
+            left = squared(target - best[:, :, 0])
+        score = score - left
+    return score.topk(count).indices                                   # the largest first
+
+def search_groups(form, chosen, target, rounding, generator):
+    """New codes (L, k, M) near target (L, k, g) for the chosen groups (L, k), their vectors, and
+    the squared error (L, k) of the nearest."""
+    candidates = 2 if rounding else 1
+    codes, vectors = form.nearest(target, chosen, candidates, generator)
+    errors = squared(vectors - target.unsqueeze(2))                    # (L, k, candidates)
+    new_codes = codes[:, :, 0]
+    new_vectors = vectors[:, :, 0]
+
+    # Ours: with two codebooks, too. Some go to the runner-up.
+    if rounding:
+        second = take_second(errors, rounding, generator).unsqueeze(2)
+        new_codes = torch.where(second, codes[:, :, 1], new_codes)
+        new_vectors = torch.where(second, vectors[:, :, 1], new_vectors)
+    return new_codes, new_vectors, errors[..., 0]
+
+def take_second(errors, temperature, generator):
+    """Stochastic rounding: True (L, k) where the runner-up is taken.
+
+    The nearest stays with p = e1^(-1/T) / (e1^(-1/T) + e2^(-1/T)), of the two distances e1 and
+    e2. errors (L, k, 2) are their squares, hence the half. An exact match (0 / 0) stays.
+    """
+    ratio = errors[..., 0] / errors[..., 1]
+    p = 1 / (1 + ratio.pow(0.5 / temperature))
+    u = torch.rand(p.shape, generator=generator, dtype=errors.dtype).to(p.device)
+    return u >= p.nan_to_num(1.0)
+
+def inside_trust(before, after, radius):
+    """True (L, k) for the changes up to the one that takes their sum beyond the radius (L, 1).
+    That one is inside: a layer can always change at least one group."""
+    length = squared(after - before)                                   # (L, k)
+    spent = length.cumsum(1) - length                  # by the changes that come first
+    return spent < radius.square()
+
 def v_step(reference, codes, codebooks, scales, fraction, **how):
-    """New codes (O, J, M) for the dense weight `reference` (O, C); how: as for move_codes."""
+    """move_codes for one layer: new codes (O, J, M) for the dense weight reference (O, C)."""
     form = Codebooks(codes[None], codebooks[None], scales[None])
     move_codes(form, reference[None], fraction, **how)
     return form.codes.view(codes.shape).to(codes.dtype)
 
-@torch.no_grad()
-def move_codes(form, reference, fraction, rank="residual", trust=None, left=None, beam=BEAM,
-               generator=None, rounding=0.0):
-    """Move ceil(fraction * n) of each linear's n groups at most to codes nearer to reference.
-
-    reference (L, O, C). Groups are ranked by their squared error in the weights' own unit. rank
-    "improvement" subtracts what the best code would leave; where `left` (L, n) is given, what it
-    left when the group was last searched (0 at first), which is kept there: then only the chosen
-    groups are searched. rounding T takes the runner-up now and then. trust: the changes that
-    come first, up to the one that brings the norm of all to trust * |W|. Returns W (L, O, C), the
-    numbers of changed groups (L,) and the shares of trust used (L,): nothing waits for a GPU.
-    """
-    w, draw = form.dequantize(), dict(generator=generator, dtype=reference.dtype)
-    (L, n, M), g, search = form.codes.shape, form.group, dict(beam=beam, generator=generator)
-    value, target = w.view(L, n, g), reference.reshape(L, n, g)
-    error, used = (target - value).square().sum(2), w.new_zeros(L)                 # (L, n)
-    count, chosen = math.ceil(fraction * n), torch.arange(n, device=w.device).expand(L, n)
-    if count < n or trust is not None:
-        if rank == "improvement" and left is None:
-            best = form.nearest(target, chosen, **search)[1][:, :, 0]
-            error = error - (target - best).square().sum(2)
-        elif rank == "improvement":
-            error = error - left
-        chosen = error.topk(count).indices                                         # (L, count)
-    before, old, target = (take(x, chosen) for x in (value, form.codes, target))
-    codes, values = form.nearest(target, chosen, 1 + bool(rounding), **search)
-    errors = (values - target.unsqueeze(2)).square().sum(-1)               # (L, count, keep)
-    second = torch.zeros(L, count, dtype=torch.bool, device=w.device)
-    if left is not None:
-        left.scatter_(1, chosen, errors[..., 0])
-    if rounding:                                       # p = e1^(-1/T) / (e1^(-1/T) + e2^(-1/T))
-        p = 1 / (1 + (errors[..., 0] / errors[..., 1]).pow(0.5 / rounding))
-        second = torch.rand(L, count, **draw).to(w.device) >= p.nan_to_num(1.0)
-    codes, values = (torch.where(second.unsqueeze(2), x[:, :, -1], x[:, :, 0])
-                     for x in (codes, values))
-    if trust is not None:
-        step = (values - before).square().sum(2)
-        limit = (trust * w.flatten(1).norm(dim=1, keepdim=True)).square()          # (L, 1)
-        keep = (step.cumsum(1) - step < limit).unsqueeze(2)        # all before it stay inside
-        codes, values = torch.where(keep, codes, old), torch.where(keep, values, before)
-        used = ((values - before).square().sum((1, 2)) / limit[:, 0]).sqrt()
-    form.codes.scatter_(1, chosen.unsqueeze(2).expand(-1, -1, M), codes.int())
-    value.scatter_(1, chosen.unsqueeze(2).expand(-1, -1, g), values)
-    return w, (codes != old).any(2).sum(1), used
-
 # ---- The optimizer ----------------------------------------------------------------------------
 
-EPS_ADAM = 1e-6                                        # after the root, as in the authors' code
-
 def lamb_step(p, g, state, lr, betas):
-    """What LAMB adds to each of L tensors p (L, ...) with gradients g: Adam's direction, made lr
-    times as long as the tensor. Adam's correction of the moments' bias comes after, which for betas
-    (0, 0.95) makes the first step 0.22 times as long, and for (0.9, 0.95) 2.2 times."""
-    (b1, b2), t = betas, state.get("t", 0) + 1
-    v = state.setdefault("v", torch.zeros_like(g)).mul_(b2).addcmul_(g, g, value=1 - b2)
-    m = state.setdefault("m", torch.zeros_like(g)).lerp_(g, 1 - b1) if b1 else g
-    state["t"], step = t, m / v.sqrt().add_(EPS_ADAM)
-    p_norm, norm = (x.flatten(1).norm(dim=1) for x in (p, step))                   # (L,)
-    size = p_norm / norm.clamp(min=1e-30) * (-lr * math.sqrt(1 - b2**t) / (1 - b1**t))
-    return step.mul_(size.view(-1, *[1] * (p.dim() - 1)))
+    """`lamb` for L tensors p (L, ...) at once, each with a length of its own. In place where it
+    can be: the moments and the step are each as large as the weights."""
+    b1, b2 = betas
+    if "t" not in state:
+        state["t"] = 0
+        state["v"] = torch.zeros_like(g)
+        if b1:
+            state["m"] = torch.zeros_like(g)
+    state["t"] += 1
+    t = state["t"]
+
+    # Adam's direction. With b1 = 0, as for R, the first moment is g itself: it is not kept.
+    v = state["v"].mul_(b2).addcmul_(g, g, value=1 - b2)
+    m = state["m"].lerp_(g, 1 - b1) if b1 else g
+    step = m / v.sqrt().add_(EPS_ADAM)
+
+    # Its length: lr times that of the tensor. The correction of the moments makes the
+    # first step 0.22 times as long for betas of (0, 0.95), and 2.2 times for (0.9, 0.95).
+    p_norm = p.flatten(1).norm(dim=1)                                  # (L,)
+    norm = step.flatten(1).norm(dim=1).clamp(min=1e-30)
+    factor = p_norm / norm * (-lr * math.sqrt(1 - b2**t) / (1 - b1**t))
+    ones = [1] * (p.dim() - 1)
+    return step.mul_(factor.view(-1, *ones))
+
+class Stack(NamedTuple):
+    """Layers of one shape, as the optimizer sees them."""
+    form: nn.Module              # their codes and values
+    weights: list                # L dense weights (O, C), which the student multiplies with
 
 class PVOptimizer(torch.optim.Optimizer):
-    """All variants in one. The students' dense weights receive the gradient G, and a step uses it
-    for both halves. Each stack of linears has its state, all float32 and (L, O, C) or (L, n), under
-    its first weight: Adam's v, the buffer R, `left` of move_codes, the number of changes so far."""
+    """The step of `pv_step` for all layers of a model, with LAMB for norms, embedding and head.
+
+    The backward pass leaves the gradient G in the dense weights, and both halves use it. What a
+    stack needs from step to step is in the state of its first weight, all of it float32: the
+    moment v and the buffer (L, O, C), `left` of choose_groups (L, n), the changes so far.
+    """
 
     def __init__(self, model, args, variant):
-        self.stacks = [(form, [layer.weight for layer in layers])
-                       for form, layers in zip(model.forms, model.layers)]
-        groups = {"forms": [p for form, _ in self.stacks for p in form.parameters()],
-                  "dense": [w for _, weights in self.stacks for w in weights]}
-        known = {id(p) for params in groups.values() for p in params}
-        groups["rest"] = [p for p in model.parameters() if id(p) not in known]
-        super().__init__([{"params": groups[name], "peak": lr, "betas": (b1, 0.95)} for name, lr, b1
-                          in (("rest", args.lr, 0.9), ("forms", args.lr, 0.9),
-                              ("dense", args.code_lr, 0.0))], {})
-        self.how, self.rank, self.trust = VARIANTS[variant], args.rank, args.trust
-        self.fraction = self.how and (self.how[1] or args.tau)
-        self.seed, self.generator = args.seed, torch.Generator()
-        self.schedule = lambda step, steps, peak: peak * (1 - step / steps)
+        self.stacks = []
+        for form, layers in zip(model.forms, model.layers):
+            self.stacks.append(Stack(form, [layer.weight for layer in layers]))
+
+        # Three groups of parameters. The dense weights are no parameters of their own:
+        # their rate is that of R.
+        forms = [p for form, _ in self.stacks for p in form.parameters()]
+        dense = [w for _, weights in self.stacks for w in weights]
+        known = {id(p) for p in forms + dense}
+        rest = [p for p in model.parameters() if id(p) not in known]
+        super().__init__([
+            {"params": rest, "peak": args.lr, "betas": (0.9, 0.95)},
+            {"params": forms, "peak": args.lr, "betas": (0.9, 0.95)},
+            {"params": dense, "peak": args.code_lr, "betas": (0.0, 0.95)},
+        ], {})
+
+        # What the V half does. The trust region is for the arms with a share tau; the
+        # others have none, as in the paper. fraction 0: there is no V half.
+        self.variant = VARIANTS[variant]
+        limited = self.variant.share is None
+        self.fraction = args.tau if limited else self.variant.share
+        self.trust = args.trust if limited else None
+        self.rank = args.rank
+        self.seed = args.seed
+        self.generator = torch.Generator()
+
+    @staticmethod
+    def schedule(step, steps, peak):
+        """The learning rate falls to 0 in a line. Ours: the official rates are constant."""
+        return peak * (1 - step / steps)
 
     @torch.no_grad()
     def step(self):
-        (rest, forms, dense), t = self.param_groups, self.state[self.stacks[0][1][0]].get("t", 0)
-        # A CPU's generator takes the low 32 bits of its seed: they have to know seed and step.
+        # Ours: a generator of (seed, step), so that --resume draws the same. A CPU's generator
+        # takes the low 32 bits of its seed: they have to know both numbers.
+        t = self.state[self.stacks[0].weights[0]].get("t", 0)
         mixed = np.random.SeedSequence([self.seed, t]).generate_state(1)
         self.generator.manual_seed(int(mixed[0]))
-        grads = [torch.stack([w.grad for w in weights]) for _, weights in self.stacks]
-        for (form, _), G in zip(self.stacks, grads):   # G -> gradients of what W is made of
+
+        # Ours: train_step has clipped these, and those of the rest, to a norm of 1 together.
+        gradients = [torch.stack([w.grad for w in weights]) for _, weights in self.stacks]
+        self.p_half(gradients)
+        self.v_half(gradients)
+
+    def p_half(self, gradients):
+        """Step the values, norms, embedding and head. gradients: G (L, O, C) of each stack."""
+        rest, forms, _ = self.param_groups
+        # Take G on to the values.
+        for (form, _), G in zip(self.stacks, gradients):
             with torch.enable_grad():
-                torch.autograd.backward(form.dequantize(), G)
-        for p in rest["params"]:
-            p += lamb_step(p[None], p.grad[None], self.state[p], rest["lr"], rest["betas"])[0]
+                form.dequantize().backward(G)
+
+        # Each parameter of a stack holds L tensors. Any other is one tensor.
         for p in forms["params"]:
             p += lamb_step(p, p.grad, self.state[p], forms["lr"], forms["betas"])
-        self.moved = [self.move(form, weights, G, dense)
-                      for (form, weights), G in zip(self.stacks, grads)]
+        for p in rest["params"]:
+            one = lamb_step(p[None], p.grad[None], self.state[p], rest["lr"], rest["betas"])
+            p += one[0]
 
-    def move(self, form, weights, G, group):
-        """The V half for a stack -> changed groups and used shares of the trust region, (L,)."""
-        new, moved, state = None, (G.new_zeros(1), G.new_zeros(1)), self.state[weights[0]]
-        if self.how:
-            delta, fraction, rounding = self.how
-            start = state["buffer"] if "buffer" in state else torch.stack(weights)
-            R = start + lamb_step(start, G, state, group["lr"], group["betas"])
-            if self.rank == "improvement" and not (delta or fraction):     # else R is always new
-                state.setdefault("left", G.new_zeros(form.codes.shape[:2]))
-            new, *moved = move_codes(form, R, self.fraction, self.rank,
-                                     None if fraction else self.trust, state.get("left"),
-                                     generator=self.generator, rounding=rounding)
-            if world_size() > 1:                       # else rounding would part the ranks' codes
-                from_rank_0([form.codes])
-                new = form.dequantize()
-            state["changed"] = state.get("changed", 0.0) + moved[0].sum().float()
-            if delta < 1:
-                state["buffer"] = R.lerp_(new, delta)
-        for w, x in zip(weights, form.dequantize() if new is None else new):
-            w.copy_(x)
-        return moved
+    def v_half(self, gradients):
+        """Move codes. Then the dense weights are again what codes and values stand for."""
+        self.moved = []          # (changed groups, used shares of trust), (L,) each
+        for (form, weights), G in zip(self.stacks, gradients):
+            if self.fraction:
+                self.moved.append(self.move_stack(form, weights, G))
+            else:
+                self.write(weights, form.dequantize())
+
+    def move_stack(self, form, weights, G):
+        """The V half of one stack -> changed groups, used shares of the trust region (L,)."""
+        dense = self.param_groups[2]
+        state = self.state[weights[0]]
+
+        # R starts where the last step left it, or without a buffer at the weights.
+        start = state["buffer"] if "buffer" in state else torch.stack(weights)
+        R = start + lamb_step(start, G, state, dense["lr"], dense["betas"])
+
+        # A buffer that forgets nothing moves little in a step. So the ranking by improvement
+        # need not search all groups anew: it keeps what the last search of each has left.
+        limited = self.variant.share is None
+        if self.rank == "improvement" and limited and not self.variant.forget:
+            if "left" not in state:
+                state["left"] = G.new_zeros(form.codes.shape[:2])
+
+        W, changed, used = move_codes(form, R, self.fraction, self.rank, self.trust,
+                                      state.get("left"), generator=self.generator,
+                                      rounding=self.variant.rounding)
+
+        # The ranks may differ in their last digits, and so in a nearest code: those of
+        # rank 0 count.
+        if world_size() > 1:
+            from_rank_0([form.codes])
+            W = form.dequantize()
+
+        # What R asked for and the codes did not do stays in the buffer.
+        state["changed"] = state.get("changed", 0.0) + changed.sum().float()
+        if self.variant.forget < 1:
+            state["buffer"] = R.lerp_(W, self.variant.forget)          # in place: R is large
+        self.write(weights, W)
+        return changed, used
+
+    def write(self, weights, W):
+        """Give W (L, O, C) to the L weights that the student multiplies with."""
+        for weight, w in zip(weights, W):
+            weight.copy_(w)
 
     def allowed(self):
         """Groups that may change in a step, and all groups."""
-        sizes = [form.codes.shape[:2] for form, _ in self.stacks]
-        return (sum(L * math.ceil((self.fraction or 0) * n) for L, n in sizes),
-                sum(L * n for L, n in sizes))
+        allowed, groups = 0, 0
+        for form, _ in self.stacks:
+            L, n, _ = form.codes.shape
+            allowed += L * math.ceil(self.fraction * n)
+            groups += L * n
+        return allowed, groups
 
     def status(self):
         """For the progress line: the last step's changes against what it may change."""
-        if not self.how:
+        if not self.fraction:
             return ""
-        changed, trust = (torch.cat(m) for m in zip(*self.moved))
-        return f" codes {changed.sum():.0f}/{self.allowed()[0]} | trust {100 * trust.max():.0f}% |"
+        changed = torch.cat([changed for changed, _ in self.moved]).sum()
+        used = torch.cat([used for _, used in self.moved]).max()
+        return f" codes {changed:.0f}/{self.allowed()[0]} | trust {100 * used:.0f}% |"
 
     def changed(self):
-        """Changed codes of all steps so far."""
+        """Changed groups of all steps so far."""
         return sum(float(self.state[weights[0]].get("changed", 0)) for _, weights in self.stacks)
 
 # ---- The student: dense weights for the gradient, codes for the result ------------------------
@@ -421,23 +543,35 @@ class PVLinear(nn.Module):
 
     def __init__(self, form):
         super().__init__()
-        self.form, self.weight = form, nn.Parameter(form.dequantize()[0].detach())
+        self.form = form         # a stack of this layer alone, until Distilled takes it away
+        self.weight = nn.Parameter(form.dequantize()[0].detach())
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
 class Distilled(nn.Module):
-    """The student with the teacher's loss while gradients are on, with its own text's otherwise.
-    Takes the forms of linears of one shape out of the student and stacks them."""
+    """A student that learns from its teacher, as train, evaluate and PVOptimizer need it.
+
+    1. Its loss depends on whether gradients are on. While they are, it is the divergence from
+       the teacher; while they are off, as in `evaluate`, the student's own loss on the text.
+    2. The teacher is no submodule: it is not trained, not saved, and not sent to other ranks.
+    3. It takes the forms out of the student's linears and stacks those of one shape. forms[i]
+       stands for the linears layers[i], in their order.
+    """
 
     def __init__(self, student, teacher):
         super().__init__()
-        self.student, self.teacher, stacks = student, [teacher], {}    # a list: not ours to save
-        self.config, self.compile_parts = student.config, student.compile_parts
+        self.student = student
+        self.teacher = [teacher]       # in a list, where nn.Module does not look for submodules
+        self.config = student.config   # train and checkpoints ask a model for these two
+        self.compile_parts = student.compile_parts
+
+        by_shape = {}
         for _, layer in student.linears():
-            stacks.setdefault(layer.weight.shape, []).append(layer)
-        self.layers = list(stacks.values())
-        self.forms = nn.ModuleList(stack([m.form for m in layers]) for layers in self.layers)
+            by_shape.setdefault(layer.weight.shape, []).append(layer)
+        self.layers = list(by_shape.values())
+        self.forms = nn.ModuleList(stack([layer.form for layer in layers])
+                                   for layers in self.layers)
         for _, layer in student.linears():
             layer.form = None
 
@@ -454,102 +588,378 @@ class Distilled(nn.Module):
         if not torch.is_grad_enabled():
             return self.student(idx, targets)
         with torch.no_grad():
-            goal = self.teacher[0](idx)[0].float()                                 # (B, T, vocab)
+            goal = self.teacher[0](idx)[0].float()                     # (B, T, vocab)
         logits = self.student(idx)[0]
         return logits, kl_loss(goal, logits.float())
 
     def pack(self):
         """A copy of the student with packed linears."""
-        packed = {layer: linear for form, layers in zip(self.forms, self.layers)
-                  for layer, linear in zip(layers, form.pack())}
-        names = {name: packed[layer] for name, layer in self.student.linears()}
-        return copy.deepcopy(self.student).replace_linears(lambda name, _: names[name])
+        packed = {}
+        for form, layers in zip(self.forms, self.layers):
+            for layer, linear in zip(layers, form.pack()):
+                packed[layer] = linear
+        by_name = {name: packed[layer] for name, layer in self.student.linears()}
+        return copy.deepcopy(self.student).replace_linears(lambda name, _: by_name[name])
 
-# ---- The fit ----------------------------------------------------------------------------------
+# ---- The fit: the codes to start from ---------------------------------------------------------
+
+class Scheme(NamedTuple):
+    """MxBgG: M codebooks of 2^B vectors of G weights."""
+    num_codebooks: int
+    bits: int                    # of a code
+    group_size: int
+
+def parse_scheme(text):
+    """"2x8g8" -> Scheme(2, 8, 8)."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)g([1-9]\d*)", text)
+    if not match:
+        raise UsageError(f"--scheme {text} is neither affine nor MxBgG such as 2x4g4")
+    M, B, g = map(int, match.groups())
+    if B > 16:
+        raise UsageError(f"--scheme {text}: 2^{B} codes do not fit in 16 bits; try {M}x16g{g}")
+    return Scheme(M, B, g)
 
 @full_float32()
 @torch.no_grad()
 def fit(model, data, args):
-    """Compress the linears in place, block by block, each on what the blocks before feed it."""
+    """Compress the linears in place, block by block: each on what those before feed it."""
     generator = torch.Generator().manual_seed(args.seed)
     idx, _ = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)
     for i, block in enumerate(block_hessians(model, idx), 1):
-        lost = []
-        for name, m, h in block:
+        losses = []
+        for name, linear, hessian in block:
+            # A stack of this one layer. Distilled joins those of one shape.
             if args.scheme == "affine":
-                with definite_hessian(name, 64 * args.seq_len,
-                                      "try another --data, or a longer --seq-len"):
-                    parts = gptq(m.weight, h, args.bits, args.group_size)
-                form = Grid(*(x[None] for x in parts), args.bits)
+                form = fit_grid(name, linear, hessian, args)
             else:
-                with torch.enable_grad():
-                    parts = vq_fit(m.weight, h, *parse_scheme(args.scheme),
-                                   steps=5 if args.smoke else 19, generator=generator)
-                form = Codebooks(*(x[None] for x in parts))
-            lost.append(output_error(m.weight, form.dequantize()[0], h))
+                form = fit_codebooks(linear, hessian, args, generator)
+            lost = output_error(linear.weight, form.dequantize()[0], hessian)
             model.set_submodule(name, PVLinear(form))
+            losses.append(f"{name.rsplit('.', 1)[1]} {100 * lost:.1f}")
         say(f"block {i}/{model.config.n_layer} | {args.scheme} | % of output lost "
-            + " | ".join(f"{n.rsplit('.', 1)[1]} {100 * e:.1f}" for (n, *_), e in zip(block, lost)))
+            + " | ".join(losses))
     return model
+
+def fit_codebooks(linear, hessian, args, generator):
+    """Codebooks of one layer, by AQLM."""
+    # Ours: theirs are up to 100 times 100 Adam steps at a rate of 1e-4. These are up to 4 times
+    # 19, at 1 % of a tensor's size.
+    steps = 5 if args.smoke else 19
+    scheme = parse_scheme(args.scheme)
+    with torch.enable_grad():
+        codes, codebooks, scales = vq_fit(linear.weight, hessian, *scheme, steps=steps,
+                                          generator=generator)
+    return Codebooks(codes[None], codebooks[None], scales[None])
+
+def fit_grid(name, linear, hessian, args):
+    """The Grid of one layer, by GPTQ."""
+    with definite_hessian(name, 64 * args.seq_len, "try another --data, or a longer --seq-len"):
+        q, scale, zero_point = gptq(linear.weight, hessian, args.bits, args.group_size)
+    return Grid(q[None], scale[None], zero_point[None], args.bits)
+
+# ---- Plain grids ------------------------------------------------------------------------------
+# Ours: the official code tunes codebooks alone.
+
+class Grid(nn.Module):
+    """The affine grid of `rtn` and `gptq`: the weight is (q - zero_point) * scale.
+
+    q (L, O, C) and zero_point (L, O, G) are integers, scale is (L, O, G). A group is one weight,
+    and its code is q. The scales learn; the zero points stay.
+    """
+    group_size = 1
+
+    def __init__(self, q, scale, zero_point, bits):
+        super().__init__()
+        self.shape = q.shape                                           # (L, O, C)
+        self.bits = bits
+        self.inputs_per_scale = q.size(2) // scale.size(2)
+        self.register_buffer("codes", q.flatten(1).unsqueeze(2).int())     # (L, n, 1), n = O C
+        self.register_buffer("zero_point", zero_point)
+        self.scale = nn.Parameter(scale.clone())
+
+    @classmethod
+    def stack(cls, forms):
+        """One stack of them all."""
+        q = torch.cat([form.codes.view(form.shape) for form in forms])
+        scale = torch.cat([form.scale for form in forms])
+        zero_point = torch.cat([form.zero_point for form in forms])
+        return cls(q, scale, zero_point, forms[0].bits)
+
+    def dequantize(self):
+        # `dequantize` is of one layer. L stacked ones count as a tall one of L O rows.
+        q = self.codes.view(self.shape).flatten(0, 1)                  # (L O, C)
+        scale, zero_point = self.scale.flatten(0, 1), self.zero_point.flatten(0, 1)
+        return dequantize(q, scale, zero_point, self.inputs_per_scale).view(self.shape)
+
+    def nearest(self, target, where, keep=1, generator=None):
+        """As Codebooks.nearest, for targets of one number each; nothing is drawn."""
+        # Weights and scales are both counted row by row.
+        at = where // self.inputs_per_scale                            # (L, k)
+        s = self.scale.flatten(1).gather(1, at).unsqueeze(2)           # (L, k, 1)
+        z = self.zero_point.flatten(1).gather(1, at).unsqueeze(2)
+        divisor = not_zero(s)
+        first = affine_codes(target, divisor, z, self.bits)
+
+        # The second best code is the neighbour on the target's side, inside the grid.
+        qmax = 2**self.bits - 1
+        above = target / divisor + z > first
+        up = (above & (first < qmax)) | (first == 0)
+        second = first + torch.where(up, 1, -1)
+
+        codes = torch.cat((first, second), 2)[:, :, :keep].unsqueeze(3)    # (L, k, keep, 1)
+        return codes, (codes - z.unsqueeze(3)) * s.unsqueeze(3)
+
+    def pack(self):
+        q = self.codes.view(self.shape)
+        return [QuantLinear.affine(q[i], self.scale[i], self.zero_point[i], self.bits,
+                                   self.inputs_per_scale) for i in range(len(q))]
+
+# ---- The exact theory (sections 3 and 4 of the paper), for phi(x) = x'Ax / 2 - b'x ------------
+# A vector x with few distinct values V(x) (the codebook), and the ties P(x) among its
+# entries (the codes). phi never grows, whatever the halves are.
+
+def exact_p(A, b, x):
+    """The best vector that keeps x's ties: with E its one-hot codes, (E'AE) v = E'b."""
+    values, codes = x.unique(return_inverse=True)
+    E = F.one_hot(codes, len(values)).to(x)                            # (d, c)
+    return E @ torch.linalg.solve(E.t() @ A @ E, E.t() @ b)
+
+def exact_v(A, b, y):
+    """The best vector of y's values, among all c^d."""
+    values = y.unique()
+    x = torch.cartesian_prod(*[values for _ in y])                     # (c^d, d)
+    phi = ((x @ A) * x).sum(1) / 2 - x @ b
+    return x[phi.argmin()]
+
+def linear_v(A, b, y, values, tau):
+    """The V half on a bound of phi: round y - g / L to the nearest of `values`, in tau numbers.
+
+    g is phi's gradient at y, and L its smoothness along the chosen numbers S alone. For every
+    step d along them phi(y + d) <= phi(y) + g'd + L |d|^2 / 2, and the rounding is the minimum
+    of this bound: so phi cannot grow. tau = d is the naive step, with the L of all numbers.
+    """
+    g = A @ y - b
+
+    # Choose the largest |g|, among the numbers that have a value on their downhill side.
+    column = y.unsqueeze(1)
+    lower = (values < column).any(1)
+    higher = (values > column).any(1)
+    movable = torch.where(g > 0, lower, higher) & (g != 0)
+    order = torch.where(movable, g.abs(), -1.0).argsort(descending=True, stable=True)
+    S = order[:tau]
+
+    # Round the step 1 / L of each, with the others as they are.
+    L = torch.linalg.eigvalsh(A[S][:, S])[-1]
+    goal = y[S] - g[S] / L
+    x = y.clone()
+    x[S] = values[(goal.unsqueeze(1) - values).abs().argmin(1)]
+    return x
+
+def ste_iterates(A, b, x, values, lr, steps):
+    """The straight-through estimator: shadow weights collect the gradients at their rounded
+    values. Yields those."""
+    shadow = x.clone()
+    for _ in range(steps):
+        yield x
+        shadow = shadow - lr * (A @ x - b)
+        x = values[(shadow.unsqueeze(1) - values).abs().argmin(1)]
+
+def values_along(move, x, phi, steps):
+    """phi along x, move(x), move(move(x)), ..."""
+    values = []
+    for _ in range(steps):
+        values.append(phi(x))
+        x = move(x)
+    return values
+
+def demo(seed):
+    """Print the example that separates the methods, and curves of exact and linear PV."""
+    demo_of_ten_numbers()
+
+    say("\nphi - min phi after each P and V: mean of 50 coupled quadratics of 6 numbers, c values")
+    generator = torch.Generator().manual_seed(seed)
+    for c in range(1, 7):
+        curves = torch.tensor([pv_curves(c, generator) for _ in range(50)]).mean(0).tolist()
+        for name, values in zip(("exact", "linear", "subspace"), curves):
+            say(f"c = {c}, {name:8} | {format_ten(values)}")
+
+def demo_of_ten_numbers():
+    """All ten gradients are equal: no number moves, or all do, unless only tau may."""
+    A = torch.ones(10, 10).double()
+    b = torch.full((10,), 4.0).double()
+    x = torch.zeros(10).double()
+    values = torch.tensor([0.0, 1.0]).double()
+
+    def phi(x):
+        return (x.sum() - 4).item() ** 2 / 2
+
+    # L is 10 along all of the numbers, and tau along tau of them.
+    say("phi(x) = (x_1 + ... + x_10 - 4)^2 / 2, x_i in {0, 1}, from x = 0; phi after each step")
+    taus = {"naive, step 1/L": 10, "subspace, tau 1": 1, "subspace, tau 2": 2, "subspace, tau 3": 3}
+    for label, tau in taus.items():
+        def move(x):
+            return linear_v(A, b, x, values, tau)
+        say(f"{label} | {format_ten(values_along(move, x, phi, 10))}")
+
+    for lr in (0.02, 0.05, 0.1):
+        found = [phi(x) for x in ste_iterates(A, b, x, values, lr, 200)]
+        say(f"STE, lr {lr:<7} | {format_ten(found)} ... lowest of 200 steps {min(found)}")
+
+def pv_curves(c, generator, d=6):
+    """phi - min phi of exact, linear and subspace (tau 1) PV from the same random start."""
+    draw = dict(generator=generator, dtype=torch.float64)
+    root = torch.randn(d, d, **draw)
+    b = torch.randn(d, **draw)
+    values = torch.randn(c, **draw)
+
+    # The 3 couples every pair: L is then far above the smoothness along one number.
+    A = root @ root.t() / d + torch.eye(d).double() / 10 + 3
+
+    # Each of the c values occurs at least once.
+    others = torch.randint(c, (d - c,), generator=generator)
+    start = values[torch.cat((torch.arange(c), others))]
+    lowest = torch.linalg.solve(A, b)
+
+    def phi(x):
+        return ((x - lowest) @ A @ (x - lowest) / 2).item()
+
+    def exact(x):
+        return exact_v(A, b, exact_p(A, b, x))
+
+    def linear(x):
+        y = exact_p(A, b, x)
+        return linear_v(A, b, y, y.unique(), d)
+
+    def subspace(x):
+        y = exact_p(A, b, x)
+        return linear_v(A, b, y, y.unique(), 1)
+
+    return [values_along(move, start, phi, 8) for move in (exact, linear, subspace)]
+
+def format_ten(values):
+    return " ".join(f"{x:7.3f}" for x in values[:10])
+
+# ---- The run ----------------------------------------------------------------------------------
+
+def main():
+    args = parse_args()
+    if args.demo:
+        demo(args.seed)
+        return
+
+    # The dense model, which is also the teacher of every arm.
+    base, data = load_base(args)
+    check_shapes(base, args)
+    name = f"pvtune-{args.scheme}"
+    if args.scheme == "affine":
+        name += f"-w{args.bits}"
+    path = os.path.join(args.out, f"{name}.pt")
+    keep_model(args, path)
+    header(f"pvtune | {args.scheme}", args, base, data)
+    base.requires_grad_(False)
+
+    # Fit codes and values to it.
+    start = time.perf_counter()
+    fitted = fit(copy.deepcopy(base), data, args).requires_grad_(True)
+    fit_seconds = time.perf_counter() - start
+    bpw, _ = bits_per_weight(Distilled(copy.deepcopy(fitted), base).pack())
+
+    # What the arms are compared with.
+    rows = {}
+    rows["dense"] = score_arm("dense", base, 16.0, 0.0, data, args)
+    start = time.perf_counter()
+    rounded = nearest_rtn(base, bpw)
+    rtn_bpw, _ = bits_per_weight(rounded)
+    rtn_seconds = time.perf_counter() - start
+    rows["RTN"] = score_arm("RTN", rounded, rtn_bpw, rtn_seconds, data, args)
+    rows["as fitted"] = score_arm("as fitted", fitted, bpw, fit_seconds, data, args)
+
+    # Every arm tunes a copy of the fit, on the same tokens.
+    variants = [args.variant] if args.variant else ["p", "ste", "pv"]
+    for variant in variants:
+        label = VARIANTS[variant].label
+        say(f"--- {label}")
+        state_path = os.path.join(args.out, f"{name}-{variant}.state")
+        model, optimizer, result = tune(fitted, base, data, args, variant, state_path)
+        rows[label] = score_arm(label, model, bpw, result["seconds"], data, args)
+        if optimizer.fraction:
+            rows[label] |= share_of_changes(optimizer, args.steps)
+    print_table(rows, len(data.val) - 1)
+
+    # The last arm is the result of the run.
+    report(args, data, model, variant, result, rows, bpw, path)
 
 def nearest_rtn(model, bpw):
     """Round to nearest, at the bits and the group size that come closest to bpw."""
     sizes = [linear.weight.shape for _, linear in model.linears()]
-    def bits_at(bits, g):                              # a scale has 32 bits, a zero point 8
-        return bits + 40 * sum(O * (C // g if g > 0 else 1) for O, C in sizes) / sum(
-            O * C for O, C in sizes)
-    bits, g = min(((bits, g) for bits in range(1, 9) for g in (-1, 256, 128, 64, 32)
-                   if all(C % g == 0 for _, C in sizes)), key=lambda how: abs(bits_at(*how) - bpw))
-    return copy.deepcopy(model).replace_linears(
-        lambda _, m: QuantLinear.affine(*rtn(m.weight.detach(), bits, g), bits, g))
+    weights = sum(O * C for O, C in sizes)
+    closest = math.inf
+    for bits in range(1, 9):
+        for g in (-1, 256, 128, 64, 32):
+            if any(C % g for _, C in sizes):
+                continue
+            groups = sum(O * (C // g if g > 0 else 1) for O, C in sizes)
+            # Each group stores a scale of 32 bits and a zero point of 8.
+            stored = bits + (32 + 8) * groups / weights
+            if abs(stored - bpw) < closest:
+                closest = abs(stored - bpw)
+                best_bits, best_g = bits, g
 
-# ---- The run ----------------------------------------------------------------------------------
+    def rounded(_, linear):
+        q, scale, zero_point = rtn(linear.weight.detach(), best_bits, best_g)
+        return QuantLinear.affine(q, scale, zero_point, best_bits, best_g)
+    return copy.deepcopy(model).replace_linears(rounded)
 
 def tune(fitted, teacher, data, args, variant, path):
-    """One arm: PV-tune a copy of the fitted student -> (Distilled, optimizer, train's result)."""
+    """PV-tune a copy of the fitted student -> (Distilled, optimizer, train's result)."""
     model = Distilled(copy.deepcopy(fitted), teacher)
     optimizer = PVOptimizer(model, args, variant)
-    return model, optimizer, train_arm(model, data, args, path, optimizer.status, optimizer)
+    result = train_arm(model, data, args, path, optimizer.status, optimizer)
+    return model, optimizer, result
 
-def compare(args):
-    """Fit, tune and evaluate the arms on the same tokens; print the table; pack the last arm."""
-    base, data = load_base(args)
-    check_shapes(base, args)
-    name = f"pvtune-{args.scheme}" + (f"-w{args.bits}" if args.scheme == "affine" else "")
-    keep_model(args, os.path.join(args.out, name + ".pt"))
-    header(f"pvtune | {args.scheme}", args, base, data)
-    start, base = time.perf_counter(), base.requires_grad_(False)
-    fitted = fit(copy.deepcopy(base), data, args).requires_grad_(True)
-    seconds, rows = time.perf_counter() - start, {}
-    bpw = bits_per_weight(Distilled(copy.deepcopy(fitted), base).pack())[0]
-    def add(arm, model, bits, optimizer=None, seconds=0.0):
-        scores = score(model, data, args)
-        rows[arm] = arm_row(scores, bits, seconds)
-        if optimizer and optimizer.how:
-            changed, (allowed, groups) = optimizer.changed(), optimizer.allowed()
-            rows[arm] |= {"changed": changed / groups, "budget": changed / allowed / args.steps}
-        say(f"{arm} | {show(scores)}")
-        return scores
-    add("dense", base, 16.0)
-    start, rtn_model = time.perf_counter(), nearest_rtn(base, bpw)
-    add("RTN", rtn_model, bits_per_weight(rtn_model)[0], seconds=time.perf_counter() - start)
-    add("as fitted", fitted, bpw, seconds=seconds)
-    for variant in [args.variant] if args.variant else ["p", "ste", "pv"]:
-        say(f"--- {NAMES[variant]}")
-        path = os.path.join(args.out, f"{name}-{variant}.state")
-        model, optimizer, result = tune(fitted, base, data, args, variant, path)
-        live = add(NAMES[variant], model, bpw, optimizer, result["seconds"])
-    print_table(rows, len(data.val) - 1)
-    bits = args.bits
-    if args.scheme != "affine":                        # of the codes alone
-        M, B, g = parse_scheme(args.scheme)
-        bits = M * B / g
-    path = os.path.join(args.out, name + ".pt")
+def score_arm(label, model, bpw, seconds, data, args):
+    """Evaluate an arm, print its losses, and return its row of the table."""
+    scores = score(model, data, args)
+    row = arm_row(scores, bpw, seconds)
+    say(f"{label} | {show(scores)}")
+    return row
+
+def share_of_changes(optimizer, steps):
+    """Changes of groups over all groups, and over those that were allowed in all steps."""
+    changed = optimizer.changed()
+    allowed, groups = optimizer.allowed()
+    return {"changed": changed / groups, "budget": changed / allowed / steps}
+
+def print_table(rows, tokens):
+    dense = rows["dense"]["val_loss"]
+    fitted = rows["as fitted"]["val_loss"]
+    say(f"\n{tokens:>7} val tokens     | val loss | recovered |   bpw | changed | budget | seconds")
+    for label, row in rows.items():
+        recovered = (fitted - row["val_loss"]) / (fitted - dense or math.nan)
+        codes = "      - |      -"
+        if "changed" in row:
+            codes = f"{100 * row['changed']:6.1f}% | {100 * row['budget']:5.1f}%"
+        say(f"{label:22} | {row['val_loss']:8.4f} | {100 * recovered:8.1f}% | {row['bpw']:5.2f} | "
+            f"{codes} | {row['seconds']:7.1f}")
+    say("")
+
+def report(args, data, model, variant, result, rows, bpw, path):
+    """Pack the last arm, save, load and evaluate what was loaded; print the result row."""
     packed, scores = through_the_file(path, model.pack(), args, data, "pvtune")
-    differ, minus = groups_that_differ(model, packed), scores["loss"] - live["loss"]
+
+    # Does the file hold what was tuned? Its codebooks and scales are float16.
+    differ = groups_that_differ(model, packed)
+    live_loss = rows[VARIANTS[variant].label]["val_loss"]
+    minus = scores["loss"] - live_loss
     say(f"packed | {show(scores)} | {differ} groups have other codes than the live weights | loss "
         f"differs from live by {abs(minus):.1e} | {bpw:.3f} bits per weight | {path}")
-    finish(args, "pvtune", packed, scores, result, w_bits=bits, group_size=args.group_size,
+
+    # The width in the row is that of the codes alone.
+    w_bits = args.bits
+    if args.scheme != "affine":
+        M, B, g = parse_scheme(args.scheme)
+        w_bits = M * B / g
+    finish(args, "pvtune", packed, scores, result, w_bits=w_bits, group_size=args.group_size,
            scheme=args.scheme, variant=variant, rank=args.rank, tau=args.tau, lr=args.lr,
            code_lr=args.code_lr, base_val_loss=rows["dense"]["val_loss"], arms=rows,
            integers_differ=differ, packed_minus_live=minus)
@@ -559,41 +969,89 @@ def groups_that_differ(model, packed):
     """How many groups of the dense weights that the live student multiplies with are not what the
     file's codes stand for. Codebooks and scales are the live ones: those of the file are float16.
     """
-    stored, count = dict(packed.linears()), 0
+    stored = dict(packed.linears())
     names = {layer: name for name, layer in model.student.linears()}
+    count = 0
     for form, layers in zip(model.forms, model.layers):
         L, n, M = form.codes.shape
-        own, codes = form.codes, []
+        own = form.codes
+        codes = []
         for layer in layers:
             m = stored[names[layer]]
             codes.append(unpack(m.packed, m.spec["bits"], M * n // len(m.packed)))
 
         # What the live form gives with these codes in the place of its own.
         form.codes = torch.stack(codes).view(L, n, M).to(own)
-        w_hat, form.codes = form.dequantize(), own                                 # (L, O, C)
+        w_hat = form.dequantize()                                      # (L, O, C)
+        form.codes = own
 
         live = torch.stack([layer.weight for layer in layers])
         wrong = (w_hat - live).abs() > 1e-4 * live.abs().amax((1, 2), keepdim=True)
-        count += wrong.view(L, n, form.group).any(2).sum().item()
+        count += wrong.view(L, n, form.group_size).any(2).sum().item()
     return count
 
-def print_table(rows, tokens):
-    dense, fitted = rows["dense"]["val_loss"], rows["as fitted"]["val_loss"]
-    say(f"\n{tokens:>7} val tokens     | val loss | recovered |   bpw | changed | budget | seconds")
-    for arm, row in rows.items():
-        share = (fitted - row["val_loss"]) / (fitted - dense or math.nan)
-        codes = (f"{100 * row['changed']:6.1f}% | {100 * row['budget']:5.1f}%"
-                 if "changed" in row else "      - |      -")
-        say(f"{arm:22} | {row['val_loss']:8.4f} | {100 * share:8.1f}% | {row['bpw']:5.2f} | "
-            f"{codes} | {row['seconds']:7.1f}")
-    say("")
+# ---- Flags ------------------------------------------------------------------------------------
 
-def main():
-    args = parse_args()
-    if args.demo:
-        demo(args.seed)
-    else:
-        compare(args)
+def parse_args(argv=None):
+    p = Parser(prog="pvtune.py", description="Fine-tune codes and codebooks (PV-Tuning).")
+    p.add_argument("--bits", type=number(int, 1, 8), default=2,
+                   help="a weight, 1 to 8 (default: 2)")
+    p.add_argument("--scheme", help="MxBgG: M codebooks of 2^B vectors of G weights; or affine, a "
+                   "grid of --bits (default: BITSx4g4)")
+    p.add_argument("--group-size", type=number(int, -1),
+                   help="affine: inputs a scale; -1: all (default: -1)")
+    p.add_argument("--variant", choices=tuple(VARIANTS),
+                   help="only this arm (default: p, ste and pv)")
+    p.add_argument("--rank", choices=("residual", "improvement"), default="residual",
+                   help="the groups that may change: largest error, or largest error that goes "
+                   "away (default: residual)")
+    p.add_argument("--tau", type=float, default=0.01,
+                   help="share of the groups that may change (def.: 0.01)")
+    p.add_argument("--trust", type=number(float, 1e-9), default=0.2,       # theirs: 0.01, or none
+                   help="largest change of a weight by new codes, relative to its norm, in one "
+                   "step (default: 0.2)")
+    p.add_argument("--code-lr", type=number(float, 1e-9, 10), default=0.1,
+                   help="of the virtual dense weight, relative to its norm (default: 0.1)")
+    p.add_argument("--demo", action="store_true",
+                   help="only show the exact theory on tiny problems")
+    add_flags(p)
+    p.set_defaults(lr=6e-3, seq_len=0, eval_every=0)
+    args = p.parse_args(argv)
+
+    args.scheme = args.scheme or f"{args.bits}x4g4"
+    check_args(args)
+    if args.scheme != "affine":
+        args.group_size = parse_scheme(args.scheme).group_size
+    elif args.group_size is None:
+        args.group_size = -1
+    args.steps = args.steps or (6 if args.smoke else 70)
+    return resolve(args)
+
+def check_args(args):
+    """Raise UsageError for values that are out of range and flags that do not go together."""
+    if not 0 < args.tau <= 1:
+        raise UsageError(f"--tau {args.tau} is outside (0, 1]; try 0.01")
+    if args.scheme != "affine":
+        g = parse_scheme(args.scheme).group_size
+        if args.group_size is not None:
+            raise UsageError(f"--group-size {args.group_size} is for --scheme affine; --scheme "
+                             f"{args.scheme} has groups of {g} already")
+
+def check_shapes(model, args):
+    """Raise UsageError for a group or a codebook that some linear of the model cannot have."""
+    if args.scheme == "affine":
+        check_groups(model, args.group_size)
+        return
+    _, B, g = parse_scheme(args.scheme)
+    K = 2**B
+    for name, linear in model.linears():
+        O, C = linear.weight.shape
+        if C % g:
+            raise UsageError(f"--scheme {args.scheme}: groups of {g} do not divide {name}'s {C} "
+                             f"input channels; try {math.gcd(C, 64)}")
+        if K > O * C // g / 4:
+            raise UsageError(f"--scheme {args.scheme}: {K} vectors are above a quarter of {name}'s "
+                             f"{O * C // g} groups; try fewer bits a code or smaller groups")
 
 if __name__ == "__main__":
     run(main)

@@ -29,7 +29,7 @@ import pvtune
 from conftest import TrainingTextOnly, call, check_refused, double, random_base
 from model import LlamaConfig, LLaMA
 from pvtune import (Codebooks, Distilled, Grid, PVLinear, PVOptimizer, exact_p, exact_v, lamb_step,
-                    linear_v, move_codes, ste, v_step)
+                    linear_v, move_codes, pv_step, ste_iterates, v_step)
 from quantizers import (QuantLinear, bits_per_weight, dequantize, kmeans, output_error, rtn,
                         vq_dequantize, vq_fit, vq_search, vq_search_xtx)
 
@@ -105,7 +105,7 @@ def test_ten_coordinates_stuck_swinging_and_solved():
     assert curve(1) == [8, 4.5, 2, 0.5, 0, 0] and curve(2) == [8, 2, 0, 0, 0, 0]
     assert curve(3) == [8] + [0.5] * 5
     for lr in (0.02, 0.05, 0.1):
-        seen = [phi(x) for x in ste(A, b, torch.zeros(10).double(), values, lr, 200)]
+        seen = [phi(x) for x in ste_iterates(A, b, torch.zeros(10).double(), values, lr, 200)]
         assert set(seen) == {8.0, 18.0}
 
 def test_as_many_values_as_numbers_is_the_minimum_and_one_value_the_best_constant():
@@ -217,10 +217,11 @@ def test_at_most_the_fraction_changes_and_the_chosen_groups_are_those_of_the_ran
         assert torch.equal(new.flatten(0, 1), expected)
     assert torch.equal(new, v_step(w, codes, codebooks, scales, 1.0, rank=rank, trust=1e9))
 
-def test_a_group_counts_once_and_a_tiny_weight_may_always_change_one():
+def test_a_group_counts_once_and_a_tiny_weight_may_always_change_one(monkeypatch):
+    monkeypatch.setattr(Codebooks, "beam", 8)
     codes, codebooks, scales, w = layer(M=3)
     for fraction, groups in ((1e-9, 1), (4.5 / 64, 5)):
-        new = v_step(w, codes, codebooks, scales, fraction, beam=8, generator=seeded())
+        new = v_step(w, codes, codebooks, scales, fraction, generator=seeded())
         assert (new != codes).any(-1).sum() == groups
     assert (new != codes).sum() > groups
 
@@ -487,6 +488,126 @@ def test_grid_moves_codes_keeps_zero_points_and_packs_what_it_stands_for():
     plain = ((form.codes.view(6, 4, 8) - zero.unsqueeze(-1)) * G.view(6, 4, 8)).sum(-1)
     assert (g[0] - plain).abs().max() < 1e-5
 
+# ---- The plain step -----------------------------------------------------------------------------
+
+class Stacked(nn.Module):
+    """A model of one stack of L layers (16, 24) and a norm, as PVOptimizer needs it."""
+
+    def __init__(self, kind, M, L):
+        super().__init__()
+        w = torch.randn(L, 16, 24, generator=seeded(L)).double()
+        if kind == "grid":
+            forms = [Grid(*(x[None] for x in rtn(v, M, 8)), M) for v in w]
+        else:
+            forms = [one(*layer(16, 24, M, K=8, seed=i)[:3]) for i in range(L)]
+        layers = [PVLinear(form) for form in forms]
+        self.layers, self.forms = [layers], nn.ModuleList([pvtune.stack(forms)])
+        self.weights = nn.ParameterList([m.weight for m in layers])
+
+def plain_nearest(kind, bits, draws):
+    """`nearest` of pv_step for a grid or codebooks; with draws, (generator, T), one that takes the
+    runner-up at the published odds."""
+    def candidates(R, codes, *values):
+        """All codes that are reached by the last decision, (O, J, K, M), and their errors."""
+        if kind == "grid":
+            scale, zero = (x.repeat_interleave(8, 1) for x in values)              # (O, C)
+            every = torch.arange(2**bits).expand(*R.shape, -1).unsqueeze(3)
+            made = (every[..., 0] - zero.unsqueeze(2)) * scale.unsqueeze(2)
+            return every, (made - R.unsqueeze(2)).square()
+        codebooks, scales = values
+        generator = draws[0] if draws else seeded()
+        order = torch.randperm(codes.size(2), generator=generator).tolist()
+        codes = codes.clone()
+        for m in order:
+            every = codes.unsqueeze(2).repeat(1, 1, codebooks.size(1), 1)
+            every[..., m] = torch.arange(codebooks.size(1))
+            made = sum(codebooks[k][every[..., k]] for k in range(codes.size(2)))
+            x = (R / scales.unsqueeze(1)).view(*codes.shape[:2], 1, -1)
+            errors = (x - made).square().sum(-1)
+            codes[..., m] = errors.argmin(2)
+        return every, errors
+    def nearest(R, codes, *values):
+        every, errors = candidates(R, codes, *values)
+        lowest = errors.topk(2, largest=False)
+        pick = lowest.indices[..., 0]
+        if draws:
+            generator, T = draws
+            e1, e2 = lowest.values.sqrt().unbind(2)
+            p = e1 ** (-1 / T) / (e1 ** (-1 / T) + e2 ** (-1 / T))
+            u = torch.rand(1, p.numel(), generator=generator, dtype=p.dtype).view(p.shape)
+            pick = torch.where(u < p, pick, lowest.indices[..., 1])
+        chosen = pick.view(*pick.shape, 1, 1).expand(-1, -1, 1, codes.size(2))
+        return every.gather(2, chosen)[:, :, 0]
+    return nearest
+
+@pytest.mark.parametrize("variant", tuple(pvtune.VARIANTS))
+@pytest.mark.parametrize("kind,M", [("codebooks", 1), ("codebooks", 2), ("codebooks", 3),
+                                    ("grid", 1), ("grid", 2), ("grid", 4)])
+def test_a_stack_takes_the_plain_step_of_each_of_its_layers(kind, M, variant, in_float64):
+    """M: codebooks, or bits of a grid. Codes, values and buffer, after each of eight steps; with
+    stochastic rounding a stack of one layer, whose draws are then the plain step's own."""
+    how = pvtune.VARIANTS[variant]
+    trust = 0.15 if how.share is None else None
+    args = settings(rank="residual", trust=trust, tau=0.1, lr=0.02, code_lr=0.2)
+    model = Stacked(kind, M, 1 if how.rounding else 3)
+    optimizer = PVOptimizer(model, args, variant)
+    form, = model.forms
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"]
+
+    plain = []
+    for i, m in enumerate(model.weights):
+        codes, *values = (x[i].detach().clone() for x in parts_of(form))
+        if kind == "grid":
+            codes = codes.unsqueeze(2)
+        plain.append([codes.long(), [v.requires_grad_() for v in values], m.detach().clone(),
+                      [{}, {}, {}]])
+    changes = 0
+    for t in range(8):
+        G = torch.randn(len(plain), 16, 24, generator=seeded(100 + t)).double()
+        for w, g in zip(model.weights, G):
+            w.grad = g.clone()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        for i, own in enumerate(plain):
+            codes, values, buffer, states = own
+            generator = torch.Generator()
+            seed = np.random.SeedSequence([0, t]).generate_state(1)
+            generator.manual_seed(int(seed[0]))
+            nearest = plain_nearest(kind, M, (generator, how.rounding) if how.rounding else None)
+            if kind == "grid":
+                learn = values[:1]
+                make = lambda q, s: dequantize(q.squeeze(2), s, values[1], 8)
+                search = lambda R, q, s: nearest(R, q, s, values[1])
+            else:
+                learn, make, search = values, vq_dequantize, nearest
+                if not how.rounding:
+                    search = functools.partial(pvtune.nearest_codes, generator=generator)
+            if how.share == 0:                         # P only: no V half
+                new, _ = pv_step(G[i], codes, learn, buffer, states, make, search, 0.02, 0.0, 1e-9,
+                                 trust=0.0)
+                assert torch.equal(new, codes)
+                buffer = make(new, *learn).detach()
+            else:
+                new, buffer = pv_step(G[i], codes, learn, buffer, states, make, search, 0.02, 0.2,
+                                      how.share or 0.1, how.forget, trust or math.inf)
+            changes += (new != codes).any(2).sum().item()
+            own[0], own[2] = new, buffer
+
+            stacked = parts_of(form)
+            assert torch.equal(stacked[0][i].view(new.shape).long(), new), (t, i)
+            for mine, theirs in zip(values, stacked[1:]):
+                torch.testing.assert_close(mine, theirs[i], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(make(new, *learn), model.weights[i], rtol=1e-9, atol=1e-12)
+            if how.forget < 1:
+                kept = optimizer.state[model.weights[0]]["buffer"][i]
+                torch.testing.assert_close(buffer, kept, rtol=1e-9, atol=1e-12)
+    if how.share == 0:
+        assert changes == 0
+    else:
+        assert optimizer.changed() == changes > 0
+
 # ---- C: the optimizer ---------------------------------------------------------------------------
 
 def settings(**flags):
@@ -527,9 +648,16 @@ def lamb(p, g, v, m, t, lr, b1, b2):
     u = u * (p.norm() / u.norm()) * lr
     return p - u * math.sqrt(1 - b2**t) / (1 - b1**t), v, m
 
+def parts_of(form):
+    """What a stack is made from, each with L in front."""
+    codes = form.codes.view(form.shape)
+    if isinstance(form, Grid):
+        return codes, form.scale, form.zero_point
+    return codes, form.codebooks, form.scales
+
 def linears(model):
     """Of every linear: its layer, and codes (O, J, M), codebooks, scales (or those of a grid)."""
-    return [(m, [x[i] for x in form.parts()]) for form, layers in zip(model.forms, model.layers)
+    return [(m, [x[i] for x in parts_of(form)]) for form, layers in zip(model.forms, model.layers)
             for i, m in enumerate(layers)]
 
 def divergence(model, x):
@@ -737,7 +865,8 @@ def test_order_of_the_codewords_does_not_matter(in_float64):
 def test_a_stack_moves_as_its_linears_do_one_by_one(grid, in_float64):
     model = student(M=1, grid=grid, exact=True)
     form = model.forms[0]
-    alone = [type(form)(*(x[i:i + 1] for x in copy.deepcopy(form).parts()), *form.more)
+    more = [form.bits] if grid else []
+    alone = [type(form)(*(x[i:i + 1] for x in parts_of(copy.deepcopy(form))), *more)
              for i in range(4)]
     w, left = form.dequantize().detach(), torch.zeros(form.codes.shape[:2]).double()
     R = w + 0.02 * torch.randn(w.shape, generator=seeded())
@@ -752,10 +881,11 @@ def test_a_stack_moves_as_its_linears_do_one_by_one(grid, in_float64):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert changed.sum() > 0
 
-def test_order_of_the_codebooks_does_not_matter_to_a_full_search():
+def test_order_of_the_codebooks_does_not_matter_to_a_full_search(monkeypatch):
+    monkeypatch.setattr(Codebooks, "beam", 16)
     codes, codebooks, scales, w = layer()
-    a = v_step(w, codes, codebooks, scales, 0.5, beam=16)
-    b = v_step(w, codes.flip(-1), codebooks.flip(0), scales, 0.5, beam=16)
+    a = v_step(w, codes, codebooks, scales, 0.5)
+    b = v_step(w, codes.flip(-1), codebooks.flip(0), scales, 0.5)
     assert torch.equal(a, b.flip(-1)) and not torch.equal(a, codes)
 
 class One(nn.Module):
@@ -788,7 +918,7 @@ def test_the_buffer_remembers_half_steps_and_without_it_they_are_forgotten(varia
 
 @pytest.mark.parametrize("delta,gap", [(0.9, 0.111), (0.5, 1.0), (0.1, 9.0)])
 def test_a_leaky_buffer_stops_at_its_fixed_point(delta, gap, monkeypatch):
-    monkeypatch.setitem(pvtune.VARIANTS, "leaky", (delta, 1, 0))
+    monkeypatch.setitem(pvtune.VARIANTS, "leaky", pvtune.Variant("leaky", forget=delta, share=1))
     model, s = One(100.0), 0.01
     optimizer = PVOptimizer(model, settings(), "leaky")
     for _ in range(120):

@@ -180,7 +180,8 @@ def test_every_committed_row_has_a_command_of_today_with_the_rows_settings(
         if script == "quest.py":
             assert row["method"] == ("dense" if args.bits == 16 else args.quantizer)
         if script == "pvtune.py" and args.variant:
-            assert row["variant"] == args.variant and pvtune.NAMES[args.variant] in row["arms"]
+            label = pvtune.VARIANTS[args.variant].label
+            assert row["variant"] == args.variant and label in row["arms"]
         if script == "lrqat.py":
             alone = lrqat.ARMS[args.arm or "lr-qat"].label
             labels = {arm.label for arm in lrqat.ARMS.values()}

@@ -30,9 +30,12 @@ class Dense(nn.Module):
     forward = Distilled.forward
 
 def quantized(_, linear):
-    (O, C), draw = linear.weight.shape, {"device": linear.weight.device}
-    return PVLinear(Codebooks(torch.randint(16, (1, O, C // 4, 2), **draw),
-                              0.02 * torch.randn(1, 2, 16, 4, **draw), torch.ones(1, O, **draw)))
+    O, C = linear.weight.shape
+    device = linear.weight.device
+    codes = torch.randint(16, (1, O, C // 4, 2), device=device)
+    codebooks = 0.02 * torch.randn(1, 2, 16, 4, device=device)
+    scales = torch.ones(1, O, device=device)
+    return PVLinear(Codebooks(codes, codebooks, scales))
 
 def main():
     size, device, vocab = (sys.argv[1:] + ["tiny", "cpu", "1024"][len(sys.argv) - 1:])[:3]
