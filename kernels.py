@@ -554,11 +554,11 @@ def _scaled(a, g, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.conste
         return a * scale
 
 @triton.jit(do_not_specialize=["M", "MASK"])
-def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexpr,
-          GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-          BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, PAIRS: tl.constexpr,
-          TMA: tl.constexpr, PDL: tl.constexpr):
-    """One tile of BLOCK_N outputs x BLOCK_M tokens, over one of SPLIT parts of k.
+def _tile(x, x2, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexpr,
+          GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, EXTRA: tl.constexpr,
+          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr,
+          PAIRS: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr):
+    """One tile of BLOCK_N outputs x BLOCK_M + EXTRA tokens, over one of SPLIT parts of k.
 
     acc (BLOCK_N, BLOCK_M) += a (BLOCK_N, BLOCK_K) b (BLOCK_K, BLOCK_M), by wgmma:
 
@@ -566,6 +566,10 @@ def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexp
                thread unpacks and scales its own words, and the results stay where they are
         b      x, from shared memory: padded to whole tiles and in the order of `_shuffle`; with TMA
                x is a tensor descriptor, which loads whole tiles and costs no registers
+
+    Triton's blocks are powers of two, and 300 tokens in blocks of 256 are work for 512. So a tile
+    may have EXTRA tokens more (0: none), the product of the same weights, unpacked once, with a
+    second b: acc2 (BLOCK_N, EXTRA). x2 is x, with TMA a descriptor of blocks of EXTRA tokens.
 
     Triton copies words, grids and x into shared memory some steps ahead of their use (num_stages).
     A step's BLOCK_K k's lie under one grid. They are B whole blocks of words, or part of one, whose
@@ -581,17 +585,23 @@ def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexp
     B: tl.constexpr = BLOCK_K // BLK if BLOCK_K > BLK else 1
 
     # Which tile: those of one weight run side by side, so that L2 reads it once.
-    rows = tl.cdiv(M, BLOCK_M)
+    rows = tl.cdiv(M, BLOCK_M + EXTRA)
     pid = tl.program_id(0)
-    m = pid % rows * BLOCK_M + tl.arange(0, BLOCK_M)
+    m0 = pid % rows * (BLOCK_M + EXTRA)
+    m = m0 + tl.arange(0, BLOCK_M)
     n = pid // rows * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.minimum(pid // rows * T + tl.arange(0, T), O // 16 - 1)[:, None, None]
     u = tl.arange(0, 128)[None, None, :]
     r = tl.arange(0, 16)[None, None, :]
     if not TMA:
         xs = x + m[None, :] * C + tl.arange(0, BLOCK_K)[:, None]
-
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if EXTRA:
+        m2 = m0 + BLOCK_M + tl.arange(0, EXTRA)
+        if not TMA:
+            xs2 = x2 + m2[None, :] * C + tl.arange(0, BLOCK_K)[:, None]
+        acc2 = tl.zeros((BLOCK_N, EXTRA), tl.float32)
+
     first = tl.program_id(1) * (C // BLOCK_K // SPLIT)
     if PDL:
         tl.extra.cuda.gdc_wait()                       # for x and the tickets
@@ -612,16 +622,29 @@ def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexp
         # The operands and their product
         a = _numbers(w, h, g & 255, MASK, 0, BLOCK_K // B // 32, T, B, BITS, dt, ASM)
         if TMA:
-            b = x.load([pid % rows * BLOCK_M, k]).T    # (k, tokens)
+            b = x.load([m0, k]).T                      # (k, tokens)
         else:
             b = tl.load(xs + k)
-        acc = tl.dot(_scaled(a, g, BLOCK_N, BLOCK_K, PAIRS), b, acc)
+        a = _scaled(a, g, BLOCK_N, BLOCK_K, PAIRS)
+        if EXTRA:
+            if TMA:
+                b2 = x2.load([m0 + BLOCK_M, k]).T
+            else:
+                b2 = tl.load(xs2 + k)
+        acc = tl.dot(a, b, acc)
+        if EXTRA:
+            acc2 = tl.dot(a, b2, acc2)
 
     if SPLIT > 1:
         # Leave this part's sum. Unless all others are there, another program goes on from here.
-        size: tl.constexpr = BLOCK_N * BLOCK_M
+        size: tl.constexpr = BLOCK_N * (BLOCK_M + EXTRA)
+        mine = parts + (pid * SPLIT + tl.program_id(1)) * size
         at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tl.store(parts + (pid * SPLIT + tl.program_id(1)) * size + at, acc)
+        tl.store(mine + at, acc)
+        if EXTRA:
+            row = BLOCK_N * BLOCK_M + tl.arange(0, BLOCK_N) * EXTRA
+            at2 = row[:, None] + tl.arange(0, EXTRA)[None, :]
+            tl.store(mine + at2, acc2)
         tl.debug_barrier()
         ticket = tl.atomic_add(tickets + pid, 1, sem="acq_rel")
         if ticket < SPLIT - 1:
@@ -629,8 +652,16 @@ def _tile(x, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexp
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for i in range(0, SPLIT):
             acc += tl.load(parts + (pid * SPLIT + i) * size + at)
+        if EXTRA:
+            acc2 = tl.zeros((BLOCK_N, EXTRA), tl.float32)
+            for i in range(0, SPLIT):
+                acc2 += tl.load(parts + (pid * SPLIT + i) * size + at2)
+
     tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], acc.to(dt),
              mask=(m < M)[None, :] & (n < N)[:, None])
+    if EXTRA:
+        tl.store(y + m2[None, :].to(tl.int64) * N + n[:, None], acc2.to(dt),
+                 mask=(m2 < M)[None, :] & (n < N)[:, None])
 
 # ---- More tokens: the weight in 16 bits ---------------------------------------------------------
 
@@ -717,6 +748,7 @@ DECODE_FEW = {                 # instead, for few outputs
 class Tile(NamedTuple):
     """How `_tile` covers a product. BLOCK_K may be cut to what a group and C allow."""
     BLOCK_M: int               # tokens
+    EXTRA: int                 # tokens besides
     BLOCK_N: int               # outputs
     BLOCK_K: int               # inputs a step
     warps: int
@@ -724,23 +756,26 @@ class Tile(NamedTuple):
     split: int = 1             # parts of k, each a program
     tma: bool = False          # x by Hopper's TMA
 
-# By tokens. 4 warps: two programs an SM, so that one unpacks while the other multiplies. At 256
-# tokens the sums fill the registers of 8 warps, and the weights of 64 k's twice, unpacked and in
-# use, what those leave.
-TILE = {
-    32: Tile(32, 64, 128, warps=4, stages=4),
-    64: Tile(64, 64, 128, warps=4, stages=4),
-    128: Tile(128, 64, 128, warps=4, stages=3),
-    256: Tile(256, 128, 64, warps=8, stages=3),
-}
-# With x by TMA. 256 tokens: another stage. 128, at 8 bits only: twice the outputs, which read x
-# half as often (38 us for 45 at 96 tokens, 14336 x 4096), if there are enough of them.
-TILE_TMA = {
-    128: Tile(128, 128, 128, warps=8, stages=3),
-    256: Tile(256, 128, 64, warps=8, stages=4),
-}
+    @property
+    def tokens(self):
+        return self.BLOCK_M + self.EXTRA
+
+# 4 warps: two programs an SM, so that one unpacks while the other multiplies. From 160 tokens on
+# BLOCK_K is 64: the weights of a step stand in registers twice, unpacked and in use, beside the
+# sums. At 256 tokens these fill the registers of 8 warps.
+TILES = (
+    Tile(32, 0, 64, 128, warps=4, stages=4),
+    Tile(64, 0, 64, 128, warps=4, stages=4),
+    Tile(64, 32, 64, 128, warps=4, stages=3),
+    Tile(128, 0, 64, 128, warps=4, stages=3),
+    Tile(128, 32, 64, 64, warps=4, stages=4),
+    Tile(128, 64, 64, 64, warps=4, stages=4),
+    Tile(256, 0, 128, 64, warps=8, stages=4),
+    Tile(256, 64, 64, 64, warps=4, stages=3),
+)
+SMS = 132                      # of an H100
 # Programs worth splitting k for, two an SM, or one where it has 8 warps: more cost time.
-ENOUGH = {4: 264, 8: 132}
+ENOUGH = {4: 2 * SMS, 8: SMS}
 
 class Launch(NamedTuple):
     """How a kernel is started."""
@@ -770,42 +805,51 @@ def plan_decode(M, w):
     return Launch(_decode, (tiles // T,), constants, dict(num_warps=warps, num_stages=1))
 
 def count_tiles(M, O, tile):
-    return triton.cdiv(O, tile.BLOCK_N) * triton.cdiv(M, tile.BLOCK_M)
+    return triton.cdiv(O, tile.BLOCK_N) * triton.cdiv(M, tile.tokens)
 
 def choose_tile(M, w):
-    """The Tile for FEW < M <= FUSED tokens, from the tables above."""
-    # The next power of two of tokens, as tiles have, but no larger ones than leave half of the 132
-    # SMs without one.
-    O, C = w.shape
-    BLOCK_M = min(max(32, triton.next_power_of_2(M)), 256)
-    if triton.cdiv(O, 128) * triton.cdiv(M, 256) <= 66:
-        BLOCK_M = min(BLOCK_M, 128)
-    tile = TILE[BLOCK_M]
-    tiles = count_tiles(M, O, tile)
-    enough = ENOUGH[tile.warps]
+    """The Tile for FEW < M <= FUSED tokens, with the parts of k that make it fastest."""
+    found = []
+    for tile in TILES:
+        # Many tokens: the tile that multiplies most for each weight that it unpacks.
+        if M > 640 and tile.tokens != 256:
+            continue
+        tile = tile._replace(BLOCK_K=math.gcd(tile.BLOCK_K, w.group, w.shape[1]))
+        for split in (8, 4, 2, 1):
+            programs = count_tiles(M, w.shape[0], tile) * split
+            fits = programs <= ENOUGH[tile.warps] and w.shape[1] // tile.BLOCK_K % split == 0
+            if split == 1 or fits:
+                found.append(tile._replace(split=split))
+    tile = min(found, key=lambda tile: predicted_time(M, w, tile))
 
-    # TMA is 1 to 14 % faster, but where k is split, in so few steps, up to 10 % slower. Its
+    # x by TMA is 1 to 14 % faster, but where k is split, in so few steps, up to 10 % slower. Its
     # descriptors are made on the CPU, which torch.compile does not trace.
-    tma = TMA and not torch.compiler.is_compiling() and M > 32 and tiles * 2 > enough
-    if tma and (BLOCK_M == 256 or BLOCK_M == 128 and w.bits == 8 and tiles > 200):
-        tile = TILE_TMA[BLOCK_M]
-    tile = tile._replace(BLOCK_K=math.gcd(tile.BLOCK_K, w.group, C), tma=tma)
-    if tma:
-        return tile
+    tma = TMA and not torch.compiler.is_compiling() and tile.tokens > 32 and tile.split == 1
+    return tile._replace(tma=tma)
 
-    # Split k into as many programs as are worth it.
-    for split in (8, 4, 2):
-        if tiles * split <= enough and C // tile.BLOCK_K % split == 0:
-            return tile._replace(split=split)
-    return tile
+def predicted_time(M, w, tile):
+    """What the busiest SM has to do, in the time of one multiplication a token and output.
+
+    Unpacking and scaling a weight costs as much as multiplying it with 60 tokens. Where k is split,
+    leaving a sum and adding it up costs as much as 1,500 multiplications. Both numbers make the
+    choice come closest to the fastest tile, of 25 measured on an H100 at 16 token counts, 3 shapes,
+    2 and 4 bits: 4 % slower on average.
+    """
+    O, C = w.shape
+    programs = count_tiles(M, O, tile) * tile.split
+    busiest = triton.cdiv(programs, SMS)
+    time = busiest * tile.BLOCK_N * (tile.tokens + 60) * C // tile.split
+    if tile.split > 1:
+        time += 1500 * tile.BLOCK_N * tile.tokens
+    return time
 
 def plan_tile(M, w, tile):
     """The Launch of `_tile` for M tokens."""
     early = HOPPER and not torch.compiler.is_compiling()
     pairs = min(tile.BLOCK_N * tile.BLOCK_K // tile.warps // 64, 16)       # of a thread
     constants = dict(C=w.shape[1], GROUP=w.group, BITS=w.bits, ASM=ASM, BLOCK_M=tile.BLOCK_M,
-                     BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, SPLIT=tile.split,
-                     PAIRS=pairs if HOPPER else 0, TMA=tile.tma, PDL=early)
+                     EXTRA=tile.EXTRA, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
+                     SPLIT=tile.split, PAIRS=pairs if HOPPER else 0, TMA=tile.tma, PDL=early)
     return Launch(_tile, (count_tiles(M, w.shape[0], tile), tile.split), constants,
                   dict(num_warps=tile.warps, num_stages=tile.stages, **launch(early)))
 
@@ -834,23 +878,25 @@ def multiply_tiles(x, w, tile, y):
     M, C = x.shape
     how = plan_tile(M, w, tile)
     tiles = how.grid[0]
-    size = tile.split * tile.BLOCK_M * tile.BLOCK_N if tile.split > 1 else 0
+    size = tile.split * tile.tokens * tile.BLOCK_N if tile.split > 1 else 0
     parts = x.new_empty(tiles * size, dtype=torch.float32)
     tickets = w.words.new_empty(tiles)
 
     # x in `_tile`'s order. There are whole tiles of it, whatever the last one's tokens hold:
     # programs that all read the last token again took up to twice as long.
-    padded = x.new_empty(triton.cdiv(M, tile.BLOCK_M) * tile.BLOCK_M, C)
+    padded = x.new_empty(triton.cdiv(M, tile.tokens) * tile.tokens, C)
     pairs = x.view(torch.int32)
     _shuffle[triton.cdiv(pairs.numel(), 1024),](
         pairs, padded.view(torch.int32), tickets, pairs.numel(), tiles, BLOCK=1024,
         PDL=how.constants["PDL"])
 
+    x, x2 = padded, padded
     if tile.tma:
-        padded = TensorDescriptor.from_tensor(padded, [tile.BLOCK_M, tile.BLOCK_K])
-    how.kernel[how.grid](padded, w.words, w.high, w.grid, y, parts, tickets, M, w.grid.size(1),
-                         w.shape[0], _mask(w.bits, x.dtype), **how.constants,
-                         **how.options)
+        x = TensorDescriptor.from_tensor(padded, [tile.BLOCK_M, tile.BLOCK_K])
+        if tile.EXTRA:
+            x2 = TensorDescriptor.from_tensor(padded, [tile.EXTRA, tile.BLOCK_K])
+    how.kernel[how.grid](x, x2, w.words, w.high, w.grid, y, parts, tickets, M, w.grid.size(1),
+                         w.shape[0], _mask(w.bits, y.dtype), **how.constants, **how.options)
 
 def multiply_written_out(x, w, y):
     """y (M, O) = x (M, C) w_hat^T, in parts of some outputs, whose weight is written out for
@@ -882,7 +928,8 @@ def _hadamard_quantize(x, signs, codes, scale, sums, values, trusted, T, C: tl.c
                        CLIP: tl.constexpr, EPS: tl.constexpr, TOP: tl.constexpr,
                        SHIFT: tl.constexpr, LIMIT: tl.constexpr, PLANES: tl.constexpr,
                        TRAIN: tl.constexpr, n: tl.constexpr, HALVES: tl.constexpr,
-                       NB: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
+                       NB: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+                       PDL: tl.constexpr):
     """Rows x (T, C) -> codes, scale and sums, and with TRAIN values and trusted: hadamard_quantize.
 
     A tile is ROWS rows, as a matrix of ROWS NB rows of n: NB blocks a row, a power of two, of which
@@ -908,6 +955,8 @@ def _hadamard_quantize(x, signs, codes, scale, sums, values, trusted, T, C: tl.c
     place = col
     if HALVES == 2:
         place = col // WIDE * (2 * WIDE) + col % WIDE
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()          # quest_matmul may be set up meanwhile
     H = tl.trans(tl.load(signs + order[:, None] * h + col[None, :]))       # (h, h)
     start = (i // NB * C + i % NB * n)[:, None]                            # NB blocks of n a row
 
@@ -1023,7 +1072,7 @@ def hadamard_quantize(x, bits, dtype=None, planes=1):
     _hadamard_quantize[triton.cdiv(tiles, turns),](
         x.contiguous(), signs, codes, scale, sums, values, trusted, T, C, GAUSSIAN_CLIP[bits], EPS,
         2.0 * clip_limit(bits), 0.5 - code_offset(bits), trust_limit(bits), planes, train, n,
-        halves, NB, ROWS, rows.stages, num_warps=rows.warps)
+        halves, NB, ROWS, rows.stages, HOPPER and not train, num_warps=rows.warps)
     return out
 
 @triton.jit
@@ -1087,15 +1136,18 @@ def _tile_of(i, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
             (i // (8 * tiles) * 8 + i % (8 * tiles) % high) * BLOCK_N)
 
 @triton.jit
-def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, M, N, K: tl.constexpr, b: tl.constexpr,
-                  HALF: tl.constexpr, A8: tl.constexpr, W8: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, parts, tickets, M, N, K: tl.constexpr,
+                  b: tl.constexpr, HALF: tl.constexpr, A8: tl.constexpr, W8: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                  SPLIT: tl.constexpr, PDL: tl.constexpr):
     """y (M, N) of codes a (M, K) and words w of b bits a code; see quest_matmul.
 
     A8, W8: these codes are q and not 2 q + 1. Then (2 q_a + 1) (2 q_w + 1) is made up for by the
     sums of the other side: c_a c_w = 2 q_a c_w + c_w and so on. All of this is exact, in int32.
+    SPLIT: parts of k, as in `_tile`; of integers the sum is the same in any order.
     """
-    m, n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    pid = tl.program_id(0)
+    m, n = _tile_of(pid, M, N, BLOCK_M, BLOCK_N)
     m, n = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
     PLANES: tl.constexpr = 8 // b
     WIDE: tl.constexpr = 128 // PLANES                 # columns of a block in one plane
@@ -1107,7 +1159,11 @@ def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, M, N, K: tl.constexpr
     a += m.to(tl.int64)[None, :] * K
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    for k in range(0, K, BLOCK_K):
+    first = tl.program_id(1) * (K // SPLIT)
+    if PDL:
+        tl.extra.cuda.gdc_wait()                       # for a
+    for step in range(0, K // SPLIT, BLOCK_K):
+        k = first + step
         if A8 and W8:
             # Both from shared memory: the registers are needed for the sums.
             acc = tl.dot(tl.load(w8 + k), tl.load(a + (k + j)[:, None], mask=live, other=0), acc,
@@ -1126,6 +1182,19 @@ def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, M, N, K: tl.constexpr
                 at = k + j // WIDE * 128 + f * WIDE + j % WIDE
                 acc = tl.dot(tile, tl.load(a + at[:, None], mask=live, other=0), acc,
                              out_dtype=tl.int32)
+
+    if SPLIT > 1:
+        # Leave this part's sum, unless it is the last: that one adds up the others.
+        size: tl.constexpr = BLOCK_N * BLOCK_M
+        at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        tl.store(parts + (pid * SPLIT + tl.program_id(1)) * size + at, acc)
+        tl.debug_barrier()
+        ticket = tl.atomic_add(tickets + pid, 1, sem="acq_rel")
+        if ticket < SPLIT - 1:
+            return
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+        for i in range(0, SPLIT):
+            acc += tl.load(parts + (pid * SPLIT + i) * size + at)
 
     # The half steps that 8-bit codes lack. a_sum and w_sum are sums of 2 q + 1.
     acc *= (2 if A8 else 1) * (2 if W8 else 1)
@@ -1172,33 +1241,46 @@ def _quest_matmul_tma(a, a_scale, a_sum, w, w_scale, w_sum, y, M, N, K: tl.const
 
 class QuestTile(NamedTuple):
     """How the integer product is covered."""
-    tokens: int                # at most
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
+    BLOCK_M: int               # tokens
+    BLOCK_N: int               # outputs
+    BLOCK_K: int               # inputs a step
     warps: int
     stages: int
 
-# A few tokens: small tiles, so that there are programs enough to read the weight at the pace of
-# memory. Many: two programs of 8 warps share a processor and hide each other's waits; for 8 x 8
-# bits one with twice the tokens, which halves the traffic.
-MANY = 2**31
+# From large to small. Large tiles read less from L2, but leave processors idle where there are few
+# of them. Two programs of 8 warps share a processor and hide each other's waits.
 QUEST_TILES = (
-    QuestTile(16, 16, 64, 256, warps=4, stages=4),
-    QuestTile(64, 64, 64, 256, warps=4, stages=3),
-    QuestTile(MANY, 128, 128, 128, warps=8, stages=4),
+    QuestTile(128, 128, 128, warps=8, stages=4),
+    QuestTile(64, 128, 256, warps=8, stages=3),
+    QuestTile(64, 64, 256, warps=4, stages=4),
 )
-QUEST_TILE_8x8 = QuestTile(MANY, 256, 128, 128, warps=8, stages=4)
+QUEST_TILE_FEW = QuestTile(16, 64, 256, warps=4, stages=4)         # up to 16 tokens
+QUEST_TILE_8x8 = QuestTile(128, 128, 128, warps=4, stages=3)       # the first, for 8 x 8 bits
 # For as many tiles as there are processors: what limits them is the traffic from L2, 6 to 7 TB/s,
 # and tiles that Hopper's TMA loads leave registers and time for tiles twice the size.
-QUEST_TMA = QuestTile(MANY, 128, 256, 128, warps=8, stages=4)
-PROCESSORS = 132
+QUEST_TMA = QuestTile(128, 256, 128, warps=8, stages=4)
 
-def quest_tile(M, a_bits, bits):
-    """The QuestTile for M tokens, without TMA."""
-    if M > 64 and a_bits == bits == 8:
+def count_quest_tiles(M, N, tile):
+    return triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+
+def quest_tile(M, N, a_bits, bits):
+    """The QuestTile for M tokens and N outputs, without TMA: the largest of which there is one for
+    every processor, else the smallest."""
+    if M <= 16:
+        return QUEST_TILE_FEW
+    for tile in QUEST_TILES:
+        if count_quest_tiles(M, N, tile) >= SMS:
+            break
+    if tile == QUEST_TILES[0] and a_bits == bits == 8:
         return QUEST_TILE_8x8
-    return next(tile for tile in QUEST_TILES if M <= tile.tokens)
+    return tile
+
+def quest_split(tiles, K, BLOCK_K):
+    """Parts of k: for few tiles and so many k's that a part has 3,000 of them or more."""
+    for split in (4, 2):
+        if tiles * split <= 2 * SMS and K >= 3000 * split and K % (split * BLOCK_K) == 0:
+            return split
+    return 1
 
 def quest_matmul(a, w, a_bits, bits, dtype, tile=None):
     """QuEST inputs times QuEST weights, (M, N) in dtype; sums are exact integers.
@@ -1216,7 +1298,7 @@ def quest_matmul(a, w, a_bits, bits, dtype, tile=None):
 
     if tile is None and use_tma(M, N, b, dtype):
         tile = QUEST_TMA
-        _quest_matmul_tma[PROCESSORS,](
+        _quest_matmul_tma[SMS,](
             TensorDescriptor.from_tensor(a_codes, [tile.BLOCK_M, tile.BLOCK_K]), a_scale, a_sum,
             TensorDescriptor.from_tensor(w_codes.view(torch.int8), [tile.BLOCK_N, tile.BLOCK_K]),
             w_scale, w_sum, TensorDescriptor.from_tensor(y, [tile.BLOCK_M, tile.BLOCK_N // 2]),
@@ -1224,22 +1306,29 @@ def quest_matmul(a, w, a_bits, bits, dtype, tile=None):
             num_warps=tile.warps)
         return y
 
-    tile = tile or quest_tile(M, a_bits, bits)
+    tile = tile or quest_tile(M, N, a_bits, bits)
     half = 0 if bits == 1.58 or b == 8 else 0x01010101 << (7 - b)          # ternary codes have none
     BLOCK_K = math.gcd(K, 256 if b == 1 else tile.BLOCK_K)     # 32 columns of a plane at least
-    tiles = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
-    _quest_matmul[tiles,](
-        a_codes, a_scale, a_sum, w_codes.view(torch.int32), w_scale, w_sum, y, M, N, K, b, half,
-        a_bits == 8, bits == 8, tile.BLOCK_M, tile.BLOCK_N, BLOCK_K, num_warps=tile.warps,
-        num_stages=tile.stages)
+    tiles = count_quest_tiles(M, N, tile)
+    split = quest_split(tiles, K, BLOCK_K)
+    parts = tickets = y                                # not read
+    if split > 1:
+        size = tiles * split * tile.BLOCK_M * tile.BLOCK_N
+        parts = torch.empty(size, dtype=torch.int32, device=y.device)
+        tickets = torch.zeros(tiles, dtype=torch.int32, device=y.device)
+    early = HOPPER and not torch.compiler.is_compiling()
+    _quest_matmul[tiles, split](
+        a_codes, a_scale, a_sum, w_codes.view(torch.int32), w_scale, w_sum, y, parts, tickets, M, N,
+        K, b, half, a_bits == 8, bits == 8, tile.BLOCK_M, tile.BLOCK_N, BLOCK_K, split, early,
+        num_warps=tile.warps, num_stages=tile.stages, **launch(early))
     return y
 
 def use_tma(M, N, b, dtype):
     """Does the kernel with descriptors take this product? Under torch.compile they are untried."""
     if not TMA or torch.compiler.is_compiling():
         return False
-    tiles = triton.cdiv(M, QUEST_TMA.BLOCK_M) * triton.cdiv(N, QUEST_TMA.BLOCK_N)
-    return b == 8 and tiles >= PROCESSORS and N % 8 == 0 and dtype.itemsize == 2
+    enough = count_quest_tiles(M, N, QUEST_TMA) >= SMS
+    return b == 8 and enough and N % 8 == 0 and dtype.itemsize == 2
 
 def quest_operand(packed, scale, bits, K):
     """A checkpoint's packed weight and scale -> w of quest_matmul. 1, 2, 4 and 8 bits stay as they
@@ -1344,6 +1433,8 @@ def _vq_lookups(tables, codes, scales, parts, tickets, y, tokens, N, ROWS: tl.co
         n = (4 * i)[:, None, None] + j[None, None, :]
         sums *= tl.load(scales + n, mask=n < N, other=0.0)
         tl.store(y + at, sums.to(y.dtype.element_ty), mask=live)
+
+MANY = 2**31
 
 class VqTile(NamedTuple):
     """How look-ups are shared out."""

@@ -9,22 +9,22 @@
 tests/time_lrqat_memory.py measures bytes and speed, at 7B on one GPU.
 
 The idea:
-  1. Quantization-aware training pays for a gradient and two moments of every weight.
-     Freeze the weight instead, in steps of its grid and in 0.5 to 4 bytes:
+  1. Quantization-aware training stores a gradient and two moments for every weight. Freeze
+     the weight instead, measured in steps of its grid and stored in 0.5 to 4 bytes:
      Phi = phi(W0 / s0).
   2. Train a product A B of low rank inside of the rounding, and the scale s outside of it:
-     W_hat = s (clip(round(Phi + alpha/r A B)) - z). What A and B learned is in the codes.
-     So afterwards A and B go, and inference pays nothing.
-  3. Autograd would keep three dense tensors for each weight. Our function keeps x, the
+     W_hat = s (clip(round(Phi + alpha/r A B)) - z). What A and B learned is in the integers
+     Q. After training A and B are dropped, so inference costs nothing extra.
+  3. Autograd would keep four dense tensors for each weight. Our function keeps x, the
      frozen codes, A, B and s, which exist anyway, and builds the weight again in the
      backward pass.
 
 The symbols:
   W0       the pre-trained weight (O, C), frozen
   s0, z    scale and zero point (O, G) of the grid that rounds W0 best, frozen; only the
-           grid of 2 bits has a z
+           2-bit grid has a zero point
   phi      the format in which W0 / s0 (at 2 bits W0 / s0 + z) is stored; see PHI
-  Phi      what that leaves of it: numbers (O, C). The code has Phi as it is stored, `codes`
+  Phi      W0 in steps of its grid, after phi (O, C); `codes` is Phi as it is stored
   A, B     the adapters (O, r) and (r, C), which learn; r is the rank
   Z        the latent weight in steps of the grid, Phi + alpha/r A B
   Q        its integers, clip(round(Z)), from qmin to qmax
@@ -34,8 +34,9 @@ The symbols:
 The printed words:
   learn      parameters that learn
   recovered  the share of the loss between RTN and dense training of the same length that
-             an arm wins back; with --arm nothing was trained to compare with, and no share
-  flipped    integers that A B moved to other codes
+             an arm wins back; with --arm no dense model is trained to compare with, and no
+             share is printed
+  flipped    the share of the integers Q that A B changed
 
 Paper: LR-QAT, Bondarenko et al. 2024 (arXiv 2406.06385).
 Code: github.com/Qualcomm-AI-research/LR-QAT.
@@ -69,24 +70,23 @@ from quantizers import (EPS, QuantLinear, bits_per_weight, block_hessians, dequa
                         rtn)
 
 # alpha: A B counts alpha/r times. AdamW moves each entry of A and B by about the rate per
-# step, however small its gradient is. So alpha says how far A B gets within a run, and to
-# move a code it has to get up to half a step far. Ours differs: the paper's 1 is for 10,000
-# steps of training, this one for a hundred.
+# step, however small its gradient is. So alpha sets how far A B can travel in a run, and to
+# reach the next integer takes up to half a step of the grid. Ours differs: the paper's 1 is
+# for 10,000 steps of training, this one for a hundred.
 ALPHA = 32.0
 
 # ---- The method for one layer, by autograd -------------------------------------------
 
 def code_range(bits):
-    """qmin, qmax: the smallest and the largest code of the signed grid."""
+    """qmin, qmax: the smallest and the largest integer of the signed grid."""
     return -2 ** (bits - 1), 2 ** (bits - 1) - 1
 
 def spread(per_group, C):
-    """(O, G) -> (O, C): for each weight what its group of inputs has."""
+    """(O, G) -> (O, C): repeat what each group has for all of its inputs."""
     return per_group.repeat_interleave(C // per_group.size(1), dim=1)
 
 def round_straight_through(v):
-    """round(v), ties to even, with the gradient of v: as if nothing had been rounded. The
-    difference round(v) - v is exact in floating point, and so is the sum: an integer."""
+    """round(v), ties to even, with the gradient of v: as if nothing had been rounded."""
     return v + (v.round() - v).detach()
 
 class PlainLRQAT(nn.Module):
@@ -97,7 +97,7 @@ class PlainLRQAT(nn.Module):
 
     def __init__(self, W0, s0, z, bits, rank):
         """W0 (O, C) is the pre-trained weight; s0 and z (O, G) are its grid, as `start_grid`
-        finds it. Above 2 bits z is zero."""
+        finds it. Above 2 bits, where that has no z, z is zeros. phi is "fixed"."""
         super().__init__()
         O, C = W0.shape
         self.bits = bits
@@ -112,6 +112,7 @@ class PlainLRQAT(nn.Module):
         unit = 2 ** (8 - bits)
         self.Phi = (v.clamp(qmin, qmax) * unit).round() / unit        # (O, C)
 
+        # (LoRA has the two names the other way round: here A is the factor of the outputs.)
         # A starts at zero, so that A B is zero and training starts from the rounded model.
         # B does not: A's gradient is a product with B, and B's is one with A. If both were
         # zero, neither would ever move.
@@ -143,23 +144,23 @@ class Grid(NamedTuple):
     group_size: int              # inputs that share a scale; -1: all of a row
 
 def is_symmetric(bits):
-    """Has the grid no zero point?
+    """True if the grid has no zero point.
 
     At 2 bits the codes are -2, -1, 0 and 1: two levels for negative weights and one for
     positive ones. A zero point lets each row or group choose on which side it needs the
-    second level, which is worth the 8 bits. In wider grids one level more or less on a side
-    matters little. (The paper's 2 bits are asymmetric too; its released phi is not.)
+    second level, which is worth the 8 bits that it costs. In wider grids one level more or
+    less on a side matters little.
     """
     return bits > 2
 
 @torch.no_grad()
 def start_grid(w, bits, group_size, search=True):
     """The Grid on which rtn puts w (O, C). search: for the range of the least error, as in
-    every table; without it, the range of the extremes.
+    every table; without it, the min-max range.
 
     Ours differs: the search takes the least |error|^2.4 (the paper tries norms from 2 to 5),
-    and one step goes from 2 max|w| / (2^bits - 1) down to 0.21 of that (theirs: from
-    max|w| / (2^(bits-1) - 1) down to a hundredth of that).
+    and one step goes from the whole range over 2^bits - 1, which is 2 max|w| of a symmetric
+    grid, down to 0.21 of that (theirs: from max|w| / (2^(bits-1) - 1) down to a hundredth).
     """
     _, scale, zero_point = rtn(w.float(), bits, group_size, symmetric=is_symmetric(bits),
                                mse=search)
@@ -190,13 +191,13 @@ PHI = {
     "fp32": Storage(bytes_per_weight=4, max_bits=8),
     "bf16": Storage(bytes_per_weight=2, max_bits=8),
     # Fixed point: an int8 with `bits` bits before the binary point and 8 - bits after it. At
-    # 2 bits that is -2 to 1 in steps of 1/64. The fraction keeps where between two codes a
-    # weight lies: one near a border crosses it under a small A B, and half a step is only
-    # what the farthest one needs. A plain integer lies in the middle of its cell: there A B
-    # does nothing at all until it reaches half a step. 8 bits would leave no fraction.
+    # 2 bits that is -2 to 1 in steps of 1/64. The fraction keeps where between two integers
+    # a weight lies: one near a border crosses it under a small A B, and only a weight at the
+    # middle of its cell needs half a step. A plain integer lies there: A B does nothing at
+    # all until it reaches half a step. 8 bits would leave no fraction.
     "fixed": Storage(bytes_per_weight=1, max_bits=7),
-    # Plain integers, two codes a byte. (The paper counts these bytes; the released code
-    # keeps such integers in an int8 each.)
+    # Plain integers, two a byte. Ours differs: the paper counts these bytes, and the
+    # released code keeps such integers in an int8 each.
     "packed": Storage(bytes_per_weight=0.5, max_bits=4),
 }
 
@@ -207,8 +208,8 @@ def downcast(v, bits, phi):
     if phi == "bf16":
         return v.bfloat16()
 
-    # Clip first: at 4 bits 8.2 would be stored as 8.2 * 16 = 131, which wraps around in
-    # an int8.
+    # Clip to the grid's range, as the paper does: what lies beyond it is lost. It has to come
+    # first. At 4 bits 8.2 would be stored as 8.2 * 16 = 131, which wraps around in an int8.
     qmin, qmax = code_range(bits)
     v = v.clamp(qmin, qmax)
     if phi == "fixed":
@@ -245,8 +246,7 @@ def latent(codes, A, B, bits, phi):
     """Z = Phi + alpha/r A B (O, C). Without adapters (A is None) Z is Phi.
 
     Ours differs: A, B and Z are float32. In bfloat16, which the paper's runs use, numbers
-    between 4 and 8 are 1/32 apart, and a small A B would be lost. On a GPU the product runs
-    in TF32.
+    between 4 and 8 are 1/32 apart, and a small A B would be lost. On a GPU A B runs in TF32.
     """
     if A is None:
         return upcast(codes, bits, phi)
@@ -264,24 +264,23 @@ def integers(codes, A, B, bits, phi):
     return latent(codes, A, B, bits, phi).round_().clamp_(qmin, qmax)
 
 # ---- The same layer, kept small: no dense tensor waits for the backward pass ---------
-# In PlainLRQAT autograd keeps three dense tensors for each weight: round(Z) for the gradient
-# of clip, Q for that of s, W_hat for that of x. That is 6 bytes a weight in bfloat16 and more
-# in float32, beside a frozen weight of one byte. All three follow from the codes, A, B, s and
-# z, which exist anyway. So LRQATFunction keeps these and x, and computes Z once more in the
-# backward pass: that costs a product of rank r and a few passes over the weight.
-# (Ours differs: under --compile the compiler decides what is kept.)
+# In PlainLRQAT autograd keeps four dense tensors for each weight: round(Z) for the gradient
+# of clip, Q - z for that of s, s spread over its groups for that of Q, and W_hat for that of
+# x. All four follow from the codes, A, B, s and z, which exist anyway. So LRQATFunction keeps
+# these and x, and computes Z once more in the backward pass: that costs a product of rank r
+# and a few passes over the weight. (Ours differs: under --compile the compiler decides.)
 
 class LRQATFunction(torch.autograd.Function):
-    """y = x W_hat^T: (..., C) -> (..., O). With g = dL/dy, D = dL/dW_hat = g^T x and
+    """y = x W_hat^T: (..., C) -> (..., O). With gy = dL/dy, D = dL/dW_hat = gy^T x and
     M = [round(Z) in range]:
 
-        dL/dx = g W_hat
+        dL/dx = gy W_hat
         dL/dZ = s D M     dL/dA = alpha/r dL/dZ B^T     dL/dB = alpha/r A^T dL/dZ
         dL/ds = the row's or group's sum of D (Q - z), the true derivative: s is outside
                 only. LSQ, where it is inside too, subtracts M W/s from Q.
 
-    s and M are elementwise, so the dense D must exist, unlike in LoRA; but for one linear
-    at a time only.
+    LoRA computes dL/dA as gy^T (x B^T), without a dense tensor. Here s and M, which are
+    elementwise, stand between the two products: D must exist, for one linear at a time.
     """
 
     @staticmethod
@@ -295,25 +294,26 @@ class LRQATFunction(torch.autograd.Function):
         return F.linear(x, w_hat)
 
     @staticmethod
-    def backward(ctx, g):                                             # g (..., O)
+    def backward(ctx, gy):                                            # gy (..., O)
         x, codes, A, B, scale, zero_point = ctx.saved_tensors
         O, G = scale.shape
         qmin, qmax = code_range(ctx.bits)
 
         # Build the integers again, and M. Q becomes int8, a quarter of the bytes, and the
-        # floats go: Q and M still wait below, where D and D Q are the largest tensors of
-        # the whole step.
+        # floats go: Q and M are still alive when D and D Q, the largest tensors of the
+        # whole step, are made.
         rounded = latent(codes, A, B, ctx.bits, ctx.phi).round_()     # (O, C)
         Q = rounded.clamp(qmin, qmax)
         M = Q == rounded
         Q = Q.to(torch.int8)
         del rounded
 
-        # dL/dx = g W_hat, and the one dense gradient D.
-        w_hat = dequantize(Q, scale, zero_point, ctx.group_size).to(g.dtype)
-        gx = g @ w_hat                                                # (..., C)
+        # dL/dx = gy W_hat, and the one dense gradient D. The product is in x's dtype; the
+        # sums below are float32.
+        w_hat = dequantize(Q, scale, zero_point, ctx.group_size).to(gy.dtype)
+        gx = gy @ w_hat                                               # (..., C)
         del w_hat
-        D = g.flatten(0, -2).t() @ x.flatten(0, -2)                   # (O, C)
+        D = gy.flatten(0, -2).t() @ x.flatten(0, -2)                  # (O, C)
         D = D.to(scale.dtype)
 
         # dL/ds = sum of D (Q - z) = sum of D Q - z sum of D
@@ -376,8 +376,9 @@ class LRQATLinear(GridLinear):
         self.B = None
         v = to_grid(w.float(), scale, zero_point)                     # (O, C)
 
-        # A is zero and B is not, as in PlainLRQAT. With the SVD start A B holds a part of the
-        # weight and Phi what is left of it, so that Z begins at the same place.
+        # As in PlainLRQAT. With the SVD start A B holds a part of the weight and Phi what is
+        # left of it: Z begins at v, up to what phi rounds or clips. So with the fraction kept
+        # the first Q is nearly the same, and it is A's and B's directions that differ.
         if rank:
             O, C = v.shape
             A = v.new_zeros(O, rank)
@@ -399,13 +400,13 @@ class LRQATLinear(GridLinear):
 
 # ---- The rates -----------------------------------------------------------------------
 
-# Peak rates over --lr, for each kind of parameter. Ours differs: they suit a hundred steps.
-# (The paper's are 1, 1, 0.01 and 0.05 times 1e-3.)
+# Peak rate divided by --lr, for each kind of parameter. Ours differs: they suit a hundred
+# steps. (The paper's are 1, 1, 0.01 and 0.05 times 1e-3.)
 RATES = {"A": 1.0, "B": 1.0, "scale": 0.03, "weight": 0.03}
 
 def linear_schedule(step, steps, peak):
     """Up from 0 over the first tenth of the steps, then down to 0 (the paper's). A run of a
-    single step has no way up and takes it at the peak: at rate 0 it would learn nothing."""
+    single step has no warm-up and uses the peak: at rate 0 it would learn nothing."""
     warm = max(1, round(0.1 * steps))
     warm = min(warm, steps - 1)
     if step < warm:
@@ -432,19 +433,19 @@ def svd_start(v, scale, rank, bits):
     r allows:
 
         E = s (v - clip(round(v)))      what is lost of W0; s is the mean scale of a row
-        E ~ U S V^T                     its r largest singular values and their vectors
-        A = r/alpha U sqrt(S) / s       B = sqrt(S) V^T
+        E ~ U sigma V^T                 its r largest singular values and their vectors
+        A = r/alpha U sqrt(sigma) / s   B = sqrt(sigma) V^T
 
     Then s alpha/r A B is the best copy of E of rank r. It is taken once, before phi, as in
-    the paper. Ours differs: row i of A is divided by s_i, the scale of that row; the official
-    code divides otherwise where a layer is square, which is off.
+    the paper. Ours differs: row i of A is divided by s_i, the scale of that row. The official
+    code does that only where O and C differ.
     """
     qmin, qmax = code_range(bits)
     s = scale.mean(1, keepdim=True)                                   # (O, 1)
     E = s * (v - v.round().clamp(qmin, qmax))                         # (O, C)
 
-    U, S, Vt = torch.linalg.svd(E, full_matrices=False)
-    root = S[:rank].sqrt()
+    U, sigma, Vt = torch.linalg.svd(E, full_matrices=False)
+    root = sigma[:rank].sqrt()
     A = U[:, :rank] * root * (rank / ALPHA) / s
     B = root.unsqueeze(1) * Vt[:rank]
     return A, B
@@ -478,7 +479,7 @@ def keep_dense(linear, w, grid, args):
     return linear
 
 def round_weight(linear, w, grid, args):
-    """The weight itself is rounded, not what phi would keep of it: --phi is LR-QAT's alone."""
+    """The weight itself is rounded: --phi does not apply, as only LR-QAT stores Phi."""
     return LRQATLinear(w, *grid, rank=0, phi="fp32")
 
 def add_adapters(linear, w, grid, args):
@@ -494,8 +495,7 @@ class Arm(NamedTuple):
     learns: tuple                # the names of the layer's parameters that learn
     quantized: bool = True       # on a grid, and with it the activations
 
-# In the order of the table; the last one is packed. The keys are the values of --arm,
-# and more.
+# In the order of the table; the last one is saved. The order also numbers the arms' states.
 ARMS = {
     "dense": Arm("dense", keep_dense, learns=(), quantized=False),
     "longer": Arm("dense, longer", keep_dense, learns=("weight",), quantized=False),
@@ -503,6 +503,7 @@ ARMS = {
     "gptq": Arm("GPTQ", keep_dense, learns=()),        # gptq_model rounds it, block by block
     "scales": Arm("scales only (PEQA)", round_weight, learns=("scale",)),
     "full": Arm("full QAT (LSQ)", full_qat, learns=("weight", "scale")),
+    # What does it bring that s learns?
     "frozen": Arm("LR-QAT, s frozen", add_adapters, learns=("A", "B")),
     "lr-qat": Arm("LR-QAT", add_adapters, learns=("A", "B", "scale")),
 }
@@ -515,7 +516,7 @@ def convert(model, arm, args, grids):
 
     if arm.quantized:
         # The model rounds its own activations, one grid a token. Ours differs: that
-        # includes the norms' outputs, where the released code and its flags disagree.
+        # includes the norms' outputs.
         model.config.a_bits = args.a_bits
         model.config.kv_bits = args.kv_bits
 
@@ -554,7 +555,8 @@ def gptq_model(model, data, args):
 
 @torch.no_grad()
 def flipped(model):
-    """The share of integers that A B moved away from those of Phi alone; None without A, B."""
+    """The share of integers that A B changed from those of Phi alone; None without A and B.
+    With the SVD start it is above zero before training."""
     moved = 0
     total = 0
     for m in model.modules():
@@ -572,7 +574,8 @@ def status(model):
 @torch.no_grad()
 def integers_in_use(layer, dtype):
     """The integers Q (O, C) that a layer multiplies with, from its answers to unit vectors.
-    What is merged is compared with these, and not with what `rounded` claims."""
+    What is merged is compared with these, and not with what `rounded` claims. bfloat16 rounds
+    a weight by 1/512 at most, which is half a step at 256 steps: round() finds Q again."""
     C = layer.rounded().size(1)
     units = torch.eye(C, dtype=dtype, device=layer.scale.device)
     w_hat = layer(units).t().float()                                  # (O, C)
@@ -599,7 +602,7 @@ def main():
     keep_model(args, path + ".pt")
     header(f"{name} | phi {args.phi}, rank {args.rank}", args, base, data)
 
-    # One grid for each linear, on which every arm that rounds starts.
+    # One grid for each linear, on which every arm that rounds starts; GPTQ finds its own.
     grids = {}
     for layer_name, linear in base.linears():
         grids[layer_name] = start_grid(linear.weight, args.bits, args.group_size)
@@ -614,7 +617,7 @@ def main():
     pack_result(args, model, data, path + ".pt", rows, rows[key]["val_loss"], result)
 
 def run_name(args):
-    """The name of the packed file, lrqat-w2a8-full.pt for one, without its end."""
+    """The name of the packed file without extension, for one lrqat-w2a8-full."""
     name = f"lrqat-w{args.bits}"
     if args.a_bits < 16:
         name += f"a{args.a_bits}"
@@ -633,7 +636,7 @@ def run_arm(key, base, data, grids, args, path):
     `train` returned)."""
     arm = ARMS[key]
 
-    # The seed is set again, so that an arm alone ends as it does beside the others.
+    # The seed is set again, so that an arm gives the same result alone as in the table.
     torch.manual_seed(args.seed)
     start = time.perf_counter()
     model = convert(copy.deepcopy(base), arm, args, grids)

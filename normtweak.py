@@ -20,17 +20,20 @@ The idea:
 
 The symbols:
   gamma      a norm's weight, (C,): all that is ever trained
-  windows    the inputs of a block, a list of (B, T, C); they come from the quantized blocks before
+  windows    the inputs of a block, batches (B, T, C) of B windows; they come from the quantized
+             blocks before
   targets    what the float block makes of the same windows
   f, q       one window's output, of the float block and of the quantized one
   host       the method that quantizes: "rtn" (round to nearest) or "gptq"
-  tables     cos and sin of the positions, (T, hs) each, which every block is called with
+  tables     cos and sin of the positions, (T, hs) each, hs the head size; every block takes them
 
-Shapes: N windows of T tokens, B of them a step; C channels; O outputs of a linear; L blocks.
+Shapes: N windows of T tokens, B of them a step; C channels, in a linear's shapes its inputs;
+O outputs of a linear; L blocks.
 
-Paper: Norm Tweaking, Li et al. 2024 (arXiv 2309.02784), without official code. Hosts: GPTQ
-(2210.17323), SmoothQuant (2211.10438). Generating from a start token is LLM-QAT's (2305.17888).
-Not here: LayerNorm, or correcting what earlier blocks did wrong.
+Paper: Norm Tweaking, Li et al. 2024 (arXiv 2309.02784). There is no official release; the authors'
+scripts, from which --loss code comes, are not complete. Hosts: GPTQ (2210.17323), SmoothQuant
+(2211.10438). Generating from a start token is LLM-QAT's (2305.17888). As in the paper, a block
+corrects its own error only, not what earlier blocks did. Not here: LayerNorm.
 
 Where ours differs from the paper: first tokens are frequent tokens, the paper's are tokens of
 frequent languages; the learning rate is larger, since the windows are fewer and shorter; GPTQ
@@ -78,10 +81,9 @@ LR_SCALE = 1.0                # block i of L is trained at lr * (1 + LR_SCALE * 
 def channel_loss(f, q):
     """f, q (B, T, C) -> how far the channels' means and variances over tokens differ.
 
-    Rounding shifts and stretches whole channels. This loss sees that and no more:
-    statistics of the whole tensor would mix the channels up, and the error of every
-    single value would be ruled by the few channels with the largest values, and invite
-    the norms to learn the calibration text.
+    Rounding shifts and stretches whole channels. This loss sees that and no more: an
+    elementwise error would be dominated by the few largest channels, and would tempt the
+    norms to memorize the calibration text.
     """
     f = f.flatten(0, -2)                                                   # (B T, C)
     q = q.flatten(0, -2)
@@ -89,25 +91,25 @@ def channel_loss(f, q):
     variances = (f.var(0) - q.var(0)).abs()
     return (means + variances).mean()
 
-@torch.enable_grad()                                   # also where the caller needs no gradients
+@torch.enable_grad()                                   # compress switches gradients off
 def tweak_by_adam(block, windows, targets, tables, loss, lr):
     """Train the two norms' weights so that the block's outputs come close to the targets.
 
-    The norms alone: a norm has a factor for each channel, which is where rounding did its
-    harm, and these factors are floats in any case. So codes and scales stay what they
-    are, and inference costs nothing more. And 2 C numbers learn too little to need more
-    than a little text.
+    The norms alone: their weights are floats in any case, so codes and scales stay what
+    they are and inference costs nothing more. A norm scales what the block's linears
+    read, and moves the output's means and variances only through them: C knobs per norm,
+    and no exact fix. But 2 C numbers can hardly overfit, so that little text suffices.
     """
     gammas = [block.attn_norm.weight, block.mlp_norm.weight]
     for gamma in gammas:
         gamma.requires_grad_(True)
 
-    # A fresh Adam, for the moments of another block's norms say nothing about these. Adam
-    # also makes the size of the loss unimportant: a step is about lr in any case.
+    # A fresh Adam, because another block's moments do not apply. It also makes the size of
+    # the loss unimportant: a step is about lr in any case.
     optimizer = torch.optim.Adam(gammas, lr=lr)
 
-    # One pass, a step per window. The paper found more passes to do harm: the loss falls
-    # on, but the norms begin to fit the calibration text.
+    # One pass, a step per batch. The paper found that more passes hurt: the loss keeps
+    # falling, but the norms begin to fit the calibration text.
     for x, target in zip(windows, targets):
         loss(target, block(x, *tables)).backward()
         optimizer.step()
@@ -118,14 +120,16 @@ def tweak_by_adam(block, windows, targets, tables, loss, lr):
 
 def block_rate(lr, i, L):
     """The learning rate of block i of L. It grows: errors pile up in the stream, and the
-    later a block, the farther are its inputs from those that its norms were trained on.
+    later the block, the further its inputs are from those that its norms were trained on.
     That is the paper's argument for the rule; it is not derived from the loss."""
     return lr * (1 + LR_SCALE * i / L)
 
-def norm_tweaking(model, ids, host, lr, loss=channel_loss):
+def norm_tweaking(model, ids, quantize, lr, loss=channel_loss):
     """Quantize and tweak a LLaMA in place, on calibration text ids (N, T).
 
-    host(block, windows, tables) rounds the linears of a block in place: see round_block.
+    This is for reading; the commands run compress, below, and a test holds it to this.
+    quantize(block, windows, tables) rounds the linears of a block in place, for example
+    lambda block, windows, tables: round_block(block, bits=2).
     """
     model.requires_grad_(False)
     tables = model.rope(ids)
@@ -134,17 +138,17 @@ def norm_tweaking(model, ids, host, lr, loss=channel_loss):
     for i, block in enumerate(model.blocks):
         # What the float block makes of its inputs is the target. The inputs are those of
         # the quantized stream, for both: they are what this block will get in use, and
-        # the difference of the outputs is then this block's own error. Two factors a
-        # channel can repair that, not all that the blocks before did.
+        # the difference of the outputs is then this block's own error. Its two norms can
+        # repair that, but not the error that has piled up before.
         targets = [block(x, *tables) for x in windows]
 
         # Round the weights. From here on they are frozen.
-        host(block, windows, tables)
+        quantize(block, windows, tables)
 
         # Tweak the norms.
         tweak_by_adam(block, windows, targets, tables, loss, block_rate(lr, i, L))
 
-        # The next block reads what this one computes now, with its final norms.
+        # The next block reads what this one computes now.
         windows = [block(x, *tables) for x in windows]
 
 def round_block(block, bits, group_size=-1, symmetric=False):
@@ -161,19 +165,20 @@ def round_block(block, bits, group_size=-1, symmetric=False):
 # packed already.
 
 class BlockLoss(NamedTuple):
-    """The mean channel loss of a window for one block, around its tweak."""
+    """The mean channel loss of one block, before and after its tweak."""
     before: float
     after: float
 
-@full_float32()
+@full_float32()                                        # no TF32
 @torch.no_grad()
 def compress(student, teacher, ids, args, host=None, tweak=True):
     """Quantize `student` block by block, in place, and tweak its norms.
 
-    teacher: the dense model, of which the student is a copy; see sharing_copy.
-    host: "rtn", "gptq", or None where the student's linears are packed already. Returns a
-    BlockLoss for each block. One block at a time is float32: the others stay as the
-    teacher stores them, or are packed.
+    teacher: the dense model that the student is to be quantized from, or was. host: "rtn",
+    "gptq", or None where the student's linears are packed already. Returns a BlockLoss
+    for each block. One block at a time is float32: the others stay as the teacher stores
+    them, or are packed. Of a finished block the norms stay float32; like all norms they
+    return the dtype of their input.
     """
     # The stream is float32, also where the model runs in bfloat16: the tweak is about small
     # differences of outputs.
@@ -230,7 +235,7 @@ def mean_loss(targets, outputs):
 
 class FrozenLinear(nn.Module):
     """A packed linear with its weight spelled out in floats: differentiable in its input,
-    which the norms' gradients pass through, and faster than to unpack every time."""
+    which the norms' gradients pass through, and faster than unpacking every time."""
 
     def __init__(self, packed):
         super().__init__()
@@ -256,7 +261,8 @@ class Inputs(NamedTuple):
     peak: torch.Tensor                   # (C,)
 
 def inputs_of(block, name, windows, tables, a_bits=16):
-    """The Inputs of the named linear, as the block stands now."""
+    """The Inputs of the named linear, as the block stands now. a_bits: round the inputs
+    first, as the linear will."""
     hessian, peak = collect_hessians(block, [name], windows, tables, a_bits)[name]
     return Inputs(hessian, peak)
 
@@ -264,8 +270,8 @@ def quantize_block(block, windows, tables, args, host, label):
     """Replace the linears by FrozenLinears. GPTQ reports the output error of each.
 
     The order is GPTQ's "true sequential" one: the inputs of a group of linears are
-    computed when all groups before it are quantized already, so that GPTQ makes up for
-    their errors as well.
+    computed when all groups before it are quantized already, so that GPTQ fits the inputs
+    that the group will get.
     """
     grid = dict(bits=args.bits, group_size=args.group_size, symmetric=args.symmetric)
     tokens = sum(x.size(0) * x.size(1) for x in windows)
@@ -281,6 +287,7 @@ def quantize_block(block, windows, tables, args, host, label):
             if host == "gptq":
                 # Round to nearest is what its error is compared with.
                 lost = 100 * output_error(w, dequantize(*codes, args.group_size), hessian)
+                # A Hessian without a factor becomes a UsageError with this advice.
                 with definite_hessian(f"{label}{name}", tokens,
                                       "give more with --steps, or another --calib"):
                     codes = gptq(w, hessian, act_order=args.act_order, **grid)
@@ -294,41 +301,38 @@ def quantize_block(block, windows, tables, args, host, label):
 
 # ---- The calibration text ---------------------------------------------------------------------
 # The model knows best which inputs it will meet: what it writes has the distribution that
-# it was trained on, and needs no data set. It starts from one token, goes on greedily for
-# a few, so that the beginning makes sense, and is then sampled, so that windows differ.
+# it was trained on. It starts from one token, goes on greedily for a few, so that the
+# beginning makes sense, and is then sampled, so that windows differ.
 
 START_SHARE = 0.9             # first tokens: the most frequent ones, this share of the text
-GREEDY = 4                    # so many tokens after the first are the most likely ones
-TOP_K = 50                    # all others are drawn from so many most likely ones
+GREEDY = 4                    # tokens after the first that are the most likely ones
+TOP_K = 50                    # the rest are sampled from so many most likely ones
 
 def calibration(model, data, args):
     """Token ids (N, T) of --calib. The validation split is never touched."""
-    windows = args.steps * args.batch_size
+    n_windows = args.steps * args.batch_size
 
     # Training text.
     if args.calib == "data":
-        return batch(data.train, 0, windows, args.seq_len, args.seed, args.device)[0]
+        inputs, _ = batch(data.train, 0, n_windows, args.seq_len, args.seed, args.device)
+        return inputs
 
     # Random tokens.
     generator = torch.Generator(args.device).manual_seed(args.seed)
     draw = dict(generator=generator, device=args.device)
     if args.calib == "random":
-        return torch.randint(data.tokenizer.n_vocab, (windows, args.seq_len), **draw)
+        return torch.randint(data.tokenizer.n_vocab, (n_windows, args.seq_len), **draw)
 
     # The model's own text. It starts from frequent tokens, each as likely as the other.
     allowed = frequent_tokens(data).to(args.device)
-    starts = allowed[torch.randint(len(allowed), (windows, 1), **draw)]    # (N, 1)
+    starts = allowed[torch.randint(len(allowed), (n_windows, 1), **draw)]    # (N, 1)
     return write_text(model, starts, args.seq_len, data.tokenizer.eot_token, generator)
 
 def frequent_tokens(data):
-    """The fewest ids, without END, that make up START_SHARE of the training text.
-
-    The paper takes tokens of the languages that are most frequent in the training text,
-    since a vocabulary has many tokens that hardly occur there. Frequent tokens are that,
-    for any text.
-    """
+    """The fewest ids, without END, that make up START_SHARE of the training text. (The paper
+    takes tokens of the languages that are most frequent in it.)"""
     counts = np.bincount(data.train, minlength=data.tokenizer.n_vocab)
-    counts[data.tokenizer.eot_token] = 0
+    counts[data.tokenizer.eot_token] = 0               # END, which separates texts
 
     # From the most frequent one on, until their counts add up to the share.
     order = np.argsort(-counts, kind="stable")
@@ -353,10 +357,11 @@ def write_text(model, starts, length, end, generator):
 
 class Writer(Chooser):
     """The GREEDY likeliest tokens, then samples. END is never chosen, so that all windows
-    have full length, and ids stay ids: text would come back as other tokens.
+    have full length.
 
-    Chooser takes the token with the largest p / noise. Its noise starts as all ones, and
-    while it is not drawn anew that token is the most likely one.
+    Chooser takes the token with the largest p / noise, and calls draw before each. With
+    exponential noise that is a sample by p. The noise starts as all ones: while it is not
+    drawn, the token is the most likely one.
     """
 
     def __init__(self, model, batch, end, generator):
@@ -375,12 +380,13 @@ class Writer(Chooser):
         return super().__call__(logits)
 
 # ---- Other losses (--loss) --------------------------------------------------------------------
-# Equal outputs have a gradient of exactly zero in each of them, so that Adam, which
-# divides by the gradient's size, does not move at all.
+# Equal outputs have a gradient of exactly zero in each of them. So a block that rounding left
+# unharmed is left alone, although Adam divides by the gradient's size. kl takes the softmax
+# over channels, and is here to compare with.
 
 def code_loss(f, q):
-    """The authors' scripts': the sum of squared differences of means and of standard
-    deviations."""
+    """The loss in the authors' scripts: the sum of squared differences of means and of
+    standard deviations."""
     f = f.flatten(0, -2)                                                   # (B T, C)
     q = q.flatten(0, -2)
     std_f = (f.var(0) + 1e-6).sqrt()                   # the root's slope is infinite at 0
@@ -405,7 +411,8 @@ def smooth(block, windows, tables, alpha):
 
     for norm in NORMS:
         # One s for all linears that read the norm: it is divided out of the norm only
-        # once. The clamps keep channels finite that are zero everywhere.
+        # once. The clamps keep s finite and above zero where a channel is zero everywhere.
+        # (wo and w_down read no norm, and are not smoothed.)
         weights = [block.get_submodule(name).weight for name in norm.linears]  # (O, C) each
         w_peak = torch.cat(weights).abs().amax(0).clamp(min=1e-5)          # (C,)
         s = (peaks[norm] ** alpha / w_peak ** (1 - alpha)).clamp(min=1e-5)
@@ -427,11 +434,12 @@ def tweak_by_least_squares(block, float_block, windows, tables, ridge=0.01):
     """
     for norm in NORMS:
         # H is taken anew for the second norm: its inputs depend on the first one's weight.
+        # What attention's error does to them is not corrected, nor the rounding of inputs.
         H = inputs_of(block, norm.linears[0], windows, tables).hessian.double()        # (C, C)
         gamma = getattr(block, norm.name).weight
 
         # SmoothQuant may have changed gamma, so the float norm's output is r x. A weight
-        # of exactly 0 hides its channel: x is 0 there, any r does, and s becomes 1.
+        # of exactly 0 hides its channel: x is 0 there, any r will do, and s becomes 1.
         float_gamma = getattr(float_block, norm.name).weight
         r = (float_gamma / torch.where(gamma == 0, 1, gamma)).double()     # (C,)
 
@@ -446,11 +454,11 @@ def tweak_by_least_squares(block, float_block, windows, tables, ridge=0.01):
         A = H * QtQ
         b = (H * QtW).sum(1)                                               # (C,)
 
-        # The ridge pulls s to 1: its damp stands on both sides, and alone it gives s = 1.
-        # That is also the answer where all inputs are zero: any damp gives it.
+        # The ridge pulls s to 1: its damp stands on both sides, and alone, where all
+        # inputs are zero, it gives s = 1.
         size = A.diagonal().mean()
         damp = ridge * torch.where(size > 0, size, 1.0)
-        eye = torch.eye(len(b)).to(A)
+        eye = torch.eye(len(b)).to(A)                  # dtype and device
         s = torch.linalg.solve(A + damp * eye, b + damp)
         gamma.mul_(s)
 
@@ -460,7 +468,7 @@ def main():
     args = parse_args()
     student, teacher, data = load_models(args)
     arms = chosen_arms(args, student)
-    keep_model(args, *[arm.path for arm in arms])
+    keep_model(args, *[arm.path for arm in arms])      # refuses to write over --model
     header(f"normtweak | W{args.bits}A{args.a_bits}", args, teacher, data)
 
     # The calibration text, which all arms share.
@@ -495,7 +503,7 @@ def main():
            solver=args.solver, loss=args.loss, calib=args.calib, lr=args.lr, arms=rows)
 
 def load_models(args):
-    """(student, teacher, data); the student is None unless --model is packed."""
+    """(student, teacher, data); without --teacher the student is None."""
     # A packed student comes from --model, and its dense teacher from --teacher.
     student = None
     packed_path = args.model
@@ -520,12 +528,11 @@ def load_packed(args):
         raise UsageError(f"--model {args.model} has no packed affine linears; --teacher is for "
                          "those")
 
-    # All linears of a file have one grid.
-    spec = specs[0]
+    spec = specs[0]                                    # all linears of a file have one grid
     args.bits = spec["bits"]
     args.a_bits = spec["a_bits"]
     args.group_size = spec["group_size"]
-    args.symmetric = spec["signed"]
+    args.symmetric = spec["signed"]                    # codes around zero, no zero points
     return model
 
 class Arm(NamedTuple):
@@ -565,8 +572,8 @@ def show_calibration(ids, seconds, model, data, args):
 def sharing_copy(model):
     """A copy with modules of its own, whose parameters are the model's. compress puts new
     blocks into the copy, one by one, and changes no shared parameter: a second set is
-    never needed."""
-    # deepcopy takes what memo names, by its id, for copied already.
+    never needed. Packed codes are buffers, and are copied."""
+    # deepcopy treats the ids in memo as already copied.
     memo = {id(p): p for p in model.parameters()}
     return copy.deepcopy(model, memo)
 
@@ -601,9 +608,9 @@ def parse_args(argv=None):
     add("--teacher", help="dense checkpoint of a packed --model, whose codes stay as they are")
     add_flags(p)
 
-    # A step is one window, so --steps is the size of the calibration set, and the norms
-    # can move by about lr in each. The paper takes 128 windows of 2048 tokens and
-    # searches lr from 1e-5 up; fewer and shorter windows need a larger one.
+    # add_flags made --model, --out, --steps, --lr and those that all scripts have. A step is
+    # one window by default, so --steps is the size of the calibration set; --seq-len 0 is
+    # the model's own. The paper takes 128 windows of 2048 tokens, and searches lr from 1e-5.
     p.set_defaults(batch_size=1, accumulate=1, lr=3e-3, seq_len=0)
     args = p.parse_args(argv)
     if args.steps is None:
@@ -619,7 +626,7 @@ def check_args(args):
     if args.smooth is not None and args.a_bits == 16:
         raise UsageError(f"--smooth {args.smooth} is for quantized activations; add --a-bits 8")
     if args.bits == 1 and args.symmetric:
-        # The codes are -1 and 0, in steps of 2 max|w|: no weight is nearer to -1.
+        # The codes -1 and 0 stand for -2 max|w| and 0: no weight is nearer to the first.
         raise UsageError("--bits 1 --symmetric rounds every weight to 0; leave --symmetric out, or "
                          "use --bits 2")
     if args.teacher and not args.model:

@@ -367,9 +367,11 @@ def overwritten_operands(sass):
 @pytest.mark.parametrize("bits, M, O", [(b, m, 14336) for b in BITS for m in (8, 16, 256)]
                          + [(1, 16, 4096), (3, 16, 4096)]
                          + [(4, 32, 14336), (2, 64, 14336), (3, 128, 14336), (8, 128, 14336),
-                            (8, 64, 4096), (4, 512, 4096), (8, 512, 4096)])
+                            (8, 64, 4096), (4, 512, 4096), (8, 512, 4096)]
+                         + [(b, m, 14336) for b in (1, 3, 4, 8) for m in (96, 160, 192, 300)]
+                         + [(4, 96, 4096), (4, 192, 4096)])
 def test_code_for_sm_90_uses_tensor_cores_and_no_loop_spills(bits, M, O, monkeypatch):
-    """Every entry of the tables, as lowbit_matmul would launch it for a layer of an 8B model."""
+    """Every tile of the tables, as lowbit_matmul would launch it for a layer of an 8B model."""
     import triton
     import kernels
     from conftest import machine_code
@@ -379,9 +381,12 @@ def test_code_for_sm_90_uses_tensor_cores_and_no_loop_spills(bits, M, O, monkeyp
     monkeypatch.setattr(kernels, "TMA", True)
     kernel, _, constants, options = kernels.plan(M, w)
     assert not constants.get("TMA") or constants["SPLIT"] == 1
-    x = ("tensordesc<bf16[{BLOCK_M}, {BLOCK_K}]>".format(**constants) if constants.get("TMA") else
-         "*bf16")
-    kinds = dict(x=x, y="*bf16", parts="*fp32", M="i32", O="i32", N="i32", MASK="i32")
+    x = x2 = "*bf16"
+    if constants.get("TMA"):
+        x = x2 = "tensordesc<bf16[{BLOCK_M}, {BLOCK_K}]>".format(**constants)
+        if constants["EXTRA"]:
+            x2 = "tensordesc<bf16[{EXTRA}, {BLOCK_K}]>".format(**constants)
+    kinds = dict(x=x, x2=x2, y="*bf16", parts="*fp32", M="i32", O="i32", N="i32", MASK="i32")
     signature = {n: "constexpr" if n in constants else kinds.get(n, "*i32")
                  for n in kernel.arg_names}
     aligned = [n for n, kind in signature.items() if kind[0] == "*" or n in "ON"]
@@ -395,7 +400,7 @@ def test_code_for_sm_90_uses_tensor_cores_and_no_loop_spills(bits, M, O, monkeyp
     spills = r"\bSTL\b" if known else r"\b(STL|LDL)\b"
     assert loops and not any(re.search(spills, body) for _, body in loops)
     assert re.search(r"\bHMMA\." if M <= 16 else r"\bHGMMA\.", sass)
-    assert ("UTMALDG" in sass) == (M > 32 and O > 4096 or M > 256)     # else few steps, k split
+    assert ("UTMALDG" in sass) == bool(constants.get("TMA"))
     assert not overwritten_operands(sass)
 
 # ---- Their benchmark ----------------------------------------------------------------------------
@@ -430,11 +435,11 @@ def test_sweep_tries_the_present_tile_first_and_then_others_that_fit(M, bits, mo
     assert tiles[0] == kernels.choose_tile(M, w)
     assert len(set(tiles)) == len(tiles) == time_kernels.KEEP + 1
     for tile in tiles:
-        assert 4096 % (tile.BLOCK_K * tile.split) == 0 and tile.BLOCK_M <= 2 * M
-        assert tile.BLOCK_M * tile.BLOCK_N <= 128 * 32 * tile.warps    # sums, in registers
+        assert 4096 % (tile.BLOCK_K * tile.split) == 0 and tile.tokens <= 2 * M
+        assert tile.tokens * tile.BLOCK_N <= 160 * 32 * tile.warps     # sums, in registers
     if bits in (4, 8):
         tiles = time_kernels.quest_tiles_to_try(M, 14336, 4096, bits)
-        assert tiles[0] == kernels.quest_tile(M, bits, bits) and len(set(tiles)) == len(tiles)
+        assert tiles[0] == kernels.quest_tile(M, 14336, bits, bits) and len(set(tiles)) == len(tiles)
 
 @pytest.mark.slow
 def test_benchmark_runs_from_any_folder_and_refuses_in_one_line(tmp_path, monkeypatch, capsys):

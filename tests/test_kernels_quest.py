@@ -149,7 +149,7 @@ def check_integer_matmul_equals_float64_at_all_bits():
 
 def check_matmul_of_tiles_gives_the_same_bits():
     """Hopper's loads of tiles against pointers: 8-bit and 4-bit codes, tiles that are not full."""
-    before, kernels.PROCESSORS = (kernels.TMA, kernels.PROCESSORS), 3      # of which some do two
+    before, kernels.SMS = (kernels.TMA, kernels.SMS), 3      # of which some do two
     for a_bits, bits in ((8, 8), (4, 4), (8, 4)):
         for M, N, K in ((300, 264, 256), (500, 136, 384)):
             a = hadamard_quantize(randn(M, K, dtype=DTYPES[-1]), a_bits)
@@ -159,7 +159,7 @@ def check_matmul_of_tiles_gives_the_same_bits():
                 poison()
                 ys.append(quest_matmul(a, w, a_bits, bits, DTYPES[-1]))
             assert torch.equal(*ys)
-    kernels.TMA, kernels.PROCESSORS = before
+    kernels.TMA, kernels.SMS = before
 
 def check_no_sum_overflows_where_all_codes_are_extreme():
     """+-120 times -128 over the widest row: beyond 2^24, where float32 sums lose units."""
@@ -292,14 +292,18 @@ def compiled(kernel, warps, stages=3, **arguments):
     return spills, shared, collections.Counter(re.findall(r"\b[A-Z]{2,}\b", code))
 
 @pytest.mark.codegen
-@pytest.mark.parametrize("b, tile, eight", [(1, 2, False), (2, 0, False), (4, 0, False),
-                                            (4, 2, False), (8, 2, False), (8, 2, True)])
-def test_integer_matmul_compiles_for_an_h100_to_tensor_cores_without_spills(b, tile, eight):
+@pytest.mark.parametrize("b, tile, split", [
+    (1, 0, 1), (2, "few", 1), (4, "few", 4), (4, 0, 1), (4, 1, 1), (4, 2, 2), (8, 0, 1),
+    (8, "8x8", 1)])
+def test_integer_matmul_compiles_for_an_h100_to_tensor_cores_without_spills(b, tile, split):
     import kernels
-    tile = kernels.QUEST_TILE_8x8 if eight else kernels.QUEST_TILES[tile]
+    named = {"few": kernels.QUEST_TILE_FEW, "8x8": kernels.QUEST_TILE_8x8}
+    eight = tile == "8x8"
+    tile = named[tile] if tile in named else kernels.QUEST_TILES[tile]
     spills, shared, count = compiled(
         kernels._quest_matmul, tile.warps, tile.stages, a="*i8", a_scale="*fp32", a_sum="*i32",
-        w="*i32", w_scale="*fp32", w_sum="*i32", y="*bf16", M="i32", N="i32", K=4096, b=b,
+        w="*i32", w_scale="*fp32", w_sum="*i32", y="*bf16", parts="*i32", tickets="*i32",
+        M="i32", N="i32", K=4096, b=b, SPLIT=split, PDL=True,
         HALF=0 if b == 8 else 0x01010101 << (7 - b), A8=eight, W8=eight,
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=256 if b == 1 else tile.BLOCK_K)
     assert spills == 0 and shared <= 227 * 1024 and count["IGMMA"] and count["LDGSTS"]
@@ -308,7 +312,7 @@ def test_integer_matmul_compiles_for_an_h100_to_tensor_cores_without_spills(b, t
 @pytest.mark.parametrize("eight", [False, True])
 def test_integer_matmul_of_tiles_compiles_for_an_h100_without_spills(eight):
     import kernels
-    _, BM, BN, BK, warps, stages = kernels.QUEST_TMA
+    BM, BN, BK, warps, stages = kernels.QUEST_TMA
     spills, shared, count = compiled(
         kernels._quest_matmul_tma, warps, a=f"tensordesc<i8[{BM},{BK}]>", a_scale="*fp32",
         a_sum="*i32", w=f"tensordesc<i8[{BN},{BK}]>", w_scale="*fp32", w_sum="*i32",

@@ -303,43 +303,29 @@ def measure_rotation(copy):
 # ---- Other tiles ------------------------------------------------------------------------------
 
 KEEP = 9           # candidates for a shape, bits and number of tokens
-SMS = 132
-
-# Guesses, for the choice of candidates alone: what unpacking a tile's weights costs, in tokens'
-# worth of multiplying; a program's start and end in microseconds; bytes that one SM can write and
-# read in a microsecond, where parts of k are added up.
-UNPACKING, START, PARTS = 48, 1.5, 38e3
-
-def waves_us(M, O, C, tile, split=1, unpacking=UNPACKING):
-    """About what a product takes by this tile. Tiles are padded, and the last wave of programs
-    takes as long as a full one."""
-    programs = kernels.count_tiles(M, O, tile) * split
-    slots = kernels.ENOUGH[tile.warps]                 # two programs an SM, or one of 8 warps
-    work = 2 * (tile.BLOCK_M + unpacking) * tile.BLOCK_N * C / split / (TFLOPS / SMS * 1e6)
-    if split > 1:
-        work += 8 * tile.BLOCK_M * tile.BLOCK_N / PARTS
-    return math.ceil(programs / slots) * (START + work * slots / SMS)
+TOKENS = ((32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (128, 64), (256, 0), (256, 64))
 
 def tiles_to_try(M, w):
-    """The present Tile for M tokens of a LowBit, then those with the least waves_us."""
+    """The present Tile for M tokens of a LowBit, then those of the least predicted time."""
     O, C = w.shape
     present = kernels.choose_tile(M, w)
     found = set()
-    for BLOCK_M, (BLOCK_N, warps), BLOCK_K, stages, split in itertools.product(
-            (32, 64, 128, 256), ((64, 4), (128, 4), (128, 8)), (64, 128), (3, 4), (1, 2, 4, 8)):
-        tile = Tile(BLOCK_M, BLOCK_N, math.gcd(BLOCK_K, w.group, C), warps, stages, split)
-        registers = BLOCK_M * BLOCK_N / warps / 32     # of a thread, for its sums
-        shared = stages * BLOCK_M * BLOCK_K * 2
+    for (BLOCK_M, EXTRA), (BLOCK_N, warps), BLOCK_K, stages, split in itertools.product(
+            TOKENS, ((64, 4), (128, 4), (128, 8)), (64, 128), (3, 4), (1, 2, 4, 8)):
+        BLOCK_K = math.gcd(BLOCK_K, w.group, C)
+        tile = Tile(BLOCK_M, EXTRA, BLOCK_N, BLOCK_K, warps, stages, split)
+        registers = tile.tokens * BLOCK_N / warps / 32     # of a thread, for its sums
+        shared = stages * tile.tokens * BLOCK_K * 2
         steps = C / BLOCK_K / split
-        if registers > 128 or shared > 224 * 1024 or steps % 1 or BLOCK_M > 2 * M:
+        if registers > 160 or shared > 224 * 1024 or steps % 1 or tile.tokens > 2 * M:
             continue
         found.add(tile._replace(tma=kernels.TMA and BLOCK_M > 32))
     found.discard(present)
 
     # Of equal ones, those with the larger tiles: less traffic. Then more loads in flight.
     def rank(tile):
-        us = waves_us(M, O, C, tile, tile.split)
-        return us, -tile.BLOCK_M * tile.BLOCK_N, -tile.BLOCK_K, -tile.stages
+        time = kernels.predicted_time(M, w, tile)
+        return time, -tile.tokens * tile.BLOCK_N, -tile.BLOCK_K, -tile.stages
     return [present] + unlike(sorted(found, key=rank))
 
 def unlike(tiles):
@@ -352,8 +338,8 @@ def unlike(tiles):
     return kept[:KEEP]
 
 def quest_tiles_to_try(M, O, C, bits):
-    """The same for quest_matmul, whose tensor cores are twice as fast."""
-    present = kernels.quest_tile(M, bits, bits)
+    """The same for quest_matmul: those that leave the fewest processors idle, large ones first."""
+    present = kernels.quest_tile(M, O, bits, bits)
     found = set()
     for BLOCK_M, BLOCK_N, BLOCK_K, stages in itertools.product(
             (16, 32, 64, 128), (64, 128), (128, 256), (3, 4)):
@@ -361,11 +347,12 @@ def quest_tiles_to_try(M, O, C, bits):
         warps = 8 if BLOCK_M * BLOCK_N > 64 * 64 else 4
         shared = stages * BLOCK_K * (BLOCK_M + BLOCK_N * bits // 8)
         if shared <= 224 * 1024 and BLOCK_M <= 2 * M:
-            found.add(QuestTile(kernels.MANY, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages))
-    found.discard(present._replace(tokens=kernels.MANY))
+            found.add(QuestTile(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages))
+    found.discard(present)
 
     def rank(tile):
-        return waves_us(M, O, C / 2, tile, unpacking=16), -tile.BLOCK_K, -tile.stages
+        busiest = math.ceil(kernels.count_quest_tiles(M, O, tile) / kernels.SMS)
+        return busiest * tile.BLOCK_M * tile.BLOCK_N, -tile.BLOCK_K, -tile.stages
     return [present] + unlike(sorted(found, key=rank))
 
 def lowbit_sweep(M, O, C, bits):
