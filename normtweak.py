@@ -85,9 +85,9 @@ def channel_loss(f, q):
     elementwise error would be dominated by the few largest channels, and would tempt the
     norms to memorize the calibration text.
     """
-    f = f.flatten(0, -2)                                                   # (B T, C)
+    f = f.flatten(0, -2)                                               # (B T, C)
     q = q.flatten(0, -2)
-    means = (f.mean(0) - q.mean(0)).abs()                                  # (C,)
+    means = (f.mean(0) - q.mean(0)).abs()                              # (C,)
     variances = (f.var(0) - q.var(0)).abs()
     return (means + variances).mean()
 
@@ -133,7 +133,7 @@ def norm_tweaking(model, ids, quantize, lr, loss=channel_loss):
     """
     model.requires_grad_(False)
     tables = model.rope(ids)
-    windows = model.embed(ids).split(1)                                    # N of (1, T, C)
+    windows = model.embed(ids).split(1)                                # N of (1, T, C)
     L = len(model.blocks)
     for i, block in enumerate(model.blocks):
         # What the float block makes of its inputs is the target. The inputs are those of
@@ -155,7 +155,7 @@ def round_block(block, bits, group_size=-1, symmetric=False):
     """The plainest host: round a block's weights to nearest, and keep them as floats."""
     for names in ORDER:
         for name in names:
-            w = block.get_submodule(name).weight                           # (O, C)
+            w = block.get_submodule(name).weight                       # (O, C)
             codes = rtn(w, bits, group_size, symmetric)
             w.copy_(dequantize(*codes, group_size))
 
@@ -185,7 +185,7 @@ def compress(student, teacher, ids, args, host=None, tweak=True):
     losses = []
     L = len(student.blocks)
     tables = student.rope(ids)
-    windows = student.embed(ids).float().split(args.batch_size)            # (B, T, C) each
+    windows = student.embed(ids).float().split(args.batch_size)        # (B, T, C) each
     for i in progress(range(L), f"{arm_name(host, tweak)}: block"):
         # The float32 copies: one to be quantized, and one to compare it with.
         block = float_copy(student.blocks[i])
@@ -241,7 +241,7 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.packed = packed
         self.a_bits = packed.a_bits
-        self.register_buffer("weight", packed.weight())                    # (O, C)
+        self.register_buffer("weight", packed.weight())                # (O, C)
 
     def forward(self, x):
         x = fake_quant_tokens(x, self.a_bits)          # straight through: rounding has no slope
@@ -282,7 +282,7 @@ def quantize_block(block, windows, tables, args, host, label):
             hessian = inputs_of(block, names[0], windows, tables, args.a_bits).hessian
 
         for name in names:
-            w = block.get_submodule(name).weight                           # (O, C)
+            w = block.get_submodule(name).weight                       # (O, C)
             codes = rtn(w, **grid)
             if host == "gptq":
                 # Round to nearest is what its error is compared with.
@@ -325,7 +325,7 @@ def calibration(model, data, args):
 
     # The model's own text. It starts from frequent tokens, each as likely as the other.
     allowed = frequent_tokens(data).to(args.device)
-    starts = allowed[torch.randint(len(allowed), (n_windows, 1), **draw)]    # (N, 1)
+    starts = allowed[torch.randint(len(allowed), (n_windows, 1), **draw)]  # (N, 1)
     return write_text(model, starts, args.seq_len, data.tokenizer.eot_token, generator)
 
 def frequent_tokens(data):
@@ -351,9 +351,9 @@ def write_text(model, starts, length, end, generator):
         # decode yields one tensor, over which it writes the next token: copy each.
         text = [ids]
         for _ in progress(range(length - 1), "calibration: token"):
-            text.append(next(tokens).clone())                              # (N, 1)
+            text.append(next(tokens).clone())                          # (N, 1)
         texts.append(torch.cat(text, dim=1))
-    return torch.cat(texts)                                                # (N, T)
+    return torch.cat(texts)                                            # (N, T)
 
 class Writer(Chooser):
     """The GREEDY likeliest tokens, then samples. END is never chosen, so that all windows
@@ -375,7 +375,7 @@ class Writer(Chooser):
             super().draw()
 
     def __call__(self, logits):
-        logits = logits.float().clone()                                    # (N, vocab)
+        logits = logits.float().clone()                                # (N, vocab)
         logits[:, self.end] = -torch.inf
         return super().__call__(logits)
 
@@ -387,7 +387,7 @@ class Writer(Chooser):
 def code_loss(f, q):
     """The loss in the authors' scripts: the sum of squared differences of means and of
     standard deviations."""
-    f = f.flatten(0, -2)                                                   # (B T, C)
+    f = f.flatten(0, -2)                                               # (B T, C)
     q = q.flatten(0, -2)
     std_f = (f.var(0) + 1e-6).sqrt()                   # the root's slope is infinite at 0
     std_q = (q.var(0) + 1e-6).sqrt()
@@ -407,14 +407,14 @@ def smooth(block, windows, tables, alpha):
     # stream, which is what the block will read. Look at both norms before either changes.
     peaks = {}
     for norm in NORMS:
-        peaks[norm] = inputs_of(block, norm.linears[0], windows, tables).peak          # (C,)
+        peaks[norm] = inputs_of(block, norm.linears[0], windows, tables).peak  # (C,)
 
     for norm in NORMS:
         # One s for all linears that read the norm: it is divided out of the norm only
         # once. The clamps keep s finite and above zero where a channel is zero everywhere.
         # (wo and w_down read no norm, and are not smoothed.)
         weights = [block.get_submodule(name).weight for name in norm.linears]  # (O, C) each
-        w_peak = torch.cat(weights).abs().amax(0).clamp(min=1e-5)          # (C,)
+        w_peak = torch.cat(weights).abs().amax(0).clamp(min=1e-5)      # (C,)
         s = (peaks[norm] ** alpha / w_peak ** (1 - alpha)).clamp(min=1e-5)
 
         # (x / s) (w s)^T = x w^T
@@ -435,24 +435,24 @@ def tweak_by_least_squares(block, float_block, windows, tables, ridge=0.01):
     for norm in NORMS:
         # H is taken anew for the second norm: its inputs depend on the first one's weight.
         # What attention's error does to them is not corrected, nor the rounding of inputs.
-        H = inputs_of(block, norm.linears[0], windows, tables).hessian.double()        # (C, C)
+        H = inputs_of(block, norm.linears[0], windows, tables).hessian.double()  # (C, C)
         gamma = getattr(block, norm.name).weight
 
         # SmoothQuant may have changed gamma, so the float norm's output is r x. A weight
         # of exactly 0 hides its channel: x is 0 there, any r will do, and s becomes 1.
         float_gamma = getattr(float_block, norm.name).weight
-        r = (float_gamma / torch.where(gamma == 0, 1, gamma)).double()     # (C,)
+        r = (float_gamma / torch.where(gamma == 0, 1, gamma)).double()  # (C,)
 
         # Add up both sides over the linears.
         QtQ = 0
         QtW = 0
         for name in norm.linears:
-            Q = block.get_submodule(name).weight.double()                  # (O, C)
+            Q = block.get_submodule(name).weight.double()              # (O, C)
             W = float_block.get_submodule(name).weight.double() * r
-            QtQ = QtQ + Q.t() @ Q                                          # (C, C)
+            QtQ = QtQ + Q.t() @ Q                                      # (C, C)
             QtW = QtW + Q.t() @ W
         A = H * QtQ
-        b = (H * QtW).sum(1)                                               # (C,)
+        b = (H * QtW).sum(1)                                           # (C,)
 
         # The ridge pulls s to 1: its damp stands on both sides, and alone, where all
         # inputs are zero, it gives s = 1.
@@ -473,7 +473,7 @@ def main():
 
     # The calibration text, which all arms share.
     start = time.perf_counter()
-    ids = calibration(teacher, data, args)                                 # (N, T)
+    ids = calibration(teacher, data, args)                             # (N, T)
     show_calibration(ids, time.perf_counter() - start, teacher, data, args)
 
     # The dense model is what all are compared with.

@@ -10,9 +10,9 @@
 The idea:
   1. Rotate both operands of every linear with the same Hadamard matrix H. Outliers spread over
      their block, and the product does not change: (x H)(w H)^T = x w^T.
-  2. Round each row to even levels between -clip and clip times its root mean square. clip is one
-     constant per bit-width, that of the least squared error on a Gaussian: nothing to learn,
-     nothing to calibrate.
+  2. Round each row to evenly spaced levels, the outermost at +-clip times its root mean square:
+     scale = 2 clip rms / (levels - 1). clip is one constant per bit-width, the one that minimizes
+     the squared error on Gaussian data: nothing to learn, nothing to calibrate.
   3. In the backward pass, let the gradient through only where rounding moved a value by at most
      half a step (the trust mask), and rotate it back. Weights and optimizer stay float32.
 
@@ -22,17 +22,19 @@ The symbols:
   u        h in units of its scale
   q        integer code of u: floor(u), clipped to the grid (ternary, FP4: the nearest level)
   levels   q + 1/2 (ternary, FP4: q), so that levels * scale is the rounded value h_hat
-  trusted  bool: |u| is at most the outermost level plus 1/2 (FP4: plus 2; 1 bit: 1.30 times it)
+  trusted  bool: |u| is at most the outermost level plus half a step: 1/2. (FP4, whose codes are
+           doubled to be integers, has a widest step of 4: plus 2. At 1 bit the paper found that
+           1.30 times the level trains better than its level plus 1/2, which is 2 times.)
 
 Paper: QuEST, Panferov et al. 2025 (arXiv 2502.05003); code: github.com/IST-DASLab/QuEST.
 Not here: a speed-up. On a GPU the forward products are integer products, but training is still
-slower than dense training; the gradients' products are of bfloat16.
+slower than dense training; the backward products are in bfloat16.
 
 Where ours differs from the official code: clips are exact (theirs stop early at their optimizer's
 tolerance); the ternary grid has three levels (theirs four); FP4's trust zone comes from FP4's own
-levels; a row of zeros has a scale above 0, and so a gradient; where only weights are quantized x is
-rotated too, so that the layer still computes x w^T and can start from a trained w; H is exact, not
-bfloat16.
+levels; a row of zeros gets a tiny positive scale, so that u is finite and the gradient passes;
+where only weights are quantized x is rotated too (theirs is not), so that the layer still computes
+x w^T and can start from a trained w; H is exact, not bfloat16.
 
 Shapes: x (..., C) inputs, w (O, C) weights, y (..., O); B rows of x in all.
 """
@@ -58,7 +60,7 @@ from quantizers import (QuantLinear, bits_per_weight, clip_limit, code_linear, c
                         find_kernels, hadamard_signs, keep_two_of_four, num_levels, quest_codes,
                         rotate, trust_limit)
 
-kernels = find_kernels() if torch.cuda.is_available() else None
+kernels = find_kernels() if torch.cuda.is_available() else None        # None: PyTorch does it
 
 # ---- The method for one layer, as the paper writes it (algorithm 1) ---------------------------
 
@@ -66,9 +68,10 @@ class TrustedGradient(torch.autograd.Function):
     """Forward: the rounded value. Backward: the gradient where it is trusted, else zero."""
 
     @staticmethod
-    def forward(ctx, h, h_hat, trusted):               # h: backward returns its gradient
+    def forward(ctx, h, h_hat, trusted):
+        # h is not read. It is an argument so that backward can return its gradient.
         ctx.save_for_backward(trusted)
-        return h_hat.clone()                           # a new tensor: autograd treats inputs apart
+        return h_hat.clone()                           # autograd treats a returned input apart
 
     @staticmethod
     def backward(ctx, g):
@@ -77,27 +80,30 @@ class TrustedGradient(torch.autograd.Function):
 
 def quest_fake_quant(x, bits):
     """x (..., C) -> its rotated rows on their grid, (..., C), differentiable."""
-    # Rotate. Outliers spread over their block of up to 128, and the row looks Gaussian.
+    # Rotate: H is block diagonal, in blocks of gcd(C, 128). Outliers spread over their block, and
+    # the row looks Gaussian. rotate computes in float32; float64, for tests, stays.
     h = rotate(x if x.dtype == torch.float64 else x.float())
 
-    # Round to the nearest level. The scale is that of a Gaussian with the row's root mean square;
-    # no gradient passes through it.
+    # Round to the nearest level: q (..., C) integers as floats, scale (..., 1), u = h / scale. The
+    # scale is that of a Gaussian with the row's root mean square; no gradient passes through it.
     q, scale, u = quest_codes(h.detach(), bits)
     h_hat = (q + code_offset(bits)) * scale
 
-    # Trust the gradient where rounding moved a value by half a step at most: that is everything
-    # inside the grid, and half a step outside. The gradient is taken at h_hat. Farther out h_hat
-    # stays at the last level however far h goes: straight through, the same gradient would push h
-    # on and on with no effect on the output. A masked value is not frozen: the optimizer moves w,
-    # after the rotation back, where each weight has a part in every value of its block.
+    # Trust the gradient where rounding moved a value by at most half a step: that is everything
+    # inside the grid, and half a step outside. The gradient is computed at h_hat. Farther out h_hat
+    # no longer follows h, so a straight-through gradient would keep pushing h without changing the
+    # output. A masked weight can still move: rotating back mixes all gradients of its block.
     trusted = u.abs() <= trust_limit(bits)
     return TrustedGradient.apply(h, h_hat, trusted)
 
 def quest_linear(x, w, bits, a_bits):
     """y = x_hat w_hat^T, for a_bits of at most 8. H is symmetric and H H = I: the rotations cancel
     in the product, and the backward pass of `rotate`, which autograd applies to the masked
-    gradients, is `rotate` again."""
-    return F.linear(quest_fake_quant(x, a_bits), quest_fake_quant(w, bits))        # (..., O)
+    gradients, is `rotate` again.
+
+    This is the definition, for reading. Runs take QuestFunction, which tests hold to it.
+    """
+    return F.linear(quest_fake_quant(x, a_bits), quest_fake_quant(w, bits))  # (..., O)
 
 # ---- The same, kept small: codes in the place of floats ---------------------------------------
 # Autograd would keep x_hat and w_hat as floats and both masks, 5 bytes a value. QuestFunction keeps
@@ -112,17 +118,19 @@ class Quantizer(NamedTuple):
 QUANTIZERS = {
     # QuEST: half a step outside of the outermost level; at 1 bit 1.30 times that level
     "quest": Quantizer(rotates=True, limit=trust_limit),
-    # The baselines take one thing more away each. First the rotation (at 1 bit: 1.25 times),
+    # Each baseline removes one more part. First the rotation (at 1 bit: 1.25 times),
     "trust": Quantizer(rotates=False,
                        limit=lambda bits, grid: trust_limit(bits, grid, one_bit=1.25)),
     # then the half step outside: the gradient ends where the grid ends,
     "clip": Quantizer(rotates=False, limit=clip_limit),
-    # then the mask: the straight-through estimator has a gradient everywhere.
+    # then the mask: the straight-through estimator has a gradient everywhere
+    # (pruned values aside).
     "ste": Quantizer(rotates=False, limit=lambda bits, grid: math.inf),
 }
 
 class Operand(NamedTuple):
-    """One operand of the product, on its grid. At 16 bits it has only levels: the rotated rows."""
+    """One operand of the product on its grid, N = B or O rows. At 16 bits it has only levels: the
+    rows themselves, rotated where the quantizer rotates."""
     levels: torch.Tensor                 # (N, C) float: levels * scale is about the rotated rows
     scale: torch.Tensor = None           # (N, 1)
     codes: torch.Tensor = None           # (N, C) int8: q, a quarter of the bytes of levels
@@ -151,7 +159,7 @@ def to_grid(v, bits, grid, quantizer):
 
 def restore(codes, offset, scale, dtype):
     """(codes + offset) * scale, rounded once, to dtype: levels of at most 127.5 in steps of 1/2
-    have 8 significant bits and are exact even in bfloat16."""
+    have 8 significant bits and are exact even in bfloat16, and scale is float32."""
     return (codes.to(dtype).add_(offset) * scale).to(dtype)
 
 class QuestFunction(torch.autograd.Function):
@@ -159,11 +167,12 @@ class QuestFunction(torch.autograd.Function):
 
     forward:   x_hat = round(x H),  w_hat = round(w H),  y = x_hat w_hat^T
     backward:  g_x = (trusted_x * (g w_hat)) H,   g_w = (trusted_w * (g^T x_hat)) H
-    Where only weights are quantized, the rotated x is kept as it is.
+    g_x sums g w_hat over the weights. Where only weights are quantized, x_hat is the rotated x
+    itself, and all of it is trusted.
     """
 
     @staticmethod
-    def forward(ctx, x, bits, a_bits, grid, quantizer, *weights):          # x (B, C), w (O, C)
+    def forward(ctx, x, bits, a_bits, grid, quantizer, *weights):      # x (B, C), w (O, C)
         a_grid = activation_grid(grid)                 # "fp4" for both, else "uniform" for x
         xq = to_grid(x, a_bits, a_grid, quantizer)
 
@@ -171,7 +180,7 @@ class QuestFunction(torch.autograd.Function):
         saved = [xq.levels if a_bits == 16 else xq.codes, xq.trusted, xq.scale]
         for w in weights:
             wq = to_grid(w, bits, grid, quantizer)
-            ys.append(code_linear(xq.levels, xq.scale, wq.levels, wq.scale, x.dtype))      # (B, O)
+            ys.append(code_linear(xq.levels, xq.scale, wq.levels, wq.scale, x.dtype))  # (B, O)
             saved += [wq.codes, wq.scale, wq.trusted, wq.kept]
 
         ctx.save_for_backward(*saved)
@@ -183,23 +192,23 @@ class QuestFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gs):
-        x_kept, x_trusted, x_scale, *saved = ctx.saved_tensors     # codes, or at 16 bits x H itself
+        x_saved, x_trusted, x_scale, *saved = ctx.saved_tensors    # codes, or at 16 bits x H itself
         x_quantized = x_scale is not None
-        x_hat = restore(x_kept, ctx.x_offset, x_scale, ctx.dtype) if x_quantized else x_kept
+        x_hat = restore(x_saved, ctx.x_offset, x_scale, ctx.dtype) if x_quantized else x_saved
 
         gx = 0
         gws = []
-        for i, g in enumerate(gs):                                         # g (B, O)
+        for i, g in enumerate(gs):                                     # g (B, O)
             w_codes, w_scale, w_trusted, w_kept = saved[4 * i:4 * i + 4]
 
             # dL/dx_hat, summed over the weights that read x
-            w_hat = restore(w_codes, ctx.w_offset, w_scale, ctx.dtype)     # (O, C)
+            w_hat = restore(w_codes, ctx.w_offset, w_scale, ctx.dtype)  # (O, C)
             if w_kept is not None:
                 w_hat = w_hat * w_kept
-            gx = gx + g @ w_hat                                            # (B, C)
+            gx = gx + g @ w_hat                                        # (B, C)
 
             # dL/dw: the mask is one of rotated values, so mask first and then rotate back
-            gw = g.t() @ x_hat                                             # (O, C)
+            gw = g.t() @ x_hat                                         # (O, C)
             gw = gw * w_trusted.to(ctx.dtype)          # a CPU is slow at float times bool
             if ctx.rotates:
                 gw = rotate(gw)                        # float32, for the optimizer
@@ -212,23 +221,24 @@ class QuestFunction(torch.autograd.Function):
         return gx, None, None, None, None, *gws
 
 class FusedQuest(torch.autograd.Function):
-    """QuestFunction on a GPU: a kernel for each of its lines, and integer products forward.
+    """QuestFunction on a GPU: each of its steps is one kernel, and forward products are integer.
 
     One pass over an operand makes its codes, x_hat in x's dtype and the trust mask, a bit a value.
-    x_hat and w_hat are kept in the place of codes: hardly more in bfloat16, 2 1/8 bytes a value,
-    and the backward pass need not restore them.
+    It saves x_hat and w_hat in bfloat16 and the masks: 2 1/8 bytes a value against 2 for codes and
+    bools, and the backward pass has nothing to restore.
     """
 
     @staticmethod
     def forward(ctx, x, bits, a_bits, *weights):
-        # a is (codes, scale, sums of codes), of which the integer product is made.
+        # a is (codes, scale, sums of codes), of which the integer product is made. The sums serve
+        # at 8 bits, where codes are q: the halves that they lack are added to the product.
         *a, x_hat, x_trusted = kernels.hadamard_quantize(x, a_bits, x.dtype)
 
         ys = []
         saved = [x_hat, x_trusted]
         for weight in weights:
             *w, w_hat, w_trusted = kernels.hadamard_quantize(weight, bits, x.dtype)
-            ys.append(kernels.quest_matmul(a, w, a_bits, bits, x.dtype))           # (B, O)
+            ys.append(kernels.quest_matmul(a, w, a_bits, bits, x.dtype))  # (B, O)
             saved += [w_hat, w_trusted]
         ctx.save_for_backward(*saved)
         return tuple(ys)
@@ -240,8 +250,8 @@ class FusedQuest(torch.autograd.Function):
         gws = []
         for i, g in enumerate(gs):
             w_hat, w_trusted = saved[2 * i:2 * i + 2]
-            gxs.append(g @ w_hat)                                                  # (B, C)
-            gw = g.t() @ x_hat                                                     # (O, C)
+            gxs.append(g @ w_hat)                                      # (B, C)
+            gw = g.t() @ x_hat                                         # (O, C)
             gws.append(kernels.rotate_trusted([gw], w_trusted, torch.float32))
 
         # The kernel adds up the summands that it is given, masks and rotates.
@@ -250,7 +260,7 @@ class FusedQuest(torch.autograd.Function):
 
 class QuestLinear(nn.Module):
     """A linear with quantized weights and inputs; `weight` is the float32 master (O, C)."""
-    watch = None                 # while somebody looks on: called with each linear and its x (B, C)
+    watch = None                 # set by look_on: called with each linear and its x (B, C)
 
     def __init__(self, weight, bits, a_bits, grid="uniform", quantizer="quest"):
         super().__init__()
@@ -274,7 +284,7 @@ class QuestLinear(nn.Module):
         model.apply_linears calls this."""
         first = linears[0]
         weights = [m.weight for m in linears]
-        flat = x.flatten(0, -2)                                                    # (B, C)
+        flat = x.flatten(0, -2)                                        # (B, C)
         if QuestLinear.watch:
             for m in linears:
                 QuestLinear.watch(m, flat)
@@ -286,24 +296,26 @@ class QuestLinear(nn.Module):
         return [y.view(*x.shape[:-1], -1) for y in ys]
 
     def has_kernels(self, x):
-        """Does FusedQuest compute this layer for inputs x? The baselines and other grids it does
-        not."""
+        """Does FusedQuest compute this layer for inputs x? Not for baselines, other grids, float32
+        and 16-bit inputs."""
         own = self.quantizer == "quest" and self.grid == "uniform"
         return own and x.is_cuda and kernels and kernels.quest_fits(x, self.bits, self.a_bits)
 
     def levels(self, x):
-        """The levels (O, C) that the forward pass for x (B, C) multiplies with."""
+        """The levels (O, C) that the forward pass for x (B, C) multiplies with. x only decides
+        whether a kernel computes it."""
         if not self.has_kernels(x):
             return to_grid(self.weight, self.bits, self.grid, self.quantizer).levels
-        # The kernel's codes are twice the levels, integers, where int8 holds that; at 8 bits q.
+        # The kernel's codes are 2 q + 1, twice the levels; at 8 bits int8 cannot hold that: q.
         codes = kernels.hadamard_quantize(self.weight, self.bits, x.dtype)[0]
         return codes + 0.5 if self.bits == 8 else codes / 2
 
     @torch.no_grad()
     def packed(self):
         """The same layer from packed codes and one float32 scale a row."""
-        return QuantLinear.quest(whole(self.weight), self.bits, self.a_bits, self.grid,
-                                 QUANTIZERS[self.quantizer].rotates)
+        weight = whole(self.weight)                    # with --fsdp from all ranks
+        return QuantLinear.quest(weight, self.bits, self.a_bits, self.grid,
+                                 rotated=QUANTIZERS[self.quantizer].rotates)
 
 # ---- What the run looks at --------------------------------------------------------------------
 
@@ -343,8 +355,8 @@ def levels_in_use(model, x):
     return found
 
 # ---- Other grids, and the baseline that learns its step ----------------------------------------
-# fp4: the levels of E2M1, in the place of even ones. sparse: of every 4 pairs of weights the 2
-# longest are kept, the others are 0 (section 4.4); inputs are never pruned.
+# fp4: the levels of E2M1, in the place of evenly spaced ones. sparse: of every 4 pairs of weights
+# the 2 of the largest norm are kept, the others are 0 (section 4.4); inputs are never pruned.
 
 def activation_grid(grid):
     return "fp4" if grid == "fp4" else "uniform"
@@ -352,14 +364,14 @@ def activation_grid(grid):
 class LsqLinear(QuestLinear):
     """The paper's learned baseline, LSQ (1902.08153): one learned step a tensor, no rotation.
 
-    LR-QAT's full QAT is another LSQ, on another grid: see lrqat.py."""
+    lrqat.py has its own LSQ, on a different grid."""
 
     fused = None                                       # it does not share the codes of x
 
     def __init__(self, weight, bits, a_bits, grid="uniform", quantizer="lsq"):
         super().__init__(weight, bits, a_bits, grid, quantizer)
         self.w_step = nn.Parameter(lsq_first_step(weight.detach(), bits))
-        self.a_step = nn.Parameter(torch.ones_like(self.w_step))           # see lsq_calibrate
+        self.a_step = nn.Parameter(torch.ones_like(self.w_step))       # see lsq_calibrate
 
     def forward(self, x):
         if QuestLinear.watch:
@@ -372,13 +384,13 @@ class LsqLinear(QuestLinear):
 
     def levels(self, x):
         w, _ = lsq_levels(self.weight, self.w_step, self.bits)
-        return (w - 0.5).round() + 0.5                 # straight through: off by a last digit
+        return (w - 0.5).round() + 0.5                 # v + (q - v) is q but for a last digit
 
     @torch.no_grad()
     def packed(self):
         a_step = None if self.a_bits == 16 else self.a_step.detach()
-        return QuantLinear.quest(self.weight, self.bits, self.a_bits, self.grid, False,
-                                 self.w_step.detach(), a_step)
+        return QuantLinear.quest(self.weight, self.bits, self.a_bits, self.grid, rotated=False,
+                                 w_scale=self.w_step.detach(), a_scale=a_step)
 
 def lsq_first_step(x, bits):
     """2 mean|x| / sqrt(qmax), where qmax is taken as 1 at 1 bit: it would be 0."""
@@ -392,7 +404,7 @@ def scale_gradient(x, grad_scale):
 def lsq_levels(x, step, bits):
     """(levels, step): floor(x / step) clipped, plus 1/2; straight through inside the clip."""
     half = num_levels(bits) // 2
-    step = scale_gradient(step, (x.numel() * max(half - 1, 1)) ** -0.5)
+    step = scale_gradient(step, (x.numel() * max(half - 1, 1)) ** -0.5)  # LSQ's 1/sqrt(N qmax)
     u = x / step
     v = (u - 0.5).clamp(-half, half - 1)               # q unrounded: floor(u) = round(u - 1/2)
     q = u.detach().floor().clamp(-half, half - 1)
@@ -417,7 +429,7 @@ def main():
     # The data and the model, whose linears are replaced by quantized ones.
     data = load_training_data(args)
     model = new_model(args, data)
-    keep_model(args, path)
+    keep_model(args, path)                             # refuses to write over --model
     check_shapes(model, args)
     base = evaluate(model, data.val, args.seq_len)["loss"] if args.model else None
     if args.bits < 16:
@@ -439,7 +451,7 @@ def main():
     say(f"trained | {show(scores)} | {len(data.val) - 1} tokens, after "
         f"{result['tokens'] / linear:.3g} training tokens per parameter of the linears")
 
-    # Pack it, and report what the file holds.
+    # Pack it, and report what the file holds, beside the levels that training multiplied with.
     live = levels_in_use(model, x[:1]) if args.bits < 16 else []
     report(args, model, data, path, scores, live, result, base, params)
 
@@ -460,7 +472,7 @@ def report(args, model, data, path, scores, live, result, base, params):
         differ = sum((a != b).sum().item() for a, b in zip(stored, live, strict=True))
         count = f"{differ} of {weights} integers differ from training's | "
 
-    # The row comes before all that is printed about it: nothing after this can lose the result.
+    # Record the row before printing, so that a later failure cannot lose it.
     row = record(args, method, model, reloaded, result,
                  w_bits=args.bits, a_bits=args.a_bits, grid=args.grid, size=args.size, lr=args.lr,
                  linear_params=linear, base_val_loss=base, curve=curve(result["losses"]),
@@ -505,8 +517,8 @@ def parse_args(argv=None):
     p.add_argument("--a-bits", type=bits_value,
                    help="of the activations; 16: weights only (default: --bits)")
     p.add_argument("--quantizer", choices=(*QUANTIZERS, "lsq"), default="quest",
-                   help="quest, or a baseline: trust (no Hadamard), clip and ste (no trust mask "
-                   "either), lsq (learned step) (default: quest)")
+                   help="quest, or a baseline: trust (no Hadamard), clip (the mask ends at the "
+                   "grid), ste (no mask), lsq (learned step) (default: quest)")
     p.add_argument("--grid", choices=("uniform", "fp4", "sparse"), default="uniform",
                    help="fp4: E2M1 levels; sparse: keep 2 of 4 pairs of weights (default: uniform)")
     add_flags(p, fsdp=True)
@@ -521,7 +533,8 @@ def check_args(args):
     if dense and not (args.a_bits == 16 and args.quantizer == "quest" and args.grid == "uniform"):
         raise UsageError("--bits 16 is the dense control; leave --a-bits, --quantizer, --grid out")
     if args.grid == "fp4" and not (args.bits == 4 and args.a_bits in (4, 16)):
-        raise UsageError(f"--grid fp4 has 4 bits; --bits {args.bits} --a-bits {args.a_bits} do not")
+        raise UsageError(f"--grid fp4 needs --bits 4 and --a-bits 4 or 16, not --bits {args.bits} "
+                         f"--a-bits {args.a_bits}")
     if args.grid == "sparse" and args.bits in (1.58, 16):
         raise UsageError(f"--grid sparse needs whole --bits from 1 to 8, not {args.bits}")
     if args.quantizer == "lsq" and (args.grid != "uniform" or 1.58 in (args.bits, args.a_bits)):

@@ -194,7 +194,7 @@ def test_on_a_gpu_only_quest_on_the_uniform_grid_goes_to_its_kernels(how, monkey
         quest_fits = staticmethod(lambda x, bits, a_bits: True)
     monkeypatch.setattr(quest, "kernels", Kernels, raising=False)
     monkeypatch.setattr(quest, "FusedQuest", Fused)
-    monkeypatch.setattr(quantizers, "WIDE_MM", False)  # rotate would believe the tensor
+    monkeypatch.setattr(quantizers, "MM_HAS_OUT_DTYPE", False)  # rotate would believe the tensor
     x, w = randn(6, 64).float(), randn(8, 64, seed=1).float()
     layer = QuestLinear(w, *how)
     y = layer(x.as_subclass(OnGpu))
