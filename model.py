@@ -52,7 +52,7 @@ class LlamaConfig:
     head_dim: int = 0            # of one head; 0: n_embd / n_head
     norm_eps: float = 1e-5
     tied: bool = False           # the head shares the embedding's weights
-    a_bits: int = 16             # of the linears' inputs, and of rotated queries and keys (LR-QAT)
+    a_bits: int = 16             # of linears' inputs, of queries and keys after rotation (LR-QAT)
     kv_bits: int = 16            # of the keys and values as the linears return them (LR-QAT)
 
     def __post_init__(self):
@@ -80,7 +80,8 @@ class Preset(NamedTuple):
                            n_kv_head=self.n_head, n_hidden=self.n_hidden,
                            seq_len=seq_len or self.seq_len, tied=tied)
 
-# 0.5M to 3.4M: for the scaling law, 25 tokens per parameter at the default vocabulary.
+# 0.5M to 3.4M: for the scaling law. Names count the blocks' linears; the tokens are 25 for each
+# parameter of the whole model at the default vocabulary.
 # 30M to 800M: QuEST's shapes, peak learning rates and steps of 512 x 512 tokens.
 PRESETS = {
     "tiny": Preset(3, 256, 4, 768, 2e-3, 400, 16, 1, 128),
@@ -122,8 +123,8 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 def apply_linears(x, *linears):
-    """[linear(x) for each]. A class that stands in the place of Linear may have `fused`, which does
-    only once what they share: QuestLinear rounds x once, not for each of them."""
+    """[linear(x) for each]. A class that replaces Linear may define fused(x, linears) -> outputs,
+    which does shared work once: QuestLinear's rounds x once, Joined's multiplies once."""
     fused = getattr(type(linears[0]), "fused", None)
     if fused:
         return fused(x, linears)
@@ -156,7 +157,8 @@ def apply_rope(x, cos, sin):
     return (x.float() * cos + turned * sin).to(x.dtype)
 
 def quantized(x, bits):
-    """x, rounded on a grid for each token (of each head); at 16 bits, all but LR-QAT's, x itself."""
+    """x, each vector along its last axis rounded on a grid of its own; at 16 bits, which every
+    model has but LR-QAT's, x itself."""
     return fake_quant_tokens(x, bits, symmetric=False)
 
 # ---- A block ----------------------------------------------------------------------------------
@@ -177,7 +179,8 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         a_bits, kv_bits = self.config.a_bits, self.config.kv_bits
 
-        # Queries, keys and values of every head.
+        # Queries, keys and values of every head. `quantized` has one grid per token here, over all
+        # heads; after `view`, below, it has one per head.
         q, k, v = apply_linears(quantized(x, a_bits), self.wq, self.wk, self.wv)
         k, v = quantized(k, kv_bits), quantized(v, kv_bits)
         q = q.view(B, T, -1, self.head_size).transpose(1, 2)               # (B, nh, T, hs)
@@ -230,7 +233,8 @@ class Block(nn.Module):
 # ---- The model --------------------------------------------------------------------------------
 
 def rerun(f, *inputs):
-    """f(*inputs). Only the inputs are kept for the backward pass, which computes f once more."""
+    """f(*inputs). Only the inputs are kept for the backward pass, which computes f once more. No f
+    here draws random numbers, so that the generator's state need not be kept."""
     return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 class LLaMA(nn.Module):
@@ -249,8 +253,7 @@ class LLaMA(nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
 
-        # Every matrix begins as noise. What wo and w_down put out is added up over the L blocks,
-        # 2L summands, so theirs is smaller by sqrt(2L).
+        # Noise. Outputs of wo and w_down add up to 2L summands, so theirs is smaller by sqrt(2L).
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 std = 0.02
@@ -291,7 +294,7 @@ class LLaMA(nn.Module):
 
     def loss_in_parts(self, x, targets):
         """The mean loss without ever holding all logits: those of n tokens at a time."""
-        # 256 tokens keep the backward pass small; without one, as many as have 2^26 logits.
+        # With gradients, 256 tokens at a time; without, as many as make 2^26 logits.
         n = 256 if torch.is_grad_enabled() else max(256, 2**26 // self.config.vocab_size)
 
         def loss(x, y):
@@ -304,11 +307,8 @@ class LLaMA(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):
-        """Append n sampled tokens to idx (B, T); temperature 0 takes the most likely one.
-
-        The plain loop: each token costs a pass over the whole window. nanobit/generate.py does
-        the same with a cache of keys and values.
-        """
+        """Append n sampled tokens to idx (B, T); temperature 0 takes the most likely one. The
+        plain loop, a pass over the whole window for each; nanobit/generate.py has a cache."""
         for _ in range(n):
             logits, _ = self(idx[:, -self.config.seq_len:])
             logits = logits[:, -1].float()                                         # (B, vocab)
@@ -338,7 +338,8 @@ class LLaMA(nn.Module):
         return self
 
     def compile_parts(self):
-        """torch.compile each block (all share the first one's code) and predict."""
+        """torch.compile each block, of which all share the first one's code, and predict, the rest.
+        The model as a whole would be unrolled, and every block compiled anew."""
         for block in self.blocks:
             block.compile()
         self.predict = torch.compile(self.predict)

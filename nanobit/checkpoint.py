@@ -18,14 +18,16 @@ from quantizers import QuantLinear
 SAVED = []  # the checkpoints that this process wrote, for the message after Ctrl-C
 
 def save_checkpoint(path, model, **content):
-    """Write {format, config, linears, model, **content} to a temporary name, then rename it. Raises
-    UsageError, and leaves an older file as it is, where a weight is not finite or there is no
-    room."""
+    """Write {format, config, linears, model, **content} to a temporary name, then rename it. A
+    result adds method, settings, tokenizer and data; a training state adds settings, data, losses,
+    optimizer and seconds, and is told apart by having no tokenizer. Raises UsageError, and leaves
+    an older file as it is, where a weight is not finite or there is no room."""
     linears = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     content = {"format": "nanobit-1", "config": dataclasses.asdict(model.config),
                "linears": linears, "model": model.state_dict(), **content}
 
-    # All ranks bring their shares of the weights, and rank 0 writes. The others go on when it has.
+    # All ranks bring their shares of the weights, and rank 0 writes. The others go on when it has;
+    # if it fails, torchrun ends them as they wait.
     content = gather(content)
     if rank():
         agree()
@@ -76,7 +78,7 @@ def read_checkpoint(path):
     return content
 
 def is_ours(content):
-    """Has a file's content what save_checkpoint writes, and no setting that we do not know?"""
+    """Has a file's content what save_checkpoint writes, and no config field that we do not know?"""
     if not isinstance(content, dict) or content.get("format") != "nanobit-1":
         return False
     if not {"config", "linears", "model"} <= set(content):

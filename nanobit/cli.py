@@ -143,6 +143,9 @@ def add_flags(p, data=True, trains=True, fsdp=False):
         add("--seq-len", type=number(int, 2),
             help="tokens a window (default: from --size, or what the model was trained with)")
         add("--batch-size", type=number(int, 1), help=f"windows a step {own}")
+
+    # Without the rest, load_training_data still reads these two. That `size` is absent tells
+    # `resolve` that nothing is trained.
     if not trains:
         p.set_defaults(vocab="1024", smoke=False)
         return
@@ -208,8 +211,8 @@ def resolve(args):
     if "size" not in args:                             # a command that does not train
         return args
 
-    # What is not given comes from the preset, or with --smoke from its few small numbers. Its
-    # results never take the place of real ones.
+    # What is not given comes from the preset, or with --smoke from its few small numbers. A smoke
+    # run's results never take the place of real ones.
     preset = PRESETS[args.size]._asdict()
     if args.smoke:
         args.out = os.path.join(args.out, "smoke")

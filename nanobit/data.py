@@ -82,8 +82,8 @@ def load_data(source=None, vocab="1024", seq_len=128, spec=None, limit=None):
     return Data(**ids, spec=spec, digest=digest, name=name, text_bytes=text_bytes)
 
 def split(docs):
-    """Documents -> {"train": documents, "dev": documents, "val": documents}. By file, 38, 1 and 1
-    of 40; of fewer than 40 documents, 18, 1 and 1 twentieths of each."""
+    """Documents -> {"train": documents, "dev": documents, "val": documents}. With 40 or more, of
+    every 40 documents 38, 1 and 1. With fewer, each is cut at 18/20 and 19/20."""
     # Many files: none is in two parts.
     if len(docs) >= 40:
         return {"train": [doc for i, doc in enumerate(docs) if i % 20 != 19],
@@ -171,7 +171,7 @@ def read_documents(source, limit=None):
         name = source
     else:
         root = name = source
-    files = find_files(root, name, library=not source)[:limit]
+    files = find_files(root, name, library=source is None)[:limit]
 
     # Read it. What is no text is left out.
     docs = []
@@ -281,7 +281,7 @@ def hash_of(docs):
 
 @functools.cache
 def temporary_cache():
-    """The cache of this process alone, where the user has no home: for downloads. It says so."""
+    """The cache where the user has no home: a temporary folder of this process. It says so."""
     say("note: no home folder, so no downloads and tokens are kept; XDG_CACHE_HOME names a place")
     return tempfile.TemporaryDirectory(prefix="nanobit-")      # removed when Python ends
 
@@ -296,7 +296,8 @@ def cache_dir():
     return path
 
 def cached(what, make, read):
-    """read(arrays by name) of the cache's file for `what`, a list for JSON; else of make()."""
+    """The cached arrays of the key `what`, a list for JSON, or make()'s, then cached. Both
+    go through `read`: a file's lazy arrays have to be read before it closes."""
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
     cache = cache_dir() / f"{key}.npz"
     try:

@@ -35,7 +35,7 @@ def write_hf(folder, model, spec):
         texts["tokenizer.json"] = spec["tokenizer.json"]
     texts["config.json"] = json.dumps(hf_config(model.config, tokenizer), indent=2)
 
-    check_weights(tensors.items(), folder)             # bfloat16 ends a little below float32
+    check_weights(tensors.items(), folder)             # above bfloat16's largest: infinite by now
     with new_folder(folder) as temporary:
         for name, text in texts.items():
             if leaves_folder(name):

@@ -5,11 +5,8 @@ over the prompt leaves the keys and values of its tokens in a cache, and then
   1. a step computes one token's own queries, keys and values, and attends to the cache,
   2. `Chooser` draws the next token,
   3. on a GPU both are recorded once as a CUDA graph, whose replay costs the CPU nothing.
-A test holds all of that to the plain loop.
 
 Read `sample_text`, `generate` and `decode`, the loop, then `Cache` and `Chooser`, its two parts.
-One token's step reads every weight once and computes next to nothing: its yardstick is the time
-that a copy of the weights takes. `prepare`, at the end, serves that, and so do packed weights.
 
 Shapes: B sequences, T tokens of the prompt, S tokens in the cache; others as in model.py.
 """
@@ -69,8 +66,8 @@ def generate(model, idx, n, temperature=1.0, top_k=None, generator=None, compile
 @torch.no_grad()
 def decode(model, idx, n, choose, compile=False):
     """Yield the n tokens (B, 1) after idx (B, T). It is the same tensor each time: copy it before
-    the next. T + n - 1 tokens have to fit in the window. On a GPU every step but the first two is
-    one CUDA graph.
+    the next. T + n - 1 tokens have to fit in the window. On a GPU all but the first two tokens come
+    from replays of one CUDA graph.
 
     compile: torch.compile the step, all blocks at once, so that the small operations between the
     products become few. It takes 20 to 40 s at the second token of a 7B model.
@@ -98,8 +95,8 @@ def decode(model, idx, n, choose, compile=False):
         token.copy_(choose(forward_one(token, at)))
         at.add_(1)
 
-    # Then token by token. The first step is taken as it is, which chooses kernels and compiles; the
-    # next is recorded, which does not run it, and from then on the record is replayed.
+    # Then token by token. The first step runs as it is, which chooses kernels and compiles. It is
+    # then recorded, which does not run it, and every later step is a replay.
     graph = None
     for _ in range(n - 1):
         yield token
@@ -145,9 +142,9 @@ def cached_forward(model, B, length, device):
     return forward
 
 def capturable(model):
-    """Does no layer copy from the CPU or wait for the GPU? Of the packed ones, kernels.py's do not.
-    Asked after a first step, which chooses the kernels."""
-    return all(m.fast and m.fast[1] is not None for m in model.modules()
+    """Does no layer copy from the CPU or wait for the GPU? A packed one does not where it has a
+    kernel. Its first step tells: `fast` is then kernels.py's Kept, of no operand without one."""
+    return all(m.fast and m.fast.operand is not None for m in model.modules()
                if isinstance(m, QuantLinear))
 
 # ---- One token ----------------------------------------------------------------------------------
@@ -155,8 +152,9 @@ def capturable(model):
 class Cache:
     """A layer's keys and values, (B, nkv, S, hs) each, for S tokens at most.
 
-    Before a step, `at` (T,) holds the positions of its tokens, and `mask` (T, S) is added to their
-    scores: 0 at the positions that each of them sees, else minus infinity."""
+    A pass is over t tokens, T for the prompt, then 1. Before it, `at` (t,) holds their positions,
+    and `mask` (t, S) is added to their scores: 0 at the positions that each of them sees, else
+    minus infinity."""
 
     def __init__(self, model, batch, length):
         c = model.config
@@ -164,27 +162,28 @@ class Cache:
                                 device=model.embed.weight.device)
         self.values = torch.zeros_like(self.keys)
 
-        # The same for all layers; `decode` sets them.
+        # The same for all layers; the `forward` of cached_forward sets them.
         self.at = None
         self.mask = None
 
     def attend(self, q, k, v):
-        """Store k and v (B, nkv, T, hs); q (B, nh, T, hs) -> attention over the cache, like q."""
+        """Store k and v (B, nkv, t, hs); q (B, nh, t, hs) -> attention over the cache, like q."""
         self.keys[:, :, self.at] = k
         self.values[:, :, self.at] = v
 
         # Query heads that share a key head become more queries of that head.
         shared = q.size(1) // k.size(1)
-        queries = q.reshape(len(q), k.size(1), -1, q.size(-1))         # (B, nkv, shared * T, hs)
-        y = F.scaled_dot_product_attention(queries, self.keys, self.values,
-                                           self.mask.repeat(shared, 1))
+        queries = q.reshape(len(q), k.size(1), -1, q.size(-1))         # (B, nkv, shared * t, hs)
+        mask = self.mask.repeat(shared, 1)                             # (shared * t, S)
+        y = F.scaled_dot_product_attention(queries, self.keys, self.values, mask)
         return y.reshape(q.shape)                      # no view: a GPU's y has another memory order
 
 class Chooser:
     """logits (B, vocab) -> token ids (B, 1), by the random numbers that `draw` drew.
 
     Drawing is a call of its own, so that it can stand outside of a recorded step. At temperature 0
-    the most likely token is taken and nothing is drawn."""
+    the most likely token is taken and nothing is drawn. Below 1e-6 counts as 0: far below it,
+    logits / temperature would overflow."""
 
     def __init__(self, model, batch, temperature, top_k, generator):
         self.temperature = temperature
@@ -217,8 +216,9 @@ class Chooser:
 # ---- The model in the form that generation reads ------------------------------------------------
 
 def prepare(model, compile=False):
-    """For generation alone, which waits for memory: the weights in the activations' dtype, and
-    linears that share an input joined, so that a step has fewer kernels. Returns the model.
+    """The model for generation alone. A step of one token reads every weight once and computes next
+    to nothing; it takes at least the time that a copy of the weights takes. So they get the
+    activations' dtype, and linears that share an input are joined, for fewer kernels.
 
     compile: for compiled steps, where the compiler joins float linears better than this does.
     """

@@ -5,8 +5,7 @@ the whole of it:
   1. `read_hf_config` turns config.json into a LlamaConfig, or refuses it.
   2. `open_hf_files` maps the safetensors, one file or shards, into memory without copying them.
   3. `read_hf_tensors` checks each weight's name, shape and numbers, and gives it our name.
-The tokenizer is in hf_tokenizer.py, the way out in export.py. The oracle of the tests is
-transformers: equal logits, or a refusal.
+The tokenizer is in hf_tokenizer.py, the way out in export.py.
 """
 import functools
 import importlib
@@ -80,7 +79,8 @@ def read_hf_config(folder):
     c = read_hf_json(folder, "config.json")
     check_only(file, without_nulls(c), HF_ONLY)
 
-    # A name that is not there takes transformers' default. One that is null has none.
+    # A missing name takes transformers' default. An explicit null does not: a sliding_window of
+    # null means no window.
     c = HF_DEFAULTS[c.get("model_type") or "llama"] | c
     c = without_nulls(c)
     c.setdefault("num_key_value_heads", c.get("num_attention_heads"))
@@ -113,7 +113,7 @@ def read_hf_config(folder):
 
 def read_hf_rope(file, c):
     """(theta, scaling) of the rotary positions, as model.rope_tables takes them."""
-    # An older and a newer name for the same settings, in which some have an older name too.
+    # rope_parameters is the newer name of rope_scaling; inside, rope_type is that of type.
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(c.get(name, {}), dict):
             refuse(file, f"{name} is {shown(c[name])}, not a list of names with values")
@@ -122,6 +122,7 @@ def read_hf_rope(file, c):
             "rope_theta": c.get("rope_theta", 1e4),
             "partial_rotary_factor": c.get("partial_rotary_factor", 1)} | given
 
+    # Newer configs may hold one set of settings for each kind of layer.
     check_only(file, rope, HF_ONLY_ROPE)
     for name, value in rope.items():
         if isinstance(value, dict):
@@ -130,8 +131,8 @@ def read_hf_rope(file, c):
     if rope["rope_type"] == "default":
         return theta, ()
 
-    # Llama 3.1's scaling. As in transformers, the first training length of the whole config stands
-    # above rope's own; where neither is given, it is the length that the model can read.
+    # Llama 3.1's scaling. As in transformers, an original_max_position_embeddings of the whole
+    # config overrides rope's own; without either, max_position_embeddings is used.
     length = c.get("original_max_position_embeddings")
     if length is not None:
         rope["original_max_position_embeddings"] = length
@@ -190,7 +191,7 @@ def open_hf_files(folder, config):
             if not tensor.endswith("rotary_emb.inv_freq"):                 # computed anew
                 stored[tensor] = functools.partial(f.get_tensor, tensor)
 
-    # Before the model is built, which would take hours if a wrong config.json asked for 10^9.
+    # Before the model is built, which takes long if a wrong config.json asks for a million layers.
     if config.n_layer > len(stored):
         raise UsageError(f"{folder}: num_hidden_layers is {config.n_layer}, and there are only "
                          f"{len(stored)} tensors")

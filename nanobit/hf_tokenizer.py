@@ -25,6 +25,8 @@ def read_hf_tokenizer(folder):
         for file in sorted(pathlib.Path(folder).glob(pattern)):
             texts[file.relative_to(folder).as_posix()] = read_hf_text(file)
     path = pathlib.Path(folder, "tokenizer.json")
+
+    # 0 holds the place of the special ids, which only the tokenizer can check.
     spec = {"tokenizer.json": read_hf_text(path), "end": 0, "start": 0,
             "n_vocab": read_hf_config(folder).vocab_size}
 
@@ -35,7 +37,7 @@ def read_hf_tokenizer(folder):
         raise UsageError(f"{folder}: the tokenizer has an id {highest}, but config.json's "
                          f"vocab_size is {spec['n_vocab']}")
 
-    # The special ids. What a folder does not say about them, an export says.
+    # The special ids. Files that the folder lacks get defaults, for an export to write.
     ends = read_special_ids(folder, texts, tokenizer, "eos")
     if not ends:
         raise UsageError(f"{folder}/config.json has no eos_token_id, which stands after a document")
@@ -53,7 +55,9 @@ def read_special_ids(folder, texts, tokenizer, kind):
         ids = read_hf_json(folder, name).get(f"{kind}_token_id")
         if ids is None or ids == []:
             continue
-        if not isinstance(ids, list) or kind == "bos":                     # Llama 3 has many ends
+
+        # Only eos may be a list, as Llama 3's is. One as bos is wrapped here, and so refused below.
+        if not isinstance(ids, list) or kind == "bos":
             ids = [ids]
         if not all(type(i) is int and 0 <= i < tokenizer.n_vocab for i in ids):
             raise UsageError(f"{folder}/{name}: {kind}_token_id {shown(ids)} is no token below the "

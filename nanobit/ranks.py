@@ -4,10 +4,6 @@ torchrun starts one process for each GPU, a rank. All ranks run the whole script
 rank 0 alone prints and writes. They share the windows of a training step, and with --fsdp also the
 weights. Without torchrun there is one rank, 0, and nothing here does anything, except that the
 last section prints.
-
-In the order of a run: `take_gpu` and `join_ranks` start it, `first_rank_first` lets one rank make
-the files that the others read, `distribute` makes all begin with the same weights, `agree` and
-`average_gradients` belong to each step, `gather` to each checkpoint.
 """
 import contextlib
 import datetime
@@ -55,10 +51,11 @@ def join_ranks(args):
         dist.init_process_group(backend, timeout=patience)
 
 def agree(*flags):
-    """Each flag, on wherever it is on for one rank. No rank returns before all have called."""
+    """Each flag, true if it is true on any rank. Also a barrier: none returns before all called."""
     if world_size() == 1:
         return flags
-    # Over the CPUs, so that no GPU waits. The 0 is there for a call without flags.
+    # A tensor on the CPU goes through gloo, so that no GPU waits. The 0 is there for a call without
+    # flags.
     found = torch.tensor([0, *map(bool, flags)])
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.tolist()[1:]
@@ -97,11 +94,11 @@ def distribute(model, args):
     for part in [*model.blocks, model]:
         fully_shard(part, mesh=mesh)
 
-def share_gradients_of_last(model, last):
+def sync_gradients(model, is_last_part):
     """--fsdp: the gradients are summed over the ranks in the last micro-batch alone. Until then a
     rank keeps whole ones."""
     if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(is_last_part)
 
 def average_gradients(parameters):
     """Every gradient becomes its mean over the ranks. With --fsdp it is that already."""

@@ -64,12 +64,12 @@ def train_base(args, path):
     if args.resume and os.path.exists(path + ".state"):
         argv.append("--resume")
     pretrain(argv)
-    RUNNING[:] = [args]
+    RUNNING[:] = [args]                                # pretrain's resolve put its own there
 
 def open_model(args, path, as_stored=False, dense=True):
-    """load_checkpoint on the command's device. Without --seq-len, which is then 0 or None, its
-    window is the model's own, at most 2048. Raises UsageError where the linears are packed and
-    dense ones are needed."""
+    """load_checkpoint on the command's device. args.seq_len becomes the model's window, at most
+    2048, where it is None (model.py eval) or 0 (a script's default, which `resolve` leaves). Raises
+    UsageError where the linears are packed and dense ones are needed."""
     model, content = load_checkpoint(path, args.device, getattr(torch, args.dtype), as_stored)
     if dense and content["linears"]:
         raise UsageError(f"{path} is packed already; give the dense checkpoint as --model, or to "
@@ -104,8 +104,8 @@ def new_model(args, data):
     return model.train()
 
 def load_training_data(args, content=None):
-    """The Data of --data and --vocab, or, unless --data is given, of a checkpoint's content."""
-    # Whose text, and whose tokenizer: a checkpoint's own, a folder's, or those of the flags.
+    """The text of --data, or else the checkpoint's, with the tokenizer of the checkpoint or the
+    folder --model if there is one, else --vocab's."""
     old = {}
     spec = None
     if content:
@@ -128,7 +128,7 @@ def load_training_data(args, content=None):
 
 def keep_model(args, *paths):
     """Raise UsageError where the run would write one of the paths over the --model that it reads.
-    With --resume the weights come from the training state, not from there."""
+    Allowed with --resume, which reads the weights from the state."""
     for path in paths:
         same = args.model and os.path.realpath(path) == os.path.realpath(args.model)
         if same and not args.resume:
@@ -157,7 +157,7 @@ def definite_hessian(name, tokens, fix):
 
 def header(title, args, model, data):
     """The first lines of every script: what runs, on what, with which settings. Locks --out."""
-    # --resume without its folder gets resume's message, which names the missing state.
+    # With --resume and no folder, make none: `resume` then says what is missing.
     if rank() == 0 and (os.path.isdir(args.out) or not args.resume):
         hold(args.out)
 
@@ -232,10 +232,11 @@ def finish(args, method, model, scores, result, **more):
 def record(args, method, model, scores, result, **more):
     """Append the run's row of results to results.jsonl -> the row, one line of JSON. What a script
     prints about a result comes after this: then a failing print loses nothing. Raises UsageError
-    where a number of it is not finite."""
+    where a number of it is not finite. result: {"tokens", "seconds"}, as `train` returns."""
     check_numbers({"val_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"], **more})
 
-    # Of the packed linears, if there are any: their bits per weight, and their bytes.
+    # Bits per packed weight and how many are packed: 0 and 0 of a dense model. Of a packed one
+    # "bytes_packed" is the whole, not the linears alone, as "bytes_dense" is.
     bpw, weights = bits_per_weight(model)
     params = sum(p.numel() for p in model.parameters()) + weights
     packed = tensor_bytes(model.state_dict().values()) if weights else None
@@ -246,7 +247,7 @@ def record(args, method, model, scores, result, **more):
            "bits_per_byte": scores["bits_per_byte"], "base_val_loss": None,
            "bytes_dense": 2 * params, "bytes_packed": packed, "params": params,
            "tokens": result["tokens"], "seconds": result["seconds"], "device": args.device,
-           "peak_bytes": peak_bytes(),
+           "peak_bytes": peak_bytes(),                 # of what followed the last arm_row, if any
            "seed": args.seed, **more, "command": command_line(), "commit": commit()}
     line = json.dumps(rounded(row))
 

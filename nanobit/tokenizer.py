@@ -39,7 +39,8 @@ def train_bpe(docs, vocab_size):
 
     tokens = [bytes([i]) for i in range(256)]
     for new in progress(range(256, vocab_size - 1), "data: training a tokenizer, merge"):
-        # Old counts are too high, never too low: one that is up to date on top is the highest.
+        # Old counts are too high, never too low: a count rises only in `merge`, which returns the
+        # pair, so that it is pushed anew. So one that is up to date on top is the highest.
         while heap and -heap[0][0] != words.pairs[heap[0][1]]:
             _, pair = heapq.heappop(heap)
             if words.pairs[pair]:
@@ -67,10 +68,10 @@ class Words:
         self.symbols = array.array("i", [-1])
         self.weights = array.array("q", [0])           # how often the text has the symbol's word
         for word, count in counts.items():
-            letters = word.encode()
-            self.symbols.extend(letters)
+            codes = word.encode()
+            self.symbols.extend(codes)
             self.symbols.append(-1)
-            self.weights.extend([count] * len(letters) + [0])
+            self.weights.extend([count] * len(codes) + [0])
         self.before = array.array("q", range(-1, len(self.symbols) - 1))
         self.after = array.array("q", range(1, len(self.symbols) + 1))
 
@@ -86,7 +87,8 @@ class Words:
 
     def merge(self, pair, new):
         """Put the symbol `new` in the place of the pair, from left to right -> the pairs that this
-        brings. It takes its own pair and those with both neighbours from the counts."""
+        brings. The counts of the pair and of those that it formed with its neighbours are lowered.
+        """
         symbols, weights = self.symbols, self.weights
         before, after = self.before, self.after
         fresh = set()
@@ -97,6 +99,8 @@ class Words:
             self.places[now].append(p)
             fresh.add(now)
 
+        # A pair's places all come from the one merge that made its newer symbol, or from the start,
+        # so they ascend.
         for p in self.places.pop(pair):
             q = after[p]
             if (symbols[p], symbols[q]) != pair:       # one of them was merged with another since
@@ -199,8 +203,8 @@ WORDS_CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")       # for tokenizers of 
 def spans(text, cut=CUT, force=True, skip=0):
     """Yield (start, stop) of the pieces of a text. They end where the pattern `cut` allows it.
 
-    force: end anywhere where it does not for PIECE characters in a row. That is no normal text,
-    and the tokens at such an end may be others. skip: characters to leave out between two pieces.
+    force: if PIECE characters offer no cut, cut anyway; tokens there may change, but normal text
+    has no such run. skip: characters to leave out between two pieces.
     """
     start = 0
     while len(text) - start > 2 * PIECE:

@@ -22,7 +22,7 @@ from model import UsageError
 from nanobit.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from nanobit.data import batch
 from nanobit.ranks import (agree, average_gradients, distribute, placed_like, progress, rank, say,
-                           share_gradients_of_last, whole, world_size)
+                           sync_gradients, whole, world_size)
 
 # ---- A step, and the loop around it -------------------------------------------------------------
 
@@ -40,11 +40,12 @@ def train_step(model, optimizer, data, args, step):
     y = targets.chunk(world_size())[rank()]                                # (b, T)
 
     # The share goes through the model in parts, whose gradients add up to that of the whole. A
-    # part is as large on W ranks as on one, so that each rank has accumulate / W of them.
+    # part is never larger than on one rank; where W divides accumulate, each of W ranks has
+    # accumulate / W of them.
     size = args.batch_size // args.accumulate
     total = 0.0
     for i in range(0, len(x), size):
-        share_gradients_of_last(model, i + size >= len(x))
+        sync_gradients(model, is_last_part=i + size >= len(x))
         x_part = x[i:i + size]
         y_part = y[i:i + size]
         loss = model(x_part, y_part)[1]                # a name would keep the logits in memory
@@ -81,9 +82,9 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
 
     status() gives the method's own number for the progress line. Returns {"seconds", "tokens",
     "losses": one float a step}. A loss that is not finite raises UsageError and saves nothing.
-    A method's own optimizer may have a `schedule`, and groups with a "peak" rate, not args.lr.
     """
-    # Begin, or go on where the state was saved.
+    # Begin, or go on where the state was saved. With --fsdp `distribute` replaces the parameters:
+    # the scripts that have this flag pass no optimizer in.
     distribute(model, args)
     optimizer = optimizer or make_optimizer(model, args.lr)
     losses = []
@@ -98,20 +99,19 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
     line_step = saved = len(losses)                    # the steps of the last line and state
     pending = []                                       # losses that are still on the device
     for done in range(len(losses) + 1, args.steps + 1):
-        # A step. Its loss is not read yet, since that would wait for the GPU. The sum is NaN where
-        # the gradient is not finite.
+        # A step. Its loss is not read yet, since that would wait for the GPU.
         loss, gnorm = train_step(model, optimizer, data, args, done - 1)
-        pending.append(loss + 0 * gnorm)
+        pending.append(loss + 0 * gnorm)               # NaN where the gradient is not finite
 
-        # What is due? The clocks of ranks differ, and Ctrl-C may reach one of them first.
+        # What is due? The clocks of ranks differ, and Ctrl-C may reach one of them first. A save is
+        # also a line, since `losses` must then hold every step.
         now = time.perf_counter()
         look = args.eval_every and done % args.eval_every == 0
         save = look or STOP or done == args.steps or now - last_save > 60
         line = save or done == 1 or now - last_line > 10
         save, line = agree(save, line)
 
-        # The progress line, for which the losses are read at last. A coarse clock may not have
-        # moved since the last one.
+        # The progress line, for which the losses are read at last.
         if line:
             losses += check_finite(torch.stack(pending).tolist(), len(losses), saved, path)
             pending = []
@@ -132,6 +132,8 @@ def train(model, data, args, path, status=lambda: "", optimizer=None):
                             optimizer=optimizer.state_dict(), seconds=seconds)
             saved = done
             last_line = last_save = time.perf_counter()
+
+        # `save` may have been due for another reason, and all ranks have to stop together.
         if save and agree(STOP)[0]:
             say(f"interrupted: {path} holds step {done}; go on with the same command and --resume")
             raise SystemExit(130)
@@ -175,7 +177,8 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
     tokens: ids (n,) -> {"loss": nats per token, "ppl": its exponential} and, with a tokenizer,
     "bits_per_byte" of the text that was tokenized, the only one to compare across tokenizers.
     batch_size: windows at a time. By default, on a CPU, 2^13 tokens, for which packed weights are
-    unpacked once; on a GPU as many as take some 1 GB, so that it never waits for the CPU.
+    unpacked once; on a GPU as many as have 2^26 numbers in each of the SwiGLU's tensors, some
+    1 GB in all, so that it never waits for the CPU.
     """
     device = next(model.parameters()).device
     if not batch_size:
@@ -192,7 +195,7 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
         windows.append((full * seq_len, 1, n % seq_len))
 
     # Add up their losses. A lean model never holds the logits of all tokens.
-    was_lean = getattr(model, "lean", False)
+    was_lean = model.lean
     model.lean = True
     ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     total = 0.0
@@ -220,6 +223,8 @@ def dev_loss(model, data, seq_len):
 def kl_loss(teacher, student):
     """KL(teacher || student) of logits (..., vocab), mean over tokens. The gradient of equal
     logits is exactly zero, so that Adam does not blow noise up."""
+    # p sums to 1, so the student's logsumexp can stand outside of the sum. Its gradient is
+    # exp(student - logsumexp), computed just like p: of equal logits the two cancel exactly.
     log_p = teacher - teacher.logsumexp(-1, keepdim=True)                  # (..., vocab)
     apart = (log_p.exp() * (log_p - student)).sum(-1)                      # (...)
     return (student.logsumexp(-1) + apart).mean()
@@ -264,10 +269,11 @@ def resume(model, optimizer, args, data, path):
     if content["data"] != data.digest:
         raise UsageError(f"--data {data.name} is not the text that {path} was trained on")
 
-    # The settings have to be those of the state. Another method's have other names.
+    # The settings have to be those of the state. The names of both sides are compared, so that the
+    # state of another method, which has other names, is refused.
     free = set(FREE)
     if os.path.isdir(args.model or ""):
-        free.add("size")                               # here it is the folder's name
+        free.add("size")                               # new_model: the folder's name, or a link's
     old = content["settings"]
     new = settings(args)
     for name in old | new:

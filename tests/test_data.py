@@ -51,6 +51,7 @@ def text(n, seed=0):
 
 class Uniform(torch.nn.Module):
     """512 tokens, each as likely: 9 bits a token."""
+    lean = False
 
     def __init__(self):
         super().__init__()
