@@ -772,6 +772,7 @@ TILES = (
     Tile(128, 64, 64, 64, warps=4, stages=4),
     Tile(256, 0, 128, 64, warps=8, stages=4),
     Tile(256, 64, 64, 64, warps=4, stages=3),
+    Tile(128, 0, 128, 128, warps=8, stages=3),
 )
 SMS = 132                      # of an H100
 # Programs worth splitting k for, two an SM, or one where it has 8 warps: more cost time.
@@ -811,8 +812,8 @@ def choose_tile(M, w):
     """The Tile for FEW < M <= FUSED tokens, with the parts of k that make it fastest."""
     found = []
     for tile in TILES:
-        # Many tokens: the tile that multiplies most for each weight that it unpacks.
-        if M > 640 and tile.tokens != 256:
+        # Many tokens: tiles of the most outputs, which read x the least often.
+        if M > 640 and tile.BLOCK_N < 128:
             continue
         tile = tile._replace(BLOCK_K=math.gcd(tile.BLOCK_K, w.group, w.shape[1]))
         for split in (8, 4, 2, 1):
@@ -830,17 +831,20 @@ def choose_tile(M, w):
 def predicted_time(M, w, tile):
     """What the busiest SM has to do, in the time of one multiplication a token and output.
 
-    Unpacking and scaling a weight costs as much as multiplying it with 60 tokens. Where k is split,
-    leaving a sum and adding it up costs as much as 1,500 multiplications. Both numbers make the
-    choice come closest to the fastest tile, of 25 measured on an H100 at 16 token counts, 3 shapes,
-    2 and 4 bits: 4 % slower on average.
+    Unpacking and scaling a weight costs as much as multiplying it with 80 tokens. A program of 4
+    warps without a second one beside it, which works while it waits, takes a tenth longer. Where k
+    is split, leaving a sum and reading it again costs as much as 500 multiplications. With these
+    three numbers the choice comes closest to the fastest of 25 tiles measured on an H100, at 16
+    token counts, 3 shapes, 2 and 4 bits: 2.6 % slower on average.
     """
     O, C = w.shape
     programs = count_tiles(M, O, tile) * tile.split
     busiest = triton.cdiv(programs, SMS)
-    time = busiest * tile.BLOCK_N * (tile.tokens + 60) * C // tile.split
+    if busiest == 1 and tile.warps == 4:
+        busiest = 1.1
+    time = busiest * tile.BLOCK_N * (tile.tokens + 80) * C / tile.split
     if tile.split > 1:
-        time += 1500 * tile.BLOCK_N * tile.tokens
+        time += 500 * tile.split * tile.BLOCK_N * tile.tokens
     return time
 
 def plan_tile(M, w, tile):
@@ -1248,14 +1252,18 @@ class QuestTile(NamedTuple):
     stages: int
 
 # From large to small. Large tiles read less from L2, but leave processors idle where there are few
-# of them. Two programs of 8 warps share a processor and hide each other's waits.
+# of them. Two programs share a processor and hide each other's waits.
 QUEST_TILES = (
     QuestTile(128, 128, 128, warps=8, stages=4),
     QuestTile(64, 128, 256, warps=8, stages=3),
     QuestTile(64, 64, 256, warps=4, stages=4),
 )
+QUEST_TILES_8x8 = (            # 8 x 8 bits: nothing to unpack, and 4 warps do
+    QuestTile(128, 128, 128, warps=4, stages=3),
+    QuestTile(128, 64, 128, warps=4, stages=4),
+    QuestTile(64, 64, 256, warps=4, stages=4),
+)
 QUEST_TILE_FEW = QuestTile(16, 64, 256, warps=4, stages=4)         # up to 16 tokens
-QUEST_TILE_8x8 = QuestTile(128, 128, 128, warps=4, stages=3)       # the first, for 8 x 8 bits
 # For as many tiles as there are processors: what limits them is the traffic from L2, 6 to 7 TB/s,
 # and tiles that Hopper's TMA loads leave registers and time for tiles twice the size.
 QUEST_TMA = QuestTile(128, 256, 128, warps=8, stages=4)
@@ -1268,11 +1276,9 @@ def quest_tile(M, N, a_bits, bits):
     every processor, else the smallest."""
     if M <= 16:
         return QUEST_TILE_FEW
-    for tile in QUEST_TILES:
+    for tile in QUEST_TILES_8x8 if a_bits == bits == 8 else QUEST_TILES:
         if count_quest_tiles(M, N, tile) >= SMS:
             break
-    if tile == QUEST_TILES[0] and a_bits == bits == 8:
-        return QUEST_TILE_8x8
     return tile
 
 def quest_split(tiles, K, BLOCK_K):

@@ -26,15 +26,21 @@ CASES = {  # O, C, group, symmetric, M, path
     "one token": (32, 2048, 128, False, 1, "decode"),
     "outputs and inputs that are no multiples of a tile": (24, 352, 32, False, 3, "decode"),
     "one scale a row, signed codes": (32, 512, -1, True, 16, "decode"),
-    "tile, k split in four": (64, 512, 128, False, 17, "tile"),
+    "tile, k split in four": (64, 512, 128, False, 17, "split"),
     "tile that covers less than its outputs": (40, 320, 64, True, 33, "tile"),
     "tile, three spans of 32 a group": (32, 288, 96, False, 17, "tile"),
     "tile by TMA, not full": (72, 320, 64, False, 45, "tma"),
+    "tiles with extra tokens, not full": (72, 320, 64, False, 100, "extra"),
+    "tile with extra tokens by TMA": (40, 256, 128, True, 90, "extra tma"),
+    "tile with extra tokens, k split in two": (40, 256, 128, False, 90, "extra split"),
     "dequantized, in two pieces": (152, 352, 32, False, 17, "dequantize"),
 }
 if GPU:       # many steps, several programs at once: what the interpreter runs one after the other
     CASES["64 tokens"] = 1024, 2048, 128, False, 64, "tile"
     CASES["300 tokens"] = 1024, 2048, 128, False, 300, "tile"
+    CASES["300 tokens, many outputs"] = 14336, 2048, 128, False, 300, "tile"
+    CASES["160 tokens"] = 14336, 2048, 128, False, 160, "tile"
+    CASES["192 tokens, few outputs"] = 2048, 4096, 128, False, 192, "tile"
     CASES["512 tokens, few outputs"] = 4096, 2048, 128, False, 512, "tile"
     CASES["1024 tokens"] = 4352, 2048, 128, False, 1024, "tile"
 
@@ -86,14 +92,25 @@ def relative_error(bits, case, device, dtype):
     O, C, group, symmetric, M, path = CASES[case]
     codes, x, exact = random_problem(bits, O, C, group, symmetric, M, device, dtype)
     w = kernels.pack_weight(*codes, bits, group)
-    before = kernels.FUSED, kernels.PIECE, kernels.TMA, kernels.ENOUGH[4]
-    if path == "tma":
-        kernels.TMA, kernels.ENOUGH[4] = True, 1       # as if outputs were many
+    names = "FUSED", "PIECE", "TMA", "TILES", "predicted_time"
+    before = {name: getattr(kernels, name) for name in names}
+    if "tma" in path:
+        kernels.TMA, kernels.TILES = True, kernels.TILES[1:2]              # of 64 tokens
+    if "extra" in path:
+        kernels.TMA, kernels.TILES = "tma" in path, before["TILES"][2:3]   # 64 and 32 tokens
+    if "split" in path:
+        kernels.predicted_time = lambda M, w, tile: -tile.split
+    elif path != "tile":
+        kernels.predicted_time = lambda M, w, tile: tile.split
     if path == "dequantize":
         kernels.FUSED, kernels.PIECE = 16, 128 * M
+    if "extra" in path:
+        tile = kernels.choose_tile(M, w)
+        assert tile.EXTRA and tile.tma == ("tma" in path) and (tile.split > 1) == ("split" in path)
     y = kernels.lowbit_matmul(x, w)
     same = all(torch.equal(y, kernels.lowbit_matmul(x, w)) for _ in range(20 if GPU else 1))
-    kernels.FUSED, kernels.PIECE, kernels.TMA, kernels.ENOUGH[4] = before
+    for name, value in before.items():
+        setattr(kernels, name, value)
     apart = error_of(y, plain(codes, x, bits, group).double().cpu())
     return [error_of(y, exact), same, apart]
 

@@ -128,7 +128,10 @@ def check_integer_matmul_equals_float64_at_all_bits():
     """Weights as a checkpoint packs them; odd batches, and sizes that fill no tile."""
     for bits, a_bits in ((1, 1), (2, 4), (4, 4), (4, 8), (8, 8), (8, 4), (3, 3), (1.58, 1.58),
                          (1.58, 8), (6, 6), (5, 8), (8, 1.58), (1, 8)):
-        for M, N, K in ((1, 64, 512), (3, 72, 256), (17, 130, 384)):
+        shapes = [(1, 64, 512), (3, 72, 256), (17, 130, 384)]
+        if (bits, a_bits) in ((4, 4), (8, 8)):
+            shapes.append((5, 64, 12288))              # so many inputs that k is split
+        for M, N, K in shapes:
             layer = QuantLinear.quest(randn(N, K), bits, a_bits)
             x = randn(M, K, seed=1, dtype=DTYPES[-1])
             w = quest_operand(layer.packed, layer.scale, bits, K)
@@ -294,11 +297,12 @@ def compiled(kernel, warps, stages=3, **arguments):
 @pytest.mark.codegen
 @pytest.mark.parametrize("b, tile, split", [
     (1, 0, 1), (2, "few", 1), (4, "few", 4), (4, 0, 1), (4, 1, 1), (4, 2, 2), (8, 0, 1),
-    (8, "8x8", 1)])
+    (8, "8x8", 1), (8, "8x8 and fewer tokens", 1)])
 def test_integer_matmul_compiles_for_an_h100_to_tensor_cores_without_spills(b, tile, split):
     import kernels
-    named = {"few": kernels.QUEST_TILE_FEW, "8x8": kernels.QUEST_TILE_8x8}
-    eight = tile == "8x8"
+    named = {"few": kernels.QUEST_TILE_FEW, "8x8": kernels.QUEST_TILES_8x8[0],
+             "8x8 and fewer tokens": kernels.QUEST_TILES_8x8[1]}
+    eight = str(tile).startswith("8x8")
     tile = named[tile] if tile in named else kernels.QUEST_TILES[tile]
     spills, shared, count = compiled(
         kernels._quest_matmul, tile.warps, tile.stages, a="*i8", a_scale="*fp32", a_sum="*i32",

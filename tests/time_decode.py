@@ -66,7 +66,7 @@ def bytes_of_a_step(model, tokens):
     size = model.dtype.itemsize * 2 * c.n_layer * c.n_kv_head * c.head_dim * tokens
     for m in model.modules():
         if isinstance(m, (Linear, QuantLinear, RMSNorm)):
-            fast = getattr(m, "fast", None) and m.fast[1]
+            fast = getattr(m, "fast", None) and m.fast.operand
             size += tensor_bytes(fast[:3] if fast else m.state_dict().values())
     return size
 
