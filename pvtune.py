@@ -3,55 +3,54 @@
     python pvtune.py --bits 2                   # every arm on the tiny base; one table; 3 minutes
     python pvtune.py --bits 2 --smoke           # every line of it in a few seconds
     python pvtune.py --bits 2 --scheme affine --group-size 64      # a plain grid, from GPTQ
-    python pvtune.py --demo                     # the exact theory, on problems of 6 and 10 numbers
+    python pvtune.py --demo                     # the exact theory, in 6 and 10 coordinates
     torchrun --standalone --nproc_per_node=2 pvtune.py --bits 2    # the same arms on 2 GPUs
     python model.py eval out/pvtune-2x4g4.pt    # the packed result
 
 The idea:
-  1. A compressed weight is a code into a few values. First fit both to the dense model:
-     additive codebooks by k-means and by a search that knows the inputs (AQLM), or a grid by
-     GPTQ.
+  1. Each group of g weights is stored as M codes, which point into tables of values that many
+     groups share. First fit both to the dense model: additive codebooks by k-means and by a
+     search that knows the inputs (AQLM), or a grid by GPTQ.
   2. One batch gives the gradient G of the dense weight W. The P half keeps the codes. It turns
      G into gradients of codebooks and scales, and takes an Adam step on them and on norms,
      embedding and head.
   3. The V half keeps the values. It takes an Adam step on a virtual dense weight R, and lets a
      share tau of the groups move to the code nearest to R. Few may move at a time, because many
-     at once overshoot, as --demo shows. R remembers what did not yet become a change of code.
+     at once overshoot, as --demo shows. R itself is kept as the buffer, from which the next step
+     starts: what the codes did not follow remains, as R - W.
 
 The symbols:
   W          dense weight (O, C) that codes and values stand for
-  g, J, n    weights in a group, groups in a row (J = C / g), groups in W (n = O J)
+  g          weights in a group; 1 for a grid, where --group-size counts the inputs of one scale
+  J, n       groups in a row (J = C / g), groups in W (n = O J)
   codes      (O, J, M): M of each group, one into each codebook
-  values     what the codes point into: codebooks (M, K, g), M times K = 2^B vectors, of which
-             one each are summed, and scales (O,), by which the sum is multiplied
+  values     codebooks (M, K, g), each of K = 2^B vectors (a code has B bits), and scales (O,).
+             One vector from each codebook is taken; these are summed, and multiplied by the
+             scale of the row
   G          gradient (O, C) of the loss with respect to W
-  R, buffer  virtual dense weight (O, C), and what of it is remembered until the next step
-  forget     the paper's delta: the share of the buffer's memory that is lost in a step
+  R, buffer  virtual dense weight (O, C), and what is kept of it for the next step
+  forget     the paper's delta: 0 keeps R as the buffer, 1 resets it to W
   tau        share of the groups that may change in a step
   trust      length of the change of W that new codes may make in a step, relative to |W|
 
 Printed in a line: codes, the groups whose code changed in this step / how many may; trust, the
-largest share of its trust region that a weight used. In the table: recovered, the share of what
-the fit lost that an arm wins back; changed, changes over all groups; budget, changes over those
-that were allowed.
+largest share of its trust region that a weight used (above 100 % where the last change crossed
+its border). In the table: recovered, how much of the fit's loss increase the arm removes;
+changed, changes over all groups; budget, changes over those that were allowed.
 
 Paper: PV-Tuning, Malinovskii et al. 2024 (arXiv 2405.14852); of the fit, AQLM (2401.06118).
 Code: github.com/Vahe1994/AQLM.
-Not here: AQLM's tuning of a whole block between the fits of its layers; in codebooks, scales of
-anything but rows.
+Not here: AQLM's tuning of a whole block between the fits of its layers; with codebooks, scales
+finer than one per row.
 
-Where ours differs from the official code:
-  - Plain grids can be tuned too. Their scales learn; their integer zero points stay.
+Where ours differs from the official code (each again at its line):
   - --rank improvement ranks groups by the error that a change removes. The official ranking, by
     residual, is the default.
-  - --trust is 0.2 (theirs 0.01, or none).
-  - The fit takes up to 4 x 19 Adam steps at 1 % of a tensor's size, each 19 with a search after
-    them (theirs up to 100 x 100 steps at 1e-4).
-  - The rates fall to 0, and were chosen on the dev split. Gradients are clipped to norm 1, as
-    everywhere here.
-  - All draws follow from --seed and the step.
-  - Their search is wrong for three and more codebooks with a beam above 1, and their stochastic
-    rounding raises for two codebooks. Ours is tested for both.
+  - Stochastic rounding also works with two codebooks.
+  - The search also works with three and more codebooks and a beam above 1.
+  - The learning rates fall to 0, gradients are clipped, all draws follow from --seed and the step.
+  - The fit is shorter. The default of --trust is 0.2.
+  - Plain grids can be tuned too.
 """
 import copy
 import math
@@ -80,13 +79,14 @@ EPS_ADAM = 1e-6                  # added after the root, as in the authors' code
 
 # ---- The method: one step for one layer -------------------------------------------------------
 # It asks two things of a representation: the weight that codes and values stand for, and the
-# codes near a weight. For additive codebooks these are vq_dequantize and nearest_codes.
+# codes near a weight. For additive codebooks these are vq_dequantize and nearest_codes. A run
+# does not call pv_step: PVOptimizer below does the same for stacks of layers. Read this first.
 
 def nearest_codes(R, codes, codebooks, scales, generator=None):
     """New codes (O, J, M) near R (O, C), where the search starts from the old ones.
 
-    One codebook after the other, in random order, takes the vector that is best beside the
-    present ones of the others. The error never grows.
+    Each codebook in turn, in random order, takes the vector that is best given the others'
+    current ones. The error never grows.
     """
     O, J, M = codes.shape
     x = (R / scales.unsqueeze(1)).view(O, J, -1)                       # (O, J, g)
@@ -98,12 +98,12 @@ def nearest_codes(R, codes, codebooks, scales, generator=None):
         codes[:, :, m] = error.argmin(2)
     return codes
 
-def lamb(p, g, state, lr, betas):
-    """What LAMB adds to a tensor p with gradient g: Adam's direction, lr times as long as p."""
+def lamb(p, grad, state, lr, betas):
+    """What LAMB adds to a tensor p with its gradient: Adam's direction, lr times as long as p."""
     b1, b2 = betas
     t = state["t"] = state.get("t", 0) + 1
-    m = state["m"] = b1 * state.get("m", 0) + (1 - b1) * g
-    v = state["v"] = b2 * state.get("v", 0) + (1 - b2) * g.square()
+    m = state["m"] = b1 * state.get("m", 0) + (1 - b1) * grad
+    v = state["v"] = b2 * state.get("v", 0) + (1 - b2) * grad.square()
     direction = m / (v.sqrt() + EPS_ADAM)
     step = -lr * p.norm() * direction / direction.norm()
 
@@ -116,30 +116,32 @@ def pv_step(G, codes, values, buffer, states, dequantize, nearest, lr, code_lr, 
     """One PV step for a layer of weight W = dequantize(codes, *values), given G = dloss/dW.
 
     values: the codebooks and scales, which change in place. buffer (O, C): before the first
-    step, W. states: a dict for each of the values and one for the buffer. Returns the new codes
-    and the new buffer.
+    step, W. states: a dict for each of the values, then one for the buffer. Returns the new
+    codes and the new buffer.
     """
     # P half: the codes stay, and the values take a step. The chain rule takes G on to them: a
     # codeword's gradient is the sum over all groups that use it, times their scales.
     gradients = torch.autograd.grad(dequantize(codes, *values), values, G)
     with torch.no_grad():
-        for p, g, state in zip(values, gradients, states):
-            p += lamb(p, g, state, lr, (0.9, 0.95))
+        for i, p in enumerate(values):
+            p += lamb(p, gradients[i], states[i], lr, (0.9, 0.95))
         W = dequantize(codes, *values)
 
     # V half: the values stay, and codes may move. R is where the same gradient would take
-    # the weight if it were free to go anywhere.
+    # the weight if it were free to go anywhere. G was taken before the P half, which moved W
+    # but not the buffer: so R - W also holds, with a minus, what the P half changed.
     R = buffer + lamb(buffer, G, states[-1], code_lr, (0.0, 0.95))
 
-    # A step is safe up to 1 / L, where L is the loss's curvature along the numbers that
-    # change. For all of them L is so large that 1 / L moves no code; a longer step moves
-    # many, and the loss jumps. Along a few numbers L is small, and the step can be long
-    # enough to reach another code. So only the tau n groups farthest from R may move.
+    # Why may only few codes move? A step is safe up to 1 / the loss's curvature along the
+    # coordinates that change. Along all of them it is so large that a safe step moves no code;
+    # a longer one moves many, and the loss jumps. Along a few it is small, and a safe step can
+    # reach another code. So only the tau n groups farthest from R may move. The curvature is
+    # not computed: LAMB made the step code_lr times as long as the buffer.
     n = codes.size(0) * codes.size(1)
     residual = (R - W).view(n, -1).square().sum(1)                     # (n,)
     chosen = residual.topk(math.ceil(tau * n)).indices                 # the farthest first
 
-    # They go to their nearest codes, in this order, until W leaves its trust region.
+    # They go to their nearest codes, in this order, until W has left its trust region.
     best = nearest(R, codes, *values)                                  # (O, J, M)
     change = (dequantize(best, *values) - W).view(n, -1).square().sum(1).detach()
     limit = (trust * W.norm()) ** 2
@@ -150,15 +152,15 @@ def pv_step(G, codes, values, buffer, states, dequantize, nearest, lr, code_lr, 
             codes.view(n, -1)[j] = best.view(n, -1)[j]
             spent = spent + change[j]
 
-    # What R asked for and the codes did not do stays in the buffer, and adds up over the
-    # steps: a code moves after many small pushes in one direction. forget = 1 drops it all.
+    # With forget = 0 the buffer is R. What the codes did not follow remains as R - W and adds
+    # up over the steps: a code moves after many small pushes in one direction.
     W = dequantize(codes, *values).detach()
     return codes, (1 - forget) * R + forget * W
 
 class Variant(NamedTuple):
     """An arm: what its V half does."""
     label: str
-    forget: float        # of the buffer's memory, in a step; 1: there is no buffer
+    forget: float        # 0: R is the buffer; 1: there is no buffer, R starts from W
     share: float         # of the groups that may change; None: --tau; 0: there is no V half
     rounding: float = 0  # temperature of stochastic rounding; 0: always to the nearest
 
@@ -181,17 +183,20 @@ VARIANTS = {
 # A step on one small layer is many small operations, and a GPU would spend its time on
 # starting them. So layers of one shape are stacked, every tensor with their number L in
 # front. A LLaMA of any depth has four shapes at most, and each operation of a step runs
-# four times, not once for each of 42 layers. A stack of either representation, Codebooks
-# here and Grid below, has
+# four times, not once for each of, say, 42 layers (7 in each of 6 blocks). A stack of
+# either representation, Codebooks here and Grid below, has
 #   codes                    (L, n, M): the groups of a layer are counted row by row
 #   group_size               g, the weights of a group
 #   dequantize()             the weights (L, O, C), differentiable in the stack's parameters
-#   nearest(target, where)   codes near given vectors, for chosen groups, and their vectors
-#   stack, pack              many stacks -> one; one stack -> a packed layer of each of the L
+#   nearest(target, where, keep, generator)
+#                            codes near given vectors, for chosen groups, and their vectors
+#   stack(forms), pack()     many stacks -> one; one stack -> a packed layer of each of the L
 
 class Codebooks(nn.Module):
     """Additive codebooks: codes (L, O, J, M), codebooks (L, M, K, g), scales (L, O)."""
-    beam = 1             # hypotheses that vq_search keeps; as published
+    # Hypotheses that vq_search keeps; as published. Ours may be above 1 for three and more
+    # codebooks, too: the official search is then worse than with 1.
+    beam = 1
 
     def __init__(self, codes, codebooks, scales):
         super().__init__()
@@ -203,7 +208,6 @@ class Codebooks(nn.Module):
 
     @classmethod
     def stack(cls, forms):
-        """One stack of them all."""
         codes = torch.cat([form.codes.view(form.shape) for form in forms])
         codebooks = torch.cat([form.codebooks for form in forms])
         scales = torch.cat([form.scales for form in forms])
@@ -213,18 +217,20 @@ class Codebooks(nn.Module):
         return vq_dequantize(self.codes.view(self.shape), self.codebooks, self.scales)
 
     def nearest(self, target, where, keep=1, generator=None):
-        """The `keep` best codes near target (L, k, g) for the groups where (L, k).
+        """The best codes near target (L, k, g) for the groups with the indices where (L, k).
 
-        Returns codes (L, k, keep, M) and the vectors that they stand for, (L, k, keep, g).
+        Returns codes (L, k, found, M) and the vectors that they stand for, (L, k, found, g).
         """
         # The codebooks hold vectors before scaling: divide the targets by the scales of
         # their rows.
         row = where // self.shape[2]                                   # (L, k): J groups a row
         s = self.scales.gather(1, row).unsqueeze(2)                    # (L, k, 1)
         start = gather_groups(self.codes, where)                       # (L, k, M)
+
+        # It finds codes (L, k, found, M), the best first, and then the runner-up.
         codes = vq_search(target / not_zero(s), start, self.codebooks, self.beam, generator, keep)
 
-        L, k, found, _ = codes.shape
+        L, k, found, _ = codes.shape                                   # found <= keep
         sums = vq_sum(codes.flatten(1, 2), self.codebooks).view(L, k, found, -1)
         return codes, sums * s.unsqueeze(3)
 
@@ -234,18 +240,18 @@ class Codebooks(nn.Module):
                 for i in range(len(codes))]
 
 def stack(forms):
-    """One stack of them all, which are of one class and one shape."""
+    """forms: of one class and one shape."""
     return type(forms[0]).stack(forms)
 
 def not_zero(scale):
-    """scale, or EPS where training took it nearer to 0 than that, to divide targets by. What has
-    a scale of 0 stands for zeros, whatever its codes are."""
+    """scale, or EPS where |scale| < EPS, so that it can be a divisor. What has a scale of 0
+    stands for zeros, whatever its codes are."""
     return torch.where(scale.abs() < EPS, EPS, scale)
 
 # ---- The V half of a stack --------------------------------------------------------------------
 
 def gather_groups(x, where):
-    """The chosen groups of x (L, n, ...): where (L, k) -> (L, k, ...)."""
+    """The chosen groups of x (L, n, ...): indices where (L, k) -> (L, k, ...)."""
     return x.gather(1, where.unsqueeze(2).expand(-1, -1, x.size(2)))
 
 def scatter_groups(x, where, values):
@@ -266,7 +272,7 @@ def move_codes(form, reference, fraction, rank="residual", trust=None, left=None
     trust: the radius of the trust region, relative to the norm of the weight.
     rounding: the temperature of stochastic rounding.
 
-    Changes form.codes. Returns the new weights (L, O, C), the numbers of changed groups (L,) and
+    Changes form.codes. Returns the new weights (L, O, C), the counts of changed groups (L,) and
     the used shares of the trust region (L,). All are tensors: nothing here waits for a GPU.
     """
     w = form.dequantize()
@@ -274,7 +280,8 @@ def move_codes(form, reference, fraction, rank="residual", trust=None, left=None
     vectors = w.view(L, n, form.group_size)    # a view: writing to it changes w
     target = reference.reshape(L, n, form.group_size)
 
-    # 1. Which groups may move? Where all may and none has to come first, none is ranked.
+    # 1. Which groups may move? If all may and there is no trust region, their order does not
+    # matter, and none is ranked.
     count = math.ceil(fraction * n)
     if count == n and trust is None:
         chosen = every_group(form)
@@ -287,6 +294,7 @@ def move_codes(form, reference, fraction, rank="residual", trust=None, left=None
     old_codes = gather_groups(form.codes, chosen)                      # (L, count, M)
     new_codes, new_vectors, error = search_groups(form, chosen, goal, rounding, generator)
     if left is not None:
+        # What the nearest codes leave, even where the trust region then refuses the move.
         left.scatter_(1, chosen, error)
 
     # 3. How far? Beyond the trust region nothing moves: so far away the gradient says little.
@@ -304,12 +312,12 @@ def move_codes(form, reference, fraction, rank="residual", trust=None, left=None
     return w, changed, used
 
 def every_group(form):
-    """The numbers of all groups of each layer, (L, n)."""
+    """The indices of all groups of each layer, (L, n)."""
     L, n, _ = form.codes.shape
     return torch.arange(n, device=form.codes.device).expand(L, n)
 
 def choose_groups(form, vectors, target, count, rank, left, generator):
-    """The `count` groups of each layer that may move, (L, count).
+    """The indices of the `count` groups of each layer that may move, (L, count).
 
     They have the largest squared error of vectors against target, both (L, n, g) and in the unit
     of the weights, so that rows with large scales come first.
@@ -320,7 +328,8 @@ def choose_groups(form, vectors, target, count, rank, left, generator):
     # its group takes a place in the ranking for ever. So rank by the error that goes
     # away: subtract what the nearest code would leave. That takes a search of all groups.
     # Where the reference changes little from step to step, `left` is given instead: what
-    # the last search of a group left, 0 at first.
+    # the last search of a group left. It is 0 at first, so that a group which was never
+    # searched ranks by its full error.
     if rank == "improvement":
         if left is None:
             _, best = form.nearest(target, every_group(form), generator=generator)
@@ -337,7 +346,7 @@ def search_groups(form, chosen, target, rounding, generator):
     new_codes = codes[:, :, 0]
     new_vectors = vectors[:, :, 0]
 
-    # Ours: with two codebooks, too. Some go to the runner-up.
+    # Stochastic rounding: some take the runner-up. Ours works with two codebooks; theirs raises.
     if rounding:
         second = take_second(errors, rounding, generator).unsqueeze(2)
         new_codes = torch.where(second, codes[:, :, 1], new_codes)
@@ -345,7 +354,7 @@ def search_groups(form, chosen, target, rounding, generator):
     return new_codes, new_vectors, errors[..., 0]
 
 def take_second(errors, temperature, generator):
-    """Stochastic rounding: True (L, k) where the runner-up is taken.
+    """True (L, k) where stochastic rounding takes the runner-up.
 
     The nearest stays with p = e1^(-1/T) / (e1^(-1/T) + e2^(-1/T)), of the two distances e1 and
     e2. errors (L, k, 2) are their squares, hence the half. An exact match (0 / 0) stays.
@@ -356,39 +365,39 @@ def take_second(errors, temperature, generator):
     return u >= p.nan_to_num(1.0)
 
 def inside_trust(before, after, radius):
-    """True (L, k) for the changes up to the one that takes their sum beyond the radius (L, 1).
-    That one is inside: a layer can always change at least one group."""
+    """True (L, k) for the changes that are kept: in order, until together they are as long as
+    the radius (L, 1). The one that crosses it is kept: a layer can always change one group."""
     length = squared(after - before)                                   # (L, k)
     spent = length.cumsum(1) - length                  # by the changes that come first
     return spent < radius.square()
 
 def v_step(reference, codes, codebooks, scales, fraction, **how):
-    """move_codes for one layer: new codes (O, J, M) for the dense weight reference (O, C)."""
+    """move_codes for one layer, as tests call it: new codes (O, J, M) near reference (O, C)."""
     form = Codebooks(codes[None], codebooks[None], scales[None])
     move_codes(form, reference[None], fraction, **how)
     return form.codes.view(codes.shape).to(codes.dtype)
 
 # ---- The optimizer ----------------------------------------------------------------------------
 
-def lamb_step(p, g, state, lr, betas):
+def lamb_step(p, grad, state, lr, betas):
     """`lamb` for L tensors p (L, ...) at once, each with a length of its own. In place where it
     can be: the moments and the step are each as large as the weights."""
     b1, b2 = betas
     if "t" not in state:
         state["t"] = 0
-        state["v"] = torch.zeros_like(g)
+        state["v"] = torch.zeros_like(grad)
         if b1:
-            state["m"] = torch.zeros_like(g)
+            state["m"] = torch.zeros_like(grad)
     state["t"] += 1
     t = state["t"]
 
-    # Adam's direction. With b1 = 0, as for R, the first moment is g itself: it is not kept.
-    v = state["v"].mul_(b2).addcmul_(g, g, value=1 - b2)
-    m = state["m"].lerp_(g, 1 - b1) if b1 else g
+    # Adam's direction. With b1 = 0, as for R, the first moment is the gradient: it is not kept.
+    v = state["v"].mul_(b2).addcmul_(grad, grad, value=1 - b2)
+    m = state["m"].lerp_(grad, 1 - b1) if b1 else grad
     step = m / v.sqrt().add_(EPS_ADAM)
 
-    # Its length: lr times that of the tensor. The correction of the moments makes the
-    # first step 0.22 times as long for betas of (0, 0.95), and 2.2 times for (0.9, 0.95).
+    # Its length. With the correction of the moments the first step is 0.22 lr |p| long for betas
+    # of (0, 0.95), and 2.2 lr |p| for (0.9, 0.95).
     p_norm = p.flatten(1).norm(dim=1)                                  # (L,)
     norm = step.flatten(1).norm(dim=1).clamp(min=1e-30)
     factor = p_norm / norm * (-lr * math.sqrt(1 - b2**t) / (1 - b1**t))
@@ -413,8 +422,9 @@ class PVOptimizer(torch.optim.Optimizer):
         for form, layers in zip(model.forms, model.layers):
             self.stacks.append(Stack(form, [layer.weight for layer in layers]))
 
-        # Three groups of parameters. The dense weights are no parameters of their own:
-        # their rate is that of R.
+        # Three groups of parameters. The dense weights are Parameters only to receive G; their
+        # learning rate is used for R. Before each step train_step sets each group's "lr" to
+        # schedule(step, steps, peak).
         forms = [p for form, _ in self.stacks for p in form.parameters()]
         dense = [w for _, weights in self.stacks for w in weights]
         known = {id(p) for p in forms + dense}
@@ -425,8 +435,9 @@ class PVOptimizer(torch.optim.Optimizer):
             {"params": dense, "peak": args.code_lr, "betas": (0.0, 0.95)},
         ], {})
 
-        # What the V half does. The trust region is for the arms with a share tau; the
-        # others have none, as in the paper. fraction 0: there is no V half.
+        # What the V half does. The trust region is for the arms with a share tau. The others
+        # have none, as in the paper: they are what the limits on changes are compared with.
+        # fraction 0: there is no V half.
         self.variant = VARIANTS[variant]
         limited = self.variant.share is None
         self.fraction = args.tau if limited else self.variant.share
@@ -437,18 +448,20 @@ class PVOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def schedule(step, steps, peak):
-        """The learning rate falls to 0 in a line. Ours: the official rates are constant."""
+        """Ours: the rate falls to 0 in a line. The official rates are constant."""
         return peak * (1 - step / steps)
 
     @torch.no_grad()
     def step(self):
-        # Ours: a generator of (seed, step), so that --resume draws the same. A CPU's generator
-        # takes the low 32 bits of its seed: they have to know both numbers.
+        # Ours: all draws follow from the seed and t, which counts V halves, so that --resume draws
+        # the same. With P only t stays 0, and nothing is drawn. A CPU's generator takes the low
+        # 32 bits of its seed, so seed and t are mixed into them.
         t = self.state[self.stacks[0].weights[0]].get("t", 0)
         mixed = np.random.SeedSequence([self.seed, t]).generate_state(1)
         self.generator.manual_seed(int(mixed[0]))
 
-        # Ours: train_step has clipped these, and those of the rest, to a norm of 1 together.
+        # Ours: train_step has already clipped the dense and the remaining gradients together to
+        # a norm of 1.
         gradients = [torch.stack([w.grad for w in weights]) for _, weights in self.stacks]
         self.p_half(gradients)
         self.v_half(gradients)
@@ -456,7 +469,9 @@ class PVOptimizer(torch.optim.Optimizer):
     def p_half(self, gradients):
         """Step the values, norms, embedding and head. gradients: G (L, O, C) of each stack."""
         rest, forms, _ = self.param_groups
-        # Take G on to the values.
+
+        # Take G on to the values. Their .grad is None here: train_step clears it after each step,
+        # and the student's own backward pass does not reach the forms.
         for (form, _), G in zip(self.stacks, gradients):
             with torch.enable_grad():
                 form.dequantize().backward(G)
@@ -482,7 +497,8 @@ class PVOptimizer(torch.optim.Optimizer):
         dense = self.param_groups[2]
         state = self.state[weights[0]]
 
-        # R starts where the last step left it, or without a buffer at the weights.
+        # R starts where the last step left it, or without a buffer at the weights, which are
+        # still those that G was taken at: the P half has changed the form alone.
         start = state["buffer"] if "buffer" in state else torch.stack(weights)
         R = start + lamb_step(start, G, state, dense["lr"], dense["betas"])
 
@@ -497,13 +513,13 @@ class PVOptimizer(torch.optim.Optimizer):
                                       state.get("left"), generator=self.generator,
                                       rounding=self.variant.rounding)
 
-        # The ranks may differ in their last digits, and so in a nearest code: those of
-        # rank 0 count.
+        # The ranks may differ in their last digits, and so in a nearest code: so all take
+        # rank 0's codes.
         if world_size() > 1:
             from_rank_0([form.codes])
             W = form.dequantize()
 
-        # What R asked for and the codes did not do stays in the buffer.
+        # What the next step and the report need.
         state["changed"] = state.get("changed", 0.0) + changed.sum().float()
         if self.variant.forget < 1:
             state["buffer"] = R.lerp_(W, self.variant.forget)          # in place: R is large
@@ -604,7 +620,7 @@ class Distilled(nn.Module):
 # ---- The fit: the codes to start from ---------------------------------------------------------
 
 class Scheme(NamedTuple):
-    """MxBgG: M codebooks of 2^B vectors of G weights."""
+    """MxBgG: 2x8g4 are M = 2 codebooks of 2^B = 2^8 vectors of g = 4 weights."""
     num_codebooks: int
     bits: int                    # of a code
     group_size: int
@@ -619,12 +635,15 @@ def parse_scheme(text):
         raise UsageError(f"--scheme {text}: 2^{B} codes do not fit in 16 bits; try {M}x16g{g}")
     return Scheme(M, B, g)
 
+WINDOWS = 64                     # of --seq-len tokens, to fit on
+
 @full_float32()
 @torch.no_grad()
 def fit(model, data, args):
-    """Compress the linears in place, block by block: each on what those before feed it."""
+    """Compress the linears in place. Each block is fitted to inputs that pass through the
+    compressed blocks before it."""
     generator = torch.Generator().manual_seed(args.seed)
-    idx, _ = batch(data.train, 0, 64, args.seq_len, args.seed, args.device)
+    idx, _ = batch(data.train, 0, WINDOWS, args.seq_len, args.seed, args.device)
     for i, block in enumerate(block_hessians(model, idx), 1):
         losses = []
         for name, linear, hessian in block:
@@ -642,8 +661,8 @@ def fit(model, data, args):
 
 def fit_codebooks(linear, hessian, args, generator):
     """Codebooks of one layer, by AQLM."""
-    # Ours: theirs are up to 100 times 100 Adam steps at a rate of 1e-4. These are up to 4 times
-    # 19, at 1 % of a tensor's size.
+    # Ours: up to 4 times 19 Adam steps at a rate of 1 % of the tensor's root mean square, and a
+    # search after every 19. Theirs: up to 100 times 100 steps at a rate of 1e-4.
     steps = 5 if args.smoke else 19
     scheme = parse_scheme(args.scheme)
     with torch.enable_grad():
@@ -653,18 +672,19 @@ def fit_codebooks(linear, hessian, args, generator):
 
 def fit_grid(name, linear, hessian, args):
     """The Grid of one layer, by GPTQ."""
-    with definite_hessian(name, 64 * args.seq_len, "try another --data, or a longer --seq-len"):
+    fix = "try another --data, or a longer --seq-len"
+    with definite_hessian(name, WINDOWS * args.seq_len, fix):
         q, scale, zero_point = gptq(linear.weight, hessian, args.bits, args.group_size)
     return Grid(q[None], scale[None], zero_point[None], args.bits)
 
 # ---- Plain grids ------------------------------------------------------------------------------
-# Ours: the official code tunes codebooks alone.
+# Ours: the official code tunes codebooks alone. A grid's scales learn; its zero points stay.
 
 class Grid(nn.Module):
     """The affine grid of `rtn` and `gptq`: the weight is (q - zero_point) * scale.
 
-    q (L, O, C) and zero_point (L, O, G) are integers, scale is (L, O, G). A group is one weight,
-    and its code is q. The scales learn; the zero points stay.
+    q (L, O, C) and zero_point (L, O, S) are integers, scale is (L, O, S), with S scales in a row.
+    A group is one weight, and its code is q.
     """
     group_size = 1
 
@@ -679,7 +699,6 @@ class Grid(nn.Module):
 
     @classmethod
     def stack(cls, forms):
-        """One stack of them all."""
         q = torch.cat([form.codes.view(form.shape) for form in forms])
         scale = torch.cat([form.scale for form in forms])
         zero_point = torch.cat([form.zero_point for form in forms])
@@ -692,15 +711,17 @@ class Grid(nn.Module):
         return dequantize(q, scale, zero_point, self.inputs_per_scale).view(self.shape)
 
     def nearest(self, target, where, keep=1, generator=None):
-        """As Codebooks.nearest, for targets of one number each; nothing is drawn."""
+        """As Codebooks.nearest, for targets of one weight each; nothing is drawn."""
         # Weights and scales are both counted row by row.
         at = where // self.inputs_per_scale                            # (L, k)
         s = self.scale.flatten(1).gather(1, at).unsqueeze(2)           # (L, k, 1)
         z = self.zero_point.flatten(1).gather(1, at).unsqueeze(2)
         divisor = not_zero(s)
+
+        # The best code: round target / divisor, add z, clamp to 0..qmax.
         first = affine_codes(target, divisor, z, self.bits)
 
-        # The second best code is the neighbour on the target's side, inside the grid.
+        # The runner-up: the neighbour on the target's side; at either end, the only neighbour.
         qmax = 2**self.bits - 1
         above = target / divisor + z > first
         up = (above & (first < qmax)) | (first == 0)
@@ -716,7 +737,7 @@ class Grid(nn.Module):
 
 # ---- The exact theory (sections 3 and 4 of the paper), for phi(x) = x'Ax / 2 - b'x ------------
 # A vector x with few distinct values V(x) (the codebook), and the ties P(x) among its
-# entries (the codes). phi never grows, whatever the halves are.
+# entries (the codes). phi never grows with any P and V below; STE has no such guarantee.
 
 def exact_p(A, b, x):
     """The best vector that keeps x's ties: with E its one-hot codes, (E'AE) v = E'b."""
@@ -732,32 +753,35 @@ def exact_v(A, b, y):
     return x[phi.argmin()]
 
 def linear_v(A, b, y, values, tau):
-    """The V half on a bound of phi: round y - g / L to the nearest of `values`, in tau numbers.
+    """The V half on a bound of phi: round y - grad / smooth to the nearest of `values`, for at
+    most tau coordinates.
 
-    g is phi's gradient at y, and L its smoothness along the chosen numbers S alone. For every
-    step d along them phi(y + d) <= phi(y) + g'd + L |d|^2 / 2, and the rounding is the minimum
-    of this bound: so phi cannot grow. tau = d is the naive step, with the L of all numbers.
+    grad is phi's gradient at y, and smooth the paper's L: phi's smoothness along the chosen
+    coordinates alone. For every step h along them
+        phi(y + h) <= phi(y) + grad'h + smooth |h|^2 / 2,
+    and the rounding is the minimum of this bound: so phi cannot grow. tau = d, the length of y,
+    is the naive step, with the smoothness along all coordinates.
     """
-    g = A @ y - b
+    grad = A @ y - b
 
-    # Choose the largest |g|, among the numbers that have a value on their downhill side.
+    # Choose the largest |grad|, among the coordinates with a value on their downhill side.
     column = y.unsqueeze(1)
     lower = (values < column).any(1)
     higher = (values > column).any(1)
-    movable = torch.where(g > 0, lower, higher) & (g != 0)
-    order = torch.where(movable, g.abs(), -1.0).argsort(descending=True, stable=True)
-    S = order[:tau]
+    movable = torch.where(grad > 0, lower, higher) & (grad != 0)
+    order = torch.where(movable, grad.abs(), -1.0).argsort(descending=True, stable=True)
+    chosen = order[:tau]
 
-    # Round the step 1 / L of each, with the others as they are.
-    L = torch.linalg.eigvalsh(A[S][:, S])[-1]
-    goal = y[S] - g[S] / L
+    # Round their steps, with the others as they are.
+    smooth = torch.linalg.eigvalsh(A[chosen][:, chosen])[-1]
+    goal = y[chosen] - grad[chosen] / smooth
     x = y.clone()
-    x[S] = values[(goal.unsqueeze(1) - values).abs().argmin(1)]
+    x[chosen] = values[(goal.unsqueeze(1) - values).abs().argmin(1)]
     return x
 
 def ste_iterates(A, b, x, values, lr, steps):
     """The straight-through estimator: shadow weights collect the gradients at their rounded
-    values. Yields those."""
+    values. Yields the rounded values."""
     shadow = x.clone()
     for _ in range(steps):
         yield x
@@ -765,7 +789,7 @@ def ste_iterates(A, b, x, values, lr, steps):
         x = values[(shadow.unsqueeze(1) - values).abs().argmin(1)]
 
 def values_along(move, x, phi, steps):
-    """phi along x, move(x), move(move(x)), ..."""
+    """phi at the start x and after each move: x, move(x), move(move(x)), ..."""
     values = []
     for _ in range(steps):
         values.append(phi(x))
@@ -774,17 +798,17 @@ def values_along(move, x, phi, steps):
 
 def demo(seed):
     """Print the example that separates the methods, and curves of exact and linear PV."""
-    demo_of_ten_numbers()
+    demo_of_ten_coordinates()
 
     say("\nphi - min phi after each P and V: mean of 50 coupled quadratics of 6 numbers, c values")
     generator = torch.Generator().manual_seed(seed)
     for c in range(1, 7):
         curves = torch.tensor([pv_curves(c, generator) for _ in range(50)]).mean(0).tolist()
         for name, values in zip(("exact", "linear", "subspace"), curves):
-            say(f"c = {c}, {name:8} | {format_ten(values)}")
+            say(f"c = {c}, {name:8} | {format_values(values)}")
 
-def demo_of_ten_numbers():
-    """All ten gradients are equal: no number moves, or all do, unless only tau may."""
+def demo_of_ten_coordinates():
+    """All ten gradients are equal: no coordinate moves, or all do, unless only tau may."""
     A = torch.ones(10, 10).double()
     b = torch.full((10,), 4.0).double()
     x = torch.zeros(10).double()
@@ -793,17 +817,17 @@ def demo_of_ten_numbers():
     def phi(x):
         return (x.sum() - 4).item() ** 2 / 2
 
-    # L is 10 along all of the numbers, and tau along tau of them.
+    # The smoothness L is 10 along all coordinates, and tau along tau of them.
     say("phi(x) = (x_1 + ... + x_10 - 4)^2 / 2, x_i in {0, 1}, from x = 0; phi after each step")
     taus = {"naive, step 1/L": 10, "subspace, tau 1": 1, "subspace, tau 2": 2, "subspace, tau 3": 3}
     for label, tau in taus.items():
         def move(x):
             return linear_v(A, b, x, values, tau)
-        say(f"{label} | {format_ten(values_along(move, x, phi, 10))}")
+        say(f"{label} | {format_values(values_along(move, x, phi, 10))}")
 
     for lr in (0.02, 0.05, 0.1):
         found = [phi(x) for x in ste_iterates(A, b, x, values, lr, 200)]
-        say(f"STE, lr {lr:<7} | {format_ten(found)} ... lowest of 200 steps {min(found)}")
+        say(f"STE, lr {lr:<7} | {format_values(found[:10])} ... lowest of 200 steps {min(found)}")
 
 def pv_curves(c, generator, d=6):
     """phi - min phi of exact, linear and subspace (tau 1) PV from the same random start."""
@@ -812,7 +836,7 @@ def pv_curves(c, generator, d=6):
     b = torch.randn(d, **draw)
     values = torch.randn(c, **draw)
 
-    # The 3 couples every pair: L is then far above the smoothness along one number.
+    # The 3 couples every pair: the smoothness along all is then far above that along one.
     A = root @ root.t() / d + torch.eye(d).double() / 10 + 3
 
     # Each of the c values occurs at least once.
@@ -836,8 +860,8 @@ def pv_curves(c, generator, d=6):
 
     return [values_along(move, start, phi, 8) for move in (exact, linear, subspace)]
 
-def format_ten(values):
-    return " ".join(f"{x:7.3f}" for x in values[:10])
+def format_values(values):
+    return " ".join(f"{x:7.3f}" for x in values)
 
 # ---- The run ----------------------------------------------------------------------------------
 
@@ -854,7 +878,7 @@ def main():
     if args.scheme == "affine":
         name += f"-w{args.bits}"
     path = os.path.join(args.out, f"{name}.pt")
-    keep_model(args, path)
+    keep_model(args, path)                             # refuses to write over --model
     header(f"pvtune | {args.scheme}", args, base, data)
     base.requires_grad_(False)
 
@@ -862,6 +886,8 @@ def main():
     start = time.perf_counter()
     fitted = fit(copy.deepcopy(base), data, args).requires_grad_(True)
     fit_seconds = time.perf_counter() - start
+
+    # Its bits. Of a copy, because Distilled takes the forms away.
     bpw, _ = bits_per_weight(Distilled(copy.deepcopy(fitted), base).pack())
 
     # What the arms are compared with.
@@ -933,9 +959,10 @@ def share_of_changes(optimizer, steps):
 def print_table(rows, tokens):
     dense = rows["dense"]["val_loss"]
     fitted = rows["as fitted"]["val_loss"]
+    lost = (fitted - dense) or math.nan                # nothing lost: nan % recovered
     say(f"\n{tokens:>7} val tokens     | val loss | recovered |   bpw | changed | budget | seconds")
     for label, row in rows.items():
-        recovered = (fitted - row["val_loss"]) / (fitted - dense or math.nan)
+        recovered = (fitted - row["val_loss"]) / lost
         codes = "      - |      -"
         if "changed" in row:
             codes = f"{100 * row['changed']:6.1f}% | {100 * row['budget']:5.1f}%"
@@ -967,7 +994,8 @@ def report(args, data, model, variant, result, rows, bpw, path):
 @torch.no_grad()
 def groups_that_differ(model, packed):
     """How many groups of the dense weights that the live student multiplies with are not what the
-    file's codes stand for. Codebooks and scales are the live ones: those of the file are float16.
+    file's codes stand for. Weights are compared, so that stale dense weights are found too.
+    Codebooks and scales are the live ones: those of the file are float16.
     """
     stored = dict(packed.linears())
     names = {layer: name for name, layer in model.student.linears()}
@@ -977,6 +1005,7 @@ def groups_that_differ(model, packed):
         own = form.codes
         codes = []
         for layer in layers:
+            # packed has a row for each output; the last argument is the codes in a row.
             m = stored[names[layer]]
             codes.append(unpack(m.packed, m.spec["bits"], M * n // len(m.packed)))
 
@@ -995,7 +1024,7 @@ def groups_that_differ(model, packed):
 def parse_args(argv=None):
     p = Parser(prog="pvtune.py", description="Fine-tune codes and codebooks (PV-Tuning).")
     p.add_argument("--bits", type=number(int, 1, 8), default=2,
-                   help="a weight, 1 to 8 (default: 2)")
+                   help="a weight, 1 to 8; unused with --scheme MxBgG (default: 2)")
     p.add_argument("--scheme", help="MxBgG: M codebooks of 2^B vectors of G weights; or affine, a "
                    "grid of --bits (default: BITSx4g4)")
     p.add_argument("--group-size", type=number(int, -1),
@@ -1007,7 +1036,7 @@ def parse_args(argv=None):
                    "away (default: residual)")
     p.add_argument("--tau", type=float, default=0.01,
                    help="share of the groups that may change (def.: 0.01)")
-    p.add_argument("--trust", type=number(float, 1e-9), default=0.2,       # theirs: 0.01, or none
+    p.add_argument("--trust", type=number(float, 1e-9), default=0.2,   # ours; theirs: 0.01 or none
                    help="largest change of a weight by new codes, relative to its norm, in one "
                    "step (default: 0.2)")
     p.add_argument("--code-lr", type=number(float, 1e-9, 10), default=0.1,
@@ -1015,9 +1044,10 @@ def parse_args(argv=None):
     p.add_argument("--demo", action="store_true",
                    help="only show the exact theory on tiny problems")
     add_flags(p)
-    p.set_defaults(lr=6e-3, seq_len=0, eval_every=0)
+    p.set_defaults(lr=6e-3, seq_len=0, eval_every=0)       # 0: the model's own window; no looks
     args = p.parse_args(argv)
 
+    # A code of 4 bits for 4 weights costs one bit per weight, so M = bits.
     args.scheme = args.scheme or f"{args.bits}x4g4"
     check_args(args)
     if args.scheme != "affine":
