@@ -821,7 +821,13 @@ def choose_tile(M, w):
             fits = programs <= ENOUGH[tile.warps] and w.shape[1] // tile.BLOCK_K % split == 0
             if split == 1 or fits:
                 found.append(tile._replace(split=split))
-    tile = min(found, key=lambda tile: predicted_time(M, w, tile))
+
+    # Of equal ones: at 8 bits the tile of more outputs, which reads x less often (at 96 tokens and
+    # 14336 x 4096 38 us in place of 45); with fewer bits the one of which two share an SM.
+    def rank(tile):
+        outputs = -tile.BLOCK_N if w.bits == 8 else tile.BLOCK_N
+        return predicted_time(M, w, tile), outputs, -tile.split
+    tile = min(found, key=rank)
 
     # x by TMA is 1 to 14 % faster, but where k is split, in so few steps, up to 10 % slower. Its
     # descriptors are made on the CPU, which torch.compile does not trace.
