@@ -8,8 +8,8 @@ What limits y = x w_hat^T, for M tokens and a weight of O outputs and C inputs?
   A few tokens: bytes of weights. Even one token's product has to read all O x C weights, and it
   uses each of them once. An H100 reads 3.0 TB/s: a weight of 14336 x 4096 takes 39 us in bfloat16
   and 10 us in 4 bits. This is where packed weights pay. But unpacking has to keep up: while memory
-  delivers one weight of b bits, the processors issue about 1.2 b instructions for it, five at
-  4 bits. A kernel that spends ten on a weight waits for itself, not for the memory.
+  delivers one weight of b bits, the processors issue about 1.2 b instructions (of one lane) for it,
+  five at 4 bits. A kernel that spends ten on a weight waits for itself, not for the memory.
 
   Many tokens: tensor cores. 2 M O C operations at 790 TFLOP/s take longer than reading 4-bit
   weights from about 65 tokens on. The operations are those of a dense product, so packed weights
@@ -158,7 +158,8 @@ def launch(early):
 # so that a 16-byte load gives every thread its own codes: nothing is exchanged between threads.
 #
 # Of the 16 outputs of a tile, thread 4 r8 + i has outputs r8 and r8 + 8. The k's come in stripes of
-# 32, of which it has these 8, one of every pair of rows below, in a pair of words p = 0, 1:
+# 32. For each of its two outputs it has eight of them, 8 i to 8 i + 7, in a pair of words p = 0, 1
+# (so the four words of its 16 bytes are two outputs' pairs):
 #
 #     k in the stripe      8 i +   0 1    2 3    4 5    6 7
 #     word p                       0      0      1      1
@@ -191,7 +192,8 @@ class LowBit(NamedTuple):
 def pack_weight(q, scale, zero_point, bits, group_size=-1):
     """Codes (O, C) and grids (O, G) as `rtn` returns them -> LowBit, or None: no kernel for these.
 
-    A scale and its zero point travel as one word: the scale loses its last 8 bits, 2^-17 of it.
+    A scale and its zero point travel as one word: the scale loses its last 8 bits, at most 2^-16 of
+    it.
     """
     O, C = q.shape
     g = C if group_size == -1 else group_size
@@ -284,9 +286,9 @@ def _numbers(w, high, zero, MASK, FIRST: tl.constexpr, STRIPES: tl.constexpr, A:
              B: tl.constexpr, BITS: tl.constexpr, dt: tl.constexpr, ASM: tl.constexpr):
     """q - zero_point, as exact floats of type dt, of STRIPES stripes from stripe FIRST on.
 
-    w (A, B, 128): words of A tiles of outputs, B blocks each; high: the third bits' words, at 3
-    bits; zero (A, 1, 16); MASK: `_mask`, which is an argument and no constant so that & and |
-    become one instruction.
+    w (A, B, 128): words of A tiles of outputs (in `_decode`: of A warps), B blocks each; high: the
+    third bits' words, at 3 bits; zero (A, 1, 16). MASK: `_mask`, an argument and no constant: an
+    instruction takes one constant, and that is 2^P; with the mask in a register & and | become one.
     -> (A, B, r8, i, r16, p, j, h), j the plane of 2 STRIPES, the others as in the packed order.
 
     No instruction converts integers to floats two at a time. But a float between 2^P and 2^(P+1),
@@ -303,6 +305,7 @@ def _numbers(w, high, zero, MASK, FIRST: tl.constexpr, STRIPES: tl.constexpr, A:
     Shifting by nibbles and not by fields saves shifts: planes of one nibble (four at 1 bit, two at
     2 bits) share the shifted word. And all of this is done to both halves of a word at once.
     """
+    # j runs within a thread: all that depends on it alone is a constant to the compiler.
     LOW: tl.constexpr = 2 if BITS == 3 else BITS       # bits of a field of w
     j = tl.reshape(tl.arange(0, 2 * STRIPES) + 2 * FIRST, (1, 1, 1, 1, 1, 1, 2 * STRIPES))
     j = j.to(tl.uint32)
@@ -318,7 +321,8 @@ def _numbers(w, high, zero, MASK, FIRST: tl.constexpr, STRIPES: tl.constexpr, A:
         ONE: tl.constexpr = 0x3F80 if dt == tl.bfloat16 else 0x3C00        # 1.0, as bits
         TOP: tl.constexpr = ONE + (P << P)                                 # 2^P: P more exponents
 
-        # The word, moved down by whole nibbles, and the mask of its field, f bits up
+        # The word, moved down by whole nibbles, and the mask of its field, f bits up. (% 16: at 3
+        # bits j counts in blocks of 256 k's, two words of low bits.)
         f = j * LOW % 4
         t = t >> j * LOW // 4 * 4 % 16
         mask = MASK.to(tl.uint32) << f
@@ -330,7 +334,8 @@ def _numbers(w, high, zero, MASK, FIRST: tl.constexpr, STRIPES: tl.constexpr, A:
         # c. Setting z's bits in 2^P adds z, as it does q's; 0x8000 is the sign.
         c = ((z | TOP) ^ 0x8000) * 0x10001                                 # -(2^P + z)
         if LOW < 4:
-            # Fields that begin inside a nibble: + (2^P - 2^(P-f)), which has exponent P - 1.
+            # Fields that begin inside a nibble: + (2^P - 2^(P-f)) = 2^(P-1) (2 - 2^(1-f)), whose
+            # bits are TOP - 2^(P+1-f).
             up = tl.where(f == 0, 0, TOP - (2 << P >> f)).to(tl.uint32) * 0x10001
             c = _fma_pair(c, tl.full(up.shape, ONE * 0x10001, tl.uint32), up, dt, ASM)
         t = _fma_pair(t, (ONE - (f << P)) * 0x10001, c, dt, ASM)           # t 2^-f + c
@@ -342,6 +347,7 @@ def _with_third_bit(t, high, mask, j, FIRST: tl.constexpr, STRIPES: tl.constexpr
     """3 bits: the words t inside their mask of two bits a half, the third bit above them."""
     h = tl.reshape(high, (A, B, 8, 4, 2, 2, 1)).to(tl.uint32, bitcast=True)
     place = j // 4 * 4 + j // 2 % 2                    # of the stripe's first, see `_places`
+    # Shifted by place - 2, which may be negative for the first stripes, but not from the fifth on
     h = h << 2 >> place if FIRST + STRIPES <= 4 else h >> place - 2        # 2 bits above it
     return h ^ (h ^ t) & mask                          # t where the mask is set, else h
 
@@ -538,9 +544,10 @@ def _scaled(a, g, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.conste
     The k's come in the order (plane, p, i, h), that of wgmma's left operand: thread i of a row
     holds pairs h of 2 i and of 8 + 2 i.
 
-    Triton 3.6 unpacks the next step's numbers while wgmma multiplies, but would do so in the very
-    registers that wgmma still reads. So these products, PAIRS of them a piece of assembly, wait for
-    it: what comes before, `_numbers`, overlaps. PAIRS = 0: no wgmma here, nothing to wait for.
+    Triton 3.6 unpacks the next step's numbers while wgmma multiplies, but may put them into the
+    very registers that wgmma still reads: wrong sums. So these products, PAIRS of them a piece of
+    assembly, wait for it: what comes before, `_numbers`, overlaps. PAIRS = 0: no wgmma here,
+    nothing to wait for.
     """
     scale = tl.reshape(_scale_of(g), (BLOCK_N // 16, 1, 2, 8))
     scale = tl.reshape(tl.trans(scale, (0, 1, 3, 2)), (BLOCK_N // 16, 1, 8, 1, 2, 1, 1, 1))
@@ -727,7 +734,7 @@ class Span(NamedTuple):
 # (bits, tokens up to), measured on an H100. One tile: more programs in flight hide the memory's
 # latency. From 9 tokens on reading x costs more than that, and two tiles share it. 256 k's: 512
 # cost registers and with them warps. The barrier of `wait` brings the loads forward, but a warp
-# then waits for three.
+# then waits for the program's others.
 DECODE = {
     (1, 8): Span(1, 256, True),
     (2, 8): Span(1, 256, True),
@@ -840,8 +847,8 @@ def predicted_time(M, w, tile):
     Unpacking and scaling a weight costs as much as multiplying it with 80 tokens. A program of 4
     warps without a second one beside it, which works while it waits, takes a tenth longer. Where k
     is split, leaving a sum and reading it again costs as much as 500 multiplications. With these
-    three numbers the choice comes closest to the fastest of 25 tiles measured on an H100, at 16
-    token counts, 3 shapes, 2 and 4 bits: 2.6 % slower on average.
+    three numbers the choice comes closest to the fastest of 25 tiles that were measured on an H100
+    (these and others, at 16 token counts, 3 shapes, 2 and 4 bits): 2.6 % slower on average.
     """
     O, C = w.shape
     programs = count_tiles(M, O, tile) * tile.split
@@ -920,6 +927,11 @@ def multiply_written_out(x, w, y):
         torch.mm(x, write_out(part, x.dtype).T, out=y[:, i:i + n])
 
 # ---- QuEST: rotation, scale, codes and trust mask in one pass -----------------------------------
+# QuEST treats x and w alike. Each block of n = gcd(C, 128) columns of a row is multiplied by the
+# Hadamard matrix H (entries +-n^-0.5). The row gets one scale s, the step of its grid, from its
+# root mean square, and u / s is rounded to the nearest level q + 1/2 (ternary: q), q an integer of
+# b bits. The trust mask marks where u was near enough to the grid for its gradient to pass.
+#
 # H is orthonormal, so a row has one root mean square, rotated or not. Codes are integers around
 # zero, 2 q + 1 (ternary: 2 q), so that no product has to make up for the grid's half step; only at
 # 8 bits, where that would leave int8, they are q. A program stays for many tiles and loads H once.
@@ -949,8 +961,8 @@ def _hadamard_quantize(x, signs, codes, scale, sums, values, trusted, T, C: tl.c
         LIMIT  the trust limit, in steps
         PLANES the columns of a block go where quest_matmul wants them: column PLANES i + f of a
                block to f n / PLANES + i. The columns of H are permuted to begin with.
-        HALVES = 2: signs is h = H of half the size, and two halves a, b of a block give a h + b h
-               and a h - b h. Half the multiplications, a quarter of H.
+        HALVES = 2: signs is H' = H of half the size, h x h, and two halves a, b of a block give
+               a H' + b H' and a H' - b H'. Half the multiplications, a quarter of H.
     """
     LOW: tl.constexpr = SHIFT - 0.5 - 0.5 * TOP        # the least integer; LOW + TOP the largest
     ODD: tl.constexpr = 1 if SHIFT == 0.0 else 0       # the grid has levels at halves
@@ -1139,7 +1151,8 @@ def rotate_trusted(gs, trusted, dtype):
 
 @triton.jit
 def _tile_of(i, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First token and first output of tile i: 8 rows of tiles go together, L2 holds them."""
+    """First token and first output of tile i. As in Triton's tutorial tiles go in bands, here of 8
+    tiles of outputs, whose weights L2 holds."""
     tiles, wide = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     high = tl.minimum(wide - i // (8 * tiles) * 8, 8)
     return (i % (8 * tiles) // high * BLOCK_M,
@@ -1153,8 +1166,9 @@ def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, parts, tickets, M, N,
     """y (M, N) of codes a (M, K) and words w of b bits a code; see quest_matmul.
 
     A8, W8: these codes are q and not 2 q + 1. Then (2 q_a + 1) (2 q_w + 1) is made up for by the
-    sums of the other side: c_a c_w = 2 q_a c_w + c_w and so on. All of this is exact, in int32.
-    SPLIT: parts of k, as in `_tile`; of integers the sum is the same in any order.
+    sums of the other side: c_a c_w = 2 q_a c_w + c_w and so on; with both,
+    4 q_a q_w + c_a + c_w - 1. All of this is exact, in int32. SPLIT: parts of k, as in `_tile`; of
+    integers the sum is the same in any order.
     """
     pid = tl.program_id(0)
     m, n = _tile_of(pid, M, N, BLOCK_M, BLOCK_N)
@@ -1194,7 +1208,7 @@ def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, parts, tickets, M, N,
                              out_dtype=tl.int32)
 
     if SPLIT > 1:
-        # Leave this part's sum, unless it is the last: that one adds up the others.
+        # Leave this part's sum. The program that comes last adds up all of them.
         size: tl.constexpr = BLOCK_N * BLOCK_M
         at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         tl.store(parts + (pid * SPLIT + tl.program_id(1)) * size + at, acc)
@@ -1206,14 +1220,16 @@ def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, parts, tickets, M, N,
         for i in range(0, SPLIT):
             acc += tl.load(parts + (pid * SPLIT + i) * size + at)
 
-    # The half steps that 8-bit codes lack. a_sum and w_sum are sums of 2 q + 1.
+    # The half steps that 8-bit codes lack. a_sum and w_sum are sums of 2 q + 1; packed codes of w
+    # stand in acc as 2^(8-b) (q + 1/2) = 2^(7-b) (2 q + 1).
     acc *= (2 if A8 else 1) * (2 if W8 else 1)
     if A8:
         acc += (tl.load(w_sum + n % N) * 2**(7 - b if b < 8 else 0))[:, None]
     if W8:
         acc += tl.load(a_sum + m[None, :], mask=live, other=0) - (K if A8 else 0)
 
-    # Integers to numbers: a unit is half a step of a and, at the top of a byte, 2^(b - 8) of w's.
+    # Integers to numbers: a unit is half a step of a and, at the top of a byte, 2^(b - 8) of w's;
+    # at b = 8, half a step of each.
     unit = 0.25 if b == 8 else 2.0**(b - 9)
     out = acc.to(tl.float32) * (unit * tl.load(w_scale + n % N))[:, None]
     out = tl.trans(out * tl.load(a_scale + m[None, :], mask=live, other=0.0))      # tokens first
@@ -1362,7 +1378,8 @@ def quest_linear(x, w, a_bits, bits):
     return quest_matmul(a, w, a_bits, bits, x.dtype).view(*x.shape[:-1], -1)
 
 def quest_fits(x, bits, a_bits):
-    """Whether the kernels above take inputs x (..., K) on the uniform grid."""
+    """Whether the kernels above take inputs x (..., K) on the uniform grid. Of more than 32512
+    inputs the sums may leave int32."""
     K = x.size(-1)
     half = x.dtype in (torch.float16, torch.bfloat16)
     return (x.is_cuda and half and max(bits, a_bits) <= 8 and x.numel() > 0 and K % 128 == 0
@@ -1622,7 +1639,8 @@ def affine_product(layer, x, w):
                         layer.spec["group_size"])
 
 def quest_layer_operand(layer, x):
-    """What quest_operand makes; None for a baseline's layer or a shape without a kernel."""
+    """What quest_operand makes; None for a layer of a baseline of QuEST (not rotated, or of a fixed
+    scale), another grid, or a shape without a kernel."""
     plain = layer.a_scale is None and layer.spec["rotate"] and layer.spec["grid"] == "uniform"
     if not (plain and quest_fits(x, layer.bits, layer.a_bits)):
         return None

@@ -44,7 +44,7 @@ Not here: training a checkpoint whose dense form does not fit.
 
 Where ours differs from the paper or its official code: alpha and the rates suit a hundred
 steps; s0 comes from the range search of `rtn`, with other candidates and one norm; 2 bits
-have a zero point (so have the paper's, but not the released phi); "packed" is two codes a
+have a zero point (the released code leaves it out of phi); "packed" is two codes a
 byte (the released code stores integers in whole bytes); s, A, B and Z are float32, not
 bfloat16; on a GPU, A B runs in TF32; under --compile the compiler decides what is kept; the
 SVD start divides each row of A by its own scale; --a-bits also quantizes the norms' outputs.
@@ -158,9 +158,9 @@ def start_grid(w, bits, group_size, search=True):
     """The Grid on which rtn puts w (O, C). search: for the range of the least error, as in
     every table; without it, the min-max range.
 
-    Ours differs: the search takes the least |error|^2.4 (the paper tries norms from 2 to 5),
-    and one step goes from the whole range over 2^bits - 1, which is 2 max|w| of a symmetric
-    grid, down to 0.21 of that (theirs: from max|w| / (2^(bits-1) - 1) down to a hundredth).
+    Ours differs: the search takes the least |error|^2.4 (the paper tries norms from 2 to 5).
+    With R the whole range, 2 max|w| in a symmetric grid, a step is from R / (2^bits - 1) down
+    to 0.21 of that. (Theirs goes from max|w| / (2^(bits-1) - 1) down to a hundredth of that.)
     """
     _, scale, zero_point = rtn(w.float(), bits, group_size, symmetric=is_symmetric(bits),
                                mse=search)
@@ -376,9 +376,10 @@ class LRQATLinear(GridLinear):
         self.B = None
         v = to_grid(w.float(), scale, zero_point)                     # (O, C)
 
-        # As in PlainLRQAT. With the SVD start A B holds a part of the weight and Phi what is
-        # left of it: Z begins at v, up to what phi rounds or clips. So with the fraction kept
-        # the first Q is nearly the same, and it is A's and B's directions that differ.
+        # As in PlainLRQAT. With the SVD start A B holds a low-rank copy of the rounding error,
+        # and Phi what is left of v. So Z begins at v again, up to what phi rounds or clips. If
+        # phi keeps fractions, the first Q is nearly that of the zero start: the SVD gives A and
+        # B other directions, not a better first model.
         if rank:
             O, C = v.shape
             A = v.new_zeros(O, rank)
@@ -429,8 +430,8 @@ def arm_optimizer(model, lr):
 # ---- Another start of A B, and the baseline that learns every weight -----------------
 
 def svd_start(v, scale, rank, bits):
-    """A (O, r) and B (r, C) that give back what rounding v (O, C) takes away, as far as rank
-    r allows:
+    """A (O, r) and B (r, C) whose product copies what rounding v (O, C) takes away, as far as
+    rank r allows. The caller subtracts alpha/r A B from v before phi.
 
         E = s (v - clip(round(v)))      what is lost of W0; s is the mean scale of a row
         E ~ U sigma V^T                 its r largest singular values and their vectors
@@ -575,7 +576,8 @@ def status(model):
 def integers_in_use(layer, dtype):
     """The integers Q (O, C) that a layer multiplies with, from its answers to unit vectors.
     What is merged is compared with these, and not with what `rounded` claims. bfloat16 rounds
-    a weight by 1/512 at most, which is half a step at 256 steps: round() finds Q again."""
+    a weight by 1/512 of its own size at most: half a step for one that is 256 steps from zero,
+    and less for all that the grids hold. So round() finds Q again."""
     C = layer.rounded().size(1)
     units = torch.eye(C, dtype=dtype, device=layer.scale.device)
     w_hat = layer(units).t().float()                                  # (O, C)

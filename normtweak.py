@@ -20,8 +20,8 @@ The idea:
 
 The symbols:
   gamma      a norm's weight, (C,): all that is ever trained
-  windows    the inputs of a block, batches (B, T, C) of B windows; they come from the quantized
-             blocks before
+  windows    the inputs of a block, a list of N / B batches (B, T, C); they come from the
+             quantized blocks before
   targets    what the float block makes of the same windows
   f, q       one window's output, of the float block and of the quantized one
   host       the method that quantizes: "rtn" (round to nearest) or "gptq"
@@ -31,14 +31,15 @@ Shapes: N windows of T tokens, B of them a step; C channels, in a linear's shape
 O outputs of a linear; L blocks.
 
 Paper: Norm Tweaking, Li et al. 2024 (arXiv 2309.02784). There is no official release; the authors'
-scripts, from which --loss code comes, are not complete. Hosts: GPTQ (2210.17323), SmoothQuant
-(2211.10438). Generating from a start token is LLM-QAT's (2305.17888). As in the paper, a block
-corrects its own error only, not what earlier blocks did. Not here: LayerNorm.
+scripts, from which the choice `--loss code` comes, are not complete. Hosts: GPTQ (2210.17323),
+SmoothQuant (2211.10438). Generating from a start token is LLM-QAT's (2305.17888). As in the paper,
+a block corrects its own error only, not what earlier blocks did. Not here: LayerNorm.
 
 Where ours differs from the paper: first tokens are frequent tokens, the paper's are tokens of
 frequent languages; the learning rate is larger, since the windows are fewer and shorter; GPTQ
-rounds from left to right unless --act-order is given; SmoothQuant's peaks are those of the
-quantized stream; calibration runs in float32; --solver closed is not in the paper.
+rounds from left to right unless --act-order is given; SmoothQuant measures
+max|x| of each channel on the quantized stream, not on the float model's; calibration runs in
+float32; --solver closed is not in the paper.
 """
 import copy
 import os
@@ -174,9 +175,9 @@ class BlockLoss(NamedTuple):
 def compress(student, teacher, ids, args, host=None, tweak=True):
     """Quantize `student` block by block, in place, and tweak its norms.
 
-    teacher: the dense model that the student is to be quantized from, or was. host: "rtn",
-    "gptq", or None where the student's linears are packed already. Returns a BlockLoss
-    for each block. One block at a time is float32: the others stay as the teacher stores
+    teacher: the dense model. The student is a copy of it, still to be quantized, or (host
+    None) was quantized from it earlier. host: "rtn" or "gptq". Returns a BlockLoss for
+    each block. One block at a time is float32: the others stay as the teacher stores
     them, or are packed. Of a finished block the norms stay float32; like all norms they
     return the dtype of their input.
     """
@@ -287,7 +288,7 @@ def quantize_block(block, windows, tables, args, host, label):
             if host == "gptq":
                 # Round to nearest is what its error is compared with.
                 lost = 100 * output_error(w, dequantize(*codes, args.group_size), hessian)
-                # A Hessian without a factor becomes a UsageError with this advice.
+                # A Hessian without a Cholesky factor becomes a UsageError with this advice.
                 with definite_hessian(f"{label}{name}", tokens,
                                       "give more with --steps, or another --calib"):
                     codes = gptq(w, hessian, act_order=args.act_order, **grid)
@@ -428,9 +429,11 @@ def smooth(block, windows, tables, alpha):
 def tweak_by_least_squares(block, float_block, windows, tables, ridge=0.01):
     """Multiply each norm's weight by the s (C,) that brings its linears closest to float.
 
-    min_s sum_l E|W_l r x - Q_l s x|^2 + ridge * mean(diag A) |s - 1|^2 over the linears l, with x
-    the norm's output and r the float norm's weight over this one's. Its normal equations A s = b:
-    A = H * sum_l Q_l^T Q_l,  b = row sums of H * sum_l Q_l^T W_l r,  H = E[x x^T],  * by element.
+    min_s sum_l E|W_l diag(r) x - Q_l diag(s) x|^2 + damp |s - 1|^2 over the linears l. x is the
+    norm's output in `block`, r the norm's weight in float_block over that in block. With
+    H = E[x x^T] and * by element, s solves (A + damp I) s = b + damp, where
+    A = H * sum_l Q_l^T Q_l,  b = row sums of H * sum_l Q_l^T W_l diag(r),
+    damp = ridge * mean(diag A).
     """
     for norm in NORMS:
         # H is taken anew for the second norm: its inputs depend on the first one's weight.
@@ -454,8 +457,8 @@ def tweak_by_least_squares(block, float_block, windows, tables, ridge=0.01):
         A = H * QtQ
         b = (H * QtW).sum(1)                                           # (C,)
 
-        # The ridge pulls s to 1: its damp stands on both sides, and alone, where all
-        # inputs are zero, it gives s = 1.
+        # The ridge pulls s to 1: damp is added on both sides. Where all inputs are zero, A
+        # and b are zero, and damp alone gives s = 1.
         size = A.diagonal().mean()
         damp = ridge * torch.where(size > 0, size, 1.0)
         eye = torch.eye(len(b)).to(A)                  # dtype and device

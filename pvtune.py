@@ -129,14 +129,15 @@ def pv_step(G, codes, values, buffer, states, dequantize, nearest, lr, code_lr, 
 
     # V half: the values stay, and codes may move. R is where the same gradient would take
     # the weight if it were free to go anywhere. G was taken before the P half, which moved W
-    # but not the buffer: so R - W also holds, with a minus, what the P half changed.
+    # but not the buffer. So R - W is this step, plus what earlier steps left, minus what this
+    # P half changed.
     R = buffer + lamb(buffer, G, states[-1], code_lr, (0.0, 0.95))
 
     # Why may only few codes move? A step is safe up to 1 / the loss's curvature along the
-    # coordinates that change. Along all of them it is so large that a safe step moves no code;
-    # a longer one moves many, and the loss jumps. Along a few it is small, and a safe step can
-    # reach another code. So only the tau n groups farthest from R may move. The curvature is
-    # not computed: LAMB made the step code_lr times as long as the buffer.
+    # coordinates that change. Along all of them the curvature is so large that a safe step
+    # moves no code; a longer one moves many, and the loss jumps. Along a few it is small, and a
+    # safe step can reach another code. So only the tau n groups farthest from R may move. The
+    # curvature is not computed: code_lr sets the length of the step, whatever tau is.
     n = codes.size(0) * codes.size(1)
     residual = (R - W).view(n, -1).square().sum(1)                     # (n,)
     chosen = residual.topk(math.ceil(tau * n)).indices                 # the farthest first
@@ -646,6 +647,8 @@ def fit(model, data, args):
     idx, _ = batch(data.train, 0, WINDOWS, args.seq_len, args.seed, args.device)
     for i, block in enumerate(block_hessians(model, idx), 1):
         losses = []
+        # hessian (C, C) is E[x x^T] over the linear's inputs x. It gives the squared error of the
+        # outputs that a change of the weight causes.
         for name, linear, hessian in block:
             # A stack of this one layer. Distilled joins those of one shape.
             if args.scheme == "affine":
@@ -736,8 +739,9 @@ class Grid(nn.Module):
                                    self.inputs_per_scale) for i in range(len(q))]
 
 # ---- The exact theory (sections 3 and 4 of the paper), for phi(x) = x'Ax / 2 - b'x ------------
-# A vector x with few distinct values V(x) (the codebook), and the ties P(x) among its
-# entries (the codes). phi never grows with any P and V below; STE has no such guarantee.
+# V(x): the few distinct values of a vector x (the codebook). P(x): which of its entries are
+# tied (the codes). Each half is named for what it keeps: P keeps P(x), and V keeps V(x). phi never
+# grows with any P and V below; STE has no such guarantee.
 
 def exact_p(A, b, x):
     """The best vector that keeps x's ties: with E its one-hot codes, (E'AE) v = E'b."""
@@ -993,9 +997,9 @@ def report(args, data, model, variant, result, rows, bpw, path):
 
 @torch.no_grad()
 def groups_that_differ(model, packed):
-    """How many groups of the dense weights that the live student multiplies with are not what the
-    file's codes stand for. Weights are compared, so that stale dense weights are found too.
-    Codebooks and scales are the live ones: those of the file are float16.
+    """In how many groups the live student's dense weights differ from what the file's codes give
+    with the live codebooks and scales (those of the file are rounded to float16). Comparing
+    weights, not codes, also finds dense weights that are stale.
     """
     stored = dict(packed.linears())
     names = {layer: name for name, layer in model.student.linears()}

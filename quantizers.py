@@ -18,7 +18,7 @@ the method files); `vq_fit` takes Adam steps on the codebooks of one linear.
 Names: q or codes are integers; scale is the real width of one step; zero_point is the code that
 means 0.0; qmin and qmax are the smallest and the largest code; bits are per code.
 Shapes: O output channels, C input channels, g = group_size, G = C / g groups (J where a group has a
-code, not a scale), ... any others.
+code, not a scale), ... any other dimensions.
 """
 import contextlib
 import functools
@@ -40,8 +40,9 @@ def rotate(x, block=128, dtype=torch.float32):
     Each block of x is multiplied by H, a matrix of +-1 over sqrt(n). H is symmetric and H H = I,
     so rotate is its own inverse, and products stay: rotate(x) @ rotate(w).T == x @ w.T. `block` is
     a power of two; blocks have n columns, the largest power of two <= `block` that divides C.
-    Differentiable where it takes the plain product. The methods call it without gradients, inside
-    of their autograd functions, so that training and packing take the same one of the two.
+    It is computed in one of two ways: by a plain product, which is differentiable, or by
+    _rotate_by_bfloat16, which has no backward pass. The methods call rotate without gradients,
+    inside of their autograd functions, so that training and packing take the same way.
     """
     n = math.gcd(x.size(-1), block)
     if _rotates_by_bfloat16(x, dtype):
@@ -55,8 +56,9 @@ def rotate(x, block=128, dtype=torch.float32):
     h = torch.addmm(signs[0], x.reshape(-1, n), signs, beta=0, alpha=n**-0.5)
     return h.view(x.shape)
 
-_SIGNS = {}                  # (n, device, dtype) -> matrix, made before torch.compile traces: a
-                             # tensor that exists is a constant to it, the loop below is not
+# (n, device, dtype) -> matrix. Call hadamard_signs before torch.compile traces: a tensor that
+# exists is a constant to it, the loop below is not.
+_SIGNS = {}
 
 def hadamard_signs(n, device, dtype):
     """sqrt(n) * H (n, n): entries +-1, exact in every format, also in TF32 and bfloat16."""
@@ -95,7 +97,8 @@ def _rotate_by_bfloat16(x, n):
     return (h * n**-0.5).view(x.shape)
 
 # ---- QuEST's grid (section 3.1) -------------------------------------------------------------
-# N even levels over +-clip times the row's root mean square; the clip suits a Gaussian row best.
+# N equally spaced levels over +-clip times the row's root mean square; the clip suits a Gaussian
+# row best.
 
 # The minimizers of E (g - Q(g))^2 for g ~ N(0, 1), as `gaussian_clip` computes them. The authors'
 # own constants stop at their optimizer's tolerance: at 8 bits theirs is 1 % lower. 1.58 stands for
@@ -139,8 +142,8 @@ def num_levels(bits):
     return 3 if bits == 1.58 else 2 ** int(bits)
 
 def code_offset(bits, grid="uniform"):
-    """levels = q + this: 1/2 on even grids, which have no level at zero; 0 on the ternary grid and
-    on FP4."""
+    """levels = q + this: 1/2 where the number of levels is even, so that none is at zero; 0 on the
+    ternary grid and on FP4."""
     return 0.0 if bits == 1.58 or grid == "fp4" else 0.5
 
 def clip_limit(bits, grid="uniform"):
@@ -165,8 +168,8 @@ def quest_codes(h, bits, grid="uniform", scale=None):
 
     h (..., C) float -> q (..., C) integers in h's dtype, scale (..., 1), u = h / scale. The value
     is (q + code_offset(bits, grid)) * scale. Unless given, the scale follows from the root mean
-    square of the whole row, no mean subtracted. grid: "uniform" or "fp4"; of "sparse", which is
-    uniform, `keep_two_of_four` says what is pruned.
+    square of the whole row, no mean subtracted. grid: "uniform" or "fp4"; "sparse" gets the uniform
+    codes, and `keep_two_of_four` says which of them stay.
     """
     # The outermost level lies at clip times the row's root mean square.
     if scale is None:
@@ -219,8 +222,8 @@ def rtn(w, bits, group_size=-1, symmetric=False, mse=True):
 
     asymmetric: q uint8 in 0..2^bits-1 over the range of the row or group, widened to hold 0.
     symmetric:  q int8 in -2^(bits-1)..2^(bits-1)-1, zero_point None. As in GPTQ's code one step
-    is 2 max|w| / (2^bits - 1). The range -max|w|..max|w| then has its middle half a step above
-    code 0, and a largest weight that is positive is clipped by half a step.
+    is 2 max|w| / (2^bits - 1). The codes then reach half a step below -max|w| and end half a step
+    below max|w|, so a largest weight that is positive is clipped by half a step.
     mse (GPTQ's name): search 80 shrunken ranges (1, 0.99 .. 0.21 of the extremes') for the least
     sum of |error|^2.4. It is on in every table here.
     """
@@ -327,11 +330,12 @@ def fake_quant_tokens(x, bits, symmetric=True):
 # ---- GPTQ (2210.17323) ----------------------------------------------------------------------
 # It rounds a weight's columns from left to right, and after each moves the columns
 # still to come so that they make up for its error on the calibration inputs as well as they can.
-# What is lost, E|(w_hat - w) x|^2 = (w_hat - w) H (w_hat - w)^T, is quadratic in the columns still
-# to come, so the best move is known (optimal brain surgery): with H = E[x x^T] + damping and the
-# upper U of U^T U = H^-1, row i of U over U_ii is how far the columns from i on move for a move of
-# column i by 1. So an error of e = (w_i - w_hat_i) / U_ii moves the columns j > i by -e U_ij, and
-# adds e^2 to the loss.
+# What a row loses, E|(w_hat - w) x|^2 = (w_hat - w) H (w_hat - w)^T with H = E[x x^T], then damped,
+# is quadratic in the columns still to come, so the best move is known (optimal brain surgery).
+# Take the upper U of U^T U = H^-1. The inverse of H[i:, i:] is U[i:, i:]^T U[i:, i:], so that one U
+# serves all steps: row i of U over U_ii is how far the columns from i on move for a move of column
+# i by 1. An error of e = (w_i - w_hat_i) / U_ii moves the columns j > i by -e U_ij, and adds e^2 to
+# the loss.
 
 LAZY_BLOCK = 128  # columns that are finished before the columns to their right are touched
 
@@ -531,7 +535,7 @@ def vq_sum(codes, codebooks):
 
 def vq_dequantize(codes, codebooks, scales):
     """codes (O, J, M), codebooks (M, K, g), scales (O,) -> floats (O, C), differentiable; also for
-    a stack of L linears of one shape, each of the four with L in front."""
+    a stack of L linears of one shape, arguments and result with L in front."""
     if codes.dim() == 3:
         return vq_dequantize(codes[None], codebooks[None], scales[None])[0]
     groups = vq_sum(codes.flatten(1, 2), codebooks)                    # (L, O J, g)
@@ -967,9 +971,10 @@ class PackedVQ(QuantLinear):
         return y
 
 def bits_per_weight(model):
-    """(bits of codes, scales, zero points and masks per weight they stand for, those weights).
+    """(stored bits per weight, number of weights) of the QuantLinear layers; (0, 0) without any.
 
-    Counts QuantLinear layers only: embedding, head and norms are not quantized.
+    Stored are codes, scales, zero points, masks and codebooks. Embedding, head and norms are not
+    quantized, and not counted.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     weights = sum(m.packed.size(0) * m.in_features for m in layers)

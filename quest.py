@@ -11,8 +11,8 @@ The idea:
   1. Rotate both operands of every linear with the same Hadamard matrix H. Outliers spread over
      their block, and the product does not change: (x H)(w H)^T = x w^T.
   2. Round each row to evenly spaced levels, the outermost at +-clip times its root mean square:
-     scale = 2 clip rms / (levels - 1). clip is one constant per bit-width, the one that minimizes
-     the squared error on Gaussian data: nothing to learn, nothing to calibrate.
+     scale = 2 clip rms / (n - 1) for n levels. clip is one constant per bit-width, the one that
+     minimizes the squared error on Gaussian data: nothing to learn, nothing to calibrate.
   3. In the backward pass, let the gradient through only where rounding moved a value by at most
      half a step (the trust mask), and rotate it back. Weights and optimizer stay float32.
 
@@ -22,9 +22,9 @@ The symbols:
   u        h in units of its scale
   q        integer code of u: floor(u), clipped to the grid (ternary, FP4: the nearest level)
   levels   q + 1/2 (ternary, FP4: q), so that levels * scale is the rounded value h_hat
-  trusted  bool: |u| is at most the outermost level plus half a step: 1/2. (FP4, whose codes are
-           doubled to be integers, has a widest step of 4: plus 2. At 1 bit the paper found that
-           1.30 times the level trains better than its level plus 1/2, which is 2 times.)
+  trusted  bool: |u| is at most the outermost level + 1/2, half a step. FP4, whose codes are
+           doubled to be integers, has a widest step of 4: level + 2. At 1 bit the level is 1/2:
+           level + 1/2 would be 2 times the level; the paper found that 1.30 times trains better.
 
 Paper: QuEST, Panferov et al. 2025 (arXiv 2502.05003); code: github.com/IST-DASLab/QuEST.
 Not here: a speed-up. On a GPU the forward products are integer products, but training is still
@@ -230,8 +230,9 @@ class FusedQuest(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bits, a_bits, *weights):
-        # a is (codes, scale, sums of codes), of which the integer product is made. The sums serve
-        # at 8 bits, where codes are q: the halves that they lack are added to the product.
+        # a is (codes, scale, sums of codes), of which the integer product is made. Codes are 2 q +
+        # 1, twice the levels. At 8 bits int8 cannot hold that, and they are q: the halves that they
+        # lack are then added to the product, by means of the sums.
         *a, x_hat, x_trusted = kernels.hadamard_quantize(x, a_bits, x.dtype)
 
         ys = []
@@ -468,6 +469,7 @@ def report(args, model, data, path, scores, live, result, base, params):
     bpw, weights = bits_per_weight(model)
     differ, count = None, ""
     if weights:
+        # These are QuantLinears, whose levels takes a dtype, not inputs.
         stored = [m.levels(torch.bfloat16).cpu() for _, m in model.linears()]
         differ = sum((a != b).sum().item() for a, b in zip(stored, live, strict=True))
         count = f"{differ} of {weights} integers differ from training's | "
