@@ -324,6 +324,7 @@ def test_integer_matmul_of_tiles_compiles_for_an_h100_without_spills(eight):
         BLOCK_M=BM, BLOCK_N=BN, BLOCK_K=BK, STAGES=stages)
     assert spills == 0 and shared <= 227 * 1024 and count["IGMMA"] and count["UTMALDG"]
 
+@pytest.mark.codegen
 @pytest.mark.parametrize("x, C, train", [("*bf16", 4096, False), ("*bf16", 14336, False),
                                          ("*bf16", 1024, True), ("*bf16", 2816, True),
                                          ("*fp32", 1024, True)])
