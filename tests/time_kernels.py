@@ -227,7 +227,7 @@ def parse_args(argv=None):
     add("--only", nargs="+", choices=[c.name for c in CANDIDATES],
         help="these candidates (default: every one installed)")
     add("--out", help="append the rows to this file, one JSON object each")
-    add("--plot", help="draw times against their floors into this file")
+    add("--plot", help="draw speed-ups over cuBLAS into this file")
     add("--sweep", action="store_true", help="time other tiles of lowbit_matmul and quest_matmul")
     add("--minutes", type=number(float, 0), default=7, help="the most of a sweep (default: 7)")
     args = p.parse_args(argv)
@@ -450,41 +450,62 @@ def main():
 
 # ---- The figure -------------------------------------------------------------------------------
 
-LINES = {                              # (kernel, bits): its color
-    ("cuBLAS", 16): "black", ("lowbit_matmul", 4): "#0b6e4f", ("lowbit_matmul", 2): "#3a86c8",
-    ("humming", 4): "#e69f00", ("tinygemm", 4): "#8d6cab", ("gemlite", 4): "#d1495b"}
+LINES = {          # of the figure: (kernel, bits) -> label and colour; peers are grey
+    ("lowbit_matmul", 2): ("ours, 2 bits", "#1f77b4"),
+    ("lowbit_matmul", 4): ("ours, 4 bits", "#17becf"),
+    ("quest_linear", 4): ("ours, QuEST W4A4", "#d62728"),
+    ("humming", 2): ("humming, 2 bits", "#555555"),
+    ("humming", 4): ("humming, 4 bits", "#888888"),
+    ("tinygemm", 4): ("tinygemm, 4 bits", "#aaaaaa"),
+    ("gemlite", 4): ("gemlite, 4 bits", "#bbbbbb"),
+}
 
 def plot(rows, path):
-    """Draw time over tokens of cuBLAS, ours and the peers, with the floor of each of the first two.
+    """Draw the speed-up over cuBLAS against the number of tokens, for ours and the peers.
 
-    rows: what `measure` returns, or those of a file that --out wrote; the first two shapes of them.
+    rows: what `measure` returns, or those of a file that --out wrote; of their first shape.
     """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    shapes = list(dict.fromkeys(r["shape"] for r in rows))[:2]
-    figure, axes = plt.subplots(1, len(shapes), figsize=(4.2 * len(shapes), 4.2), squeeze=False)
-    for ax, shape in zip(axes[0], shapes):
-        for (kernel, bits), color in LINES.items():
-            line = sorted((r["batch"], r["us"], r["floor_us"]) for r in rows
-                          if (r["shape"], r["kernel"], r["bits"]) == (shape, kernel, bits))
-            if not line:
-                continue
-            tokens, us, floor = zip(*line)
-            ours = kernel in ("cuBLAS", "lowbit_matmul")
-            ax.loglog(tokens, us, "o-" if ours else "o--", color=color, markersize=3.5,
-                      linewidth=1.5 if ours else 1.0, label=f"{kernel}, {bits} bits")
-            if ours:
-                ax.loglog(tokens, floor, ":", color=color, linewidth=1.0)
-        ax.set_title(f"{shape.replace('x', ' outputs, ')} inputs", fontsize=10)
-        ax.set_xticks([1, 16, 64, 512, 4096], ["1", "16", "64", "512", "4096"])
-        ax.set(xlabel="tokens", ylabel="microseconds; dotted: floor")
-        ax.minorticks_off()
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.3)
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=160)
+    shape = rows[0]["shape"]
+    figure, ax = plt.subplots(figsize=(8.3, 4.4))
+    ends = []
+    for (kernel, bits), (label, color) in LINES.items():
+        line = sorted((r["batch"], r["cublas"]) for r in rows
+                      if (r["shape"], r["kernel"], r["bits"]) == (shape, kernel, bits))
+        if not line:
+            continue
+        tokens, speed = zip(*line)
+        ours = kernel in ("lowbit_matmul", "quest_linear")
+        ax.plot(tokens, speed, "o-", color=color, markersize=3.5, linewidth=2 if ours else 1.2)
+        ends.append((speed[0], label, color))
+
+    # Labels at the lines' first points, each at least 0.17 above the one below.
+    height = -1
+    for speed, label, color in sorted(ends):
+        height = max(speed, height + 0.17)
+        ax.annotate(label, (1, height), xytext=(-8, 0), textcoords="offset points", ha="right",
+                    va="center", color=color, fontsize=9)
+
+    ax.axhline(1, color="#777777", linewidth=1)
+    ax.annotate("cuBLAS bfloat16", (4096, 1), xytext=(0, 4), textcoords="offset points",
+                ha="right", color="#777777", fontsize=9)
+    ax.set_xscale("log", base=2)
+    tokens = sorted({r["batch"] for r in rows})
+    ax.set_xticks(tokens, [str(n) for n in tokens])
+    ax.minorticks_off()
+    ax.set_xlim(0.9, 4600)
+    ax.set_ylim(0, None)
+    ax.set_yticks(range(6), [f"{n}x" for n in range(6)])
+    ax.yaxis.tick_right()
+    ax.set_xlabel("tokens at once")
+    O, C = shape.split("x")
+    ax.set_title(f"Speed-up over cuBLAS, {O} outputs x {C} inputs, one H100", fontsize=11)
+    ax.spines[["top", "left"]].set_visible(False)
+    ax.grid(axis="y", alpha=0.25)
+    figure.subplots_adjust(left=0.22, right=0.95, top=0.92, bottom=0.11)
+    figure.savefig(path, dpi=160, facecolor="white")
 
 if __name__ == "__main__":
     run(main)
