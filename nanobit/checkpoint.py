@@ -19,9 +19,9 @@ SAVED = []  # the checkpoints that this process wrote, for the message after Ctr
 
 def save_checkpoint(path, model, **content):
     """Write {format, config, linears, model, **content} to a temporary name, then rename it. A
-    result adds method, settings, tokenizer and data; a training state adds settings, data, losses,
-    optimizer and seconds, and is told apart by having no tokenizer. Raises UsageError, and leaves
-    an older file as it is, where a weight is not finite or there is no room."""
+    result adds method, settings, tokenizer, data and command; a training state adds settings, data,
+    losses, optimizer and seconds, and is told apart by having no tokenizer. Raises UsageError, and
+    leaves an older file as it is, where a weight is not finite or there is no room."""
     linears = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     content = {"format": "nanobit-1", "config": dataclasses.asdict(model.config),
                "linears": linears, "model": model.state_dict(), **content}

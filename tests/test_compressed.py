@@ -1,0 +1,217 @@
+"""Exports in compressed-tensors' "pack-quantized" format, against that package and transformers.
+
+transformers has to load each folder with nothing but its path, and to give the packed model's
+logits in float32; compressed-tensors' own unpacking has to give the packed file's codes. Skipped
+where the packages are not installed.
+"""
+import itertools
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+
+import nanobit.checkpoint
+import nanobit.compressed
+from conftest import call, check_refused, random_base
+from model import LLaMA, LlamaConfig
+from quantizers import QuantLinear, pack, rtn, unpack
+
+transformers = pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("compressed_tensors", minversion="0.18")   # before: 3, 5, 6, 7 bits padded
+safetensors = pytest.importorskip("safetensors")
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # noqa: E402
+
+SPEC = [chr(i) for i in range(256)]
+
+@pytest.fixture(autouse=True)
+def work(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+def packed_model(bits, group_size=-1, symmetric=False, tied=False, n_kv_head=2):
+    """One block of random weights, whose rows of 40 and 56 codes end inside of words."""
+    m = LLaMA(LlamaConfig(257, 1, 40, 2, n_kv_head, 56, 32, tied=tied)).eval()
+    for p in m.parameters():
+        torch.nn.init.normal_(p, *((0, 0.2) if p.dim() == 2 else (1, 0.2)))
+
+    def quantize(_, linear):
+        codes = rtn(linear.weight.detach(), bits, group_size, symmetric, mse=False)
+        return QuantLinear.affine(*codes, bits, group_size)
+    return m.replace_linears(quantize)
+
+def save(m, path="m.pt", **content):
+    nanobit.checkpoint.save_checkpoint(path, m, **{"tokenizer": SPEC, "method": "test"} | content)
+
+def ids(m, *shape):
+    return torch.randint(m.config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+def close(got, want, tolerance=1e-4):
+    assert ((got - want).norm() / want.norm()).item() < tolerance
+    assert ((got - want).abs().max() / want.abs().max()).item() < tolerance
+
+def stored(folder):
+    with safetensors.safe_open(f"{folder}/model.safetensors", "pt") as f:
+        return {name: f.get_tensor(name) for name in f.keys()}
+
+@torch.no_grad()
+def check_folder(folder, m):
+    """Does transformers compute what m does, and does compressed-tensors unpack m's codes?"""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert theirs.dtype == torch.float32
+    x = ids(m, 2, 24)
+    close(theirs(x).logits, m(x)[0])
+
+    tensors = stored(folder)
+    for name, linear in m.linears():
+        prefix = nanobit.compressed.hf_name(name)
+        bits, shape = linear.bits, tensors[f"{prefix}.weight_shape"].tolist()
+        half = 2 ** (bits - 1)
+        codes = unpack_from_int32(tensors[f"{prefix}.weight_packed"], bits, shape).int()
+        ours = linear.codes().int()
+        assert shape == list(ours.shape)
+        if linear.zero_point is None:
+            assert torch.equal(codes, ours)
+        else:
+            zero_point = unpack_from_int32(tensors[f"{prefix}.weight_zero_point"], bits,
+                                           linear.zero_point.shape, packed_dim=0)
+            assert torch.equal(codes + half, ours)
+            assert torch.equal(zero_point.int() + half, linear.zero_point.int())
+        assert torch.equal(tensors[f"{prefix}.weight_scale"].float(), linear.scale)
+    return tensors
+
+# ---- Every grid -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [-1, 8])
+@pytest.mark.parametrize("tied, n_kv_head", [(False, 2), (True, 1)])
+def test_transformers_computes_what_the_packed_model_does(capsys, bits, symmetric, group_size, tied,
+                                                          n_kv_head):
+    m = packed_model(bits, group_size, symmetric, tied, n_kv_head)
+    save(m)
+    status, out, err = call(capsys, "model.py export m.pt dir")
+    assert status == 0 and "--format compressed" in out and err == ""
+    tensors = check_folder("dir", m)
+    assert ("lm_head.weight" in tensors) == (not tied)
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_flipping_top_bits_adds_half_to_every_signed_code(bits):
+    half = 2 ** (bits - 1)
+    q = torch.randint(-half, half, (5, 37))
+    flipped = pack(q, bits) ^ nanobit.compressed.top_bits(bits, 37)
+    assert torch.equal(unpack(flipped, bits, 37).int(), (q + half).int())
+
+# ---- A file that a command trained ------------------------------------------------------------
+
+SHORT = "--model base.pt --data text.txt --seq-len 32 --batch-size 2 --accumulate 1 --device cpu "
+
+def test_a_tweaked_file_becomes_a_folder_that_says_what_it_is(work, capsys):
+    random_base(work, 1)
+    status, _, err = call(capsys, f"normtweak.py {SHORT} --calib data --host gptq --bits 3 "
+                                  "--group-size 16 --steps 2 --eval-every 0")
+    assert status == 0, err
+    status, out, err = call(capsys, "model.py export out/gptq-tweak-w3.pt dir")
+    assert status == 0 and "(--format compressed)" in out, err
+    tensors = check_folder("dir", nanobit.checkpoint.load_checkpoint("out/gptq-tweak-w3.pt")[0])
+
+    # The card has the base, the method, the command, and bits that are those of the file.
+    card = pathlib.Path("dir/README.md").read_text()
+    linears = {name: t for name, t in tensors.items() if ".weight_" in name}
+    weights = sum(t.prod().item() for name, t in linears.items() if name.endswith("shape"))
+    bpw = 8 * sum(t.nbytes for t in linears.values()) / weights
+    for part in ("base.pt", "gptq-tweak", f"{bpw:.3f} bits per weight", "3 bits", "groups of 16",
+                 "normtweak.py --model base.pt", "from_pretrained('dir')", "compressed-tensors"):
+        assert part in card, card
+
+# ---- What is written, and what is not ---------------------------------------------------------
+
+def test_floats_take_16_bits_where_these_hold_them(capsys):
+    """A checkpoint that came from a bfloat16 folder has such an embedding, and our scales."""
+    m = packed_model(4, 8, symmetric=True)
+    m.embed.weight.data = m.embed.weight.data.bfloat16().float()
+    m.head.weight.data = m.head.weight.data.half().float()
+    wide = m.norm.weight.data.clone()
+    save(m)
+    assert call(capsys, "model.py export m.pt dir")[0] == 0
+    tensors = check_folder("dir", m)
+    assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert tensors["lm_head.weight"].dtype == torch.float16
+    assert torch.equal(tensors["model.norm.weight"], wide)
+    assert json.loads(pathlib.Path("dir/config.json").read_text())["torch_dtype"] == "float32"
+
+    # Where all of them are float16, so is the folder.
+    for t in itertools.chain(m.parameters(), (q.scale for _, q in m.linears())):
+        t.data = t.data.half().float()
+    save(m)
+    assert call(capsys, "model.py export m.pt half")[0] == 0
+    assert json.loads(pathlib.Path("half/config.json").read_text())["torch_dtype"] == "float16"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained("half", dtype=torch.float32)
+    with torch.no_grad():
+        x = ids(m, 2, 24)
+        close(loaded(x).logits, m(x)[0])
+
+def affine(bits=4, a_bits=16, group_size=-1, zero_point=None):
+    def quantize(name, linear):
+        q, scale, z = rtn(linear.weight.detach(), bits, group_size, mse=False)
+        z = z if zero_point is None else z.fill_(zero_point)
+        return QuantLinear.affine(q, scale, z, bits, group_size, a_bits)
+    return quantize
+
+def vector(_, linear):
+    O, C = linear.weight.shape
+    return QuantLinear.vq(torch.zeros(O, C // 8, 1).int(), torch.randn(1, 4, 8), torch.ones(O))
+
+def of_two_grids(name, linear):
+    return affine(3 if "w_down" in name else 4)(name, linear)
+
+OTHERS = {
+    "dense": (lambda name, linear: linear, "no linear is packed"),
+    "QuEST": (lambda name, linear: QuantLinear.quest(linear.weight.detach(), 4, 16),
+              "blocks.0.attn.wq has QuEST's grid"),
+    "codebooks": (vector, "blocks.0.attn.wq has codebooks"),
+    "activations": (affine(a_bits=8), "the inputs of blocks.0.attn.wq are quantized to 8 bits"),
+    "zero point": (affine(2, zero_point=4), "blocks.0.attn.wq has a zero point above"),
+    "two grids": (of_two_grids, "blocks.0.mlp.w_down has other bits or groups"),
+    "9 bits": (lambda name, linear: QuantLinear.affine(
+        torch.zeros(linear.weight.shape), torch.ones(len(linear.weight), 1), None, 9),
+        "codes of 9 bits"),
+}
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_the_format_cannot_hold_is_refused_with_what_fits(capsys, what):
+    quantize, reason = OTHERS[what]
+    m = LLaMA(LlamaConfig(257, 1, 40, 2, 2, 56, 32))
+    save(m.replace_linears(quantize))
+    check_refused(call(capsys, "model.py export m.pt new --format compressed"), "m.pt", reason,
+                  "affine codes of 1 to 8 bits", "--format dense")
+    assert os.listdir() == ["m.pt"]
+
+    # Without the flag the folder is dense, and the line says why.
+    status, out, err = call(capsys, "model.py export m.pt new")
+    assert status == 0 and "(--format dense" in out, err
+    assert (reason in out) == (what != "dense")
+
+@pytest.mark.parametrize("which", ["a_bits", "kv_bits"])
+def test_rounded_activations_of_the_whole_model_are_refused(capsys, which):
+    m = packed_model(4)
+    setattr(m.config, which, 6)
+    save(m)
+    check_refused(call(capsys, "model.py export m.pt new --format compressed"),
+                  "activations are quantized to 6 bits")
+
+def test_an_export_is_whole_or_not_there(capsys, monkeypatch):
+    save(packed_model(3))
+    pathlib.Path("full").mkdir()
+    pathlib.Path("full/mine").write_text("x")
+    check_refused(call(capsys, "model.py export m.pt full"), "full")
+
+    import safetensors.torch
+    def no_space(tensors, path, metadata):
+        pathlib.Path(path).write_bytes(b"half")
+        raise safetensors.SafetensorError("No space left on device")
+    monkeypatch.setattr(safetensors.torch, "save_file", no_space)
+    check_refused(call(capsys, "model.py export m.pt new/below"), "No space left", "new/below")
+    assert sorted(str(p) for p in pathlib.Path().rglob("*")) == ["full", "full/mine", "m.pt"]
