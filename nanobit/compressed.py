@@ -126,13 +126,14 @@ def holds(dtype, tensor):
     return all(torch.equal(part.to(dtype).to(part.dtype), part) for part in parts)
 
 def compressed_linear(linear):
-    """{the part's name: the tensor} of a PackedAffine."""
-    shape = (len(linear.packed), linear.in_features)
+    """{the part's name: the tensor} of a PackedAffine, which is of no use afterwards: its own
+    bytes become the folder's."""
     packed = linear.packed
     if linear.zero_point is None:
-        packed = packed ^ top_bits(linear.bits, linear.in_features)
+        packed ^= top_bits(linear.bits, linear.in_features)            # in place, to save memory
     tensors = {"weight_packed": to_words(packed), "weight_scale": linear.scale,
-               "weight_shape": torch.tensor(shape)}
+               "weight_shape": torch.tensor([len(packed), linear.in_features])}
+
     if linear.zero_point is not None:
         words = to_words(pack(linear.zero_point.t(), linear.bits))     # (G, words)
         tensors["weight_zero_point"] = words.t().contiguous()
@@ -146,4 +147,7 @@ def top_bits(bits, n):
 
 def to_words(packed):
     """uint8 (R, bytes) -> int32 (R, words), the last word filled up with zeros."""
-    return F.pad(packed, (0, -packed.size(1) % 4)).contiguous().view(torch.int32)
+    missing = -packed.size(1) % 4
+    if missing:                                        # else the bytes stay where they are
+        packed = F.pad(packed, (0, missing))
+    return packed.contiguous().view(torch.int32)

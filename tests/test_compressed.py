@@ -215,3 +215,11 @@ def test_an_export_is_whole_or_not_there(capsys, monkeypatch):
     monkeypatch.setattr(safetensors.torch, "save_file", no_space)
     check_refused(call(capsys, "model.py export m.pt new/below"), "No space left", "new/below")
     assert sorted(str(p) for p in pathlib.Path().rglob("*")) == ["full", "full/mine", "m.pt"]
+
+def test_rows_that_fill_words_are_in_memory_once():
+    m = LLaMA(LlamaConfig(257, 1, 64, 2, 2, 96, 32)).replace_linears(affine(3))
+    before = {name: linear.packed.data_ptr() for name, linear in m.linears()}
+    tensors, _ = nanobit.compressed.compress(m)
+    for name, place in before.items():
+        words = tensors[f"{nanobit.compressed.hf_name(name)}.weight_packed"]
+        assert words.data_ptr() == place and words.dtype == torch.int32
