@@ -22,8 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanobit.hf import hf_name
-from quantizers import PackedQuest, PackedVQ, QuantLinear, pack
+from quantizers import PackedQuest, PackedVQ, QuantLinear, pack, unpack
 
 class Grid(NamedTuple):
     """What all linears of such a folder have in common."""
@@ -87,8 +86,8 @@ def quantization_config(grid):
 
 @torch.no_grad()
 def compress(model):
-    """({the name there: the tensor}, the dtype of the floats) of a model without an `obstacle`. It
-    is taken apart on the way, so that no more than one layer is in memory twice."""
+    """({name: tensor}, the dtype of the floats) of a model without an `obstacle`. It is taken
+    apart on the way, so that no more than one layer is in memory twice."""
     # A loader makes all floats of the one dtype that config.json names, so it has to hold all.
     packed = [name for name, m in model.linears() if isinstance(m, QuantLinear)]
     floats = [*model.parameters(), *(model.get_submodule(name).scale for name in packed)]
@@ -98,12 +97,12 @@ def compress(model):
     tensors = {}
     for name in packed:
         for part, tensor in compressed_linear(model.get_submodule(name)).items():
-            tensors[hf_name(f"{name}.{part}")] = tensor
+            tensors[f"{name}.{part}"] = tensor
         model.set_submodule(name, nn.Identity())       # frees the layer's own tensors
 
     # Embedding, norms and head. A head that is the embedding comes once, under the latter's name.
     for name, parameter in model.named_parameters():
-        tensors[hf_name(name)] = parameter.data
+        tensors[name] = parameter.data
         parameter.data = torch.empty(0)
 
     # In a float32 folder, what came in 16 bits still takes no more.
@@ -151,3 +150,41 @@ def to_words(packed):
     if missing:                                        # else the bytes stay where they are
         packed = F.pad(packed, (0, missing))
     return packed.contiguous().view(torch.int32)
+
+# ---- Reading ------------------------------------------------------------------------------------
+
+def shapes(grid, O, C):
+    """{part: (shape, dtypes)} of what a folder has of a linear with C inputs and O outputs."""
+    G = 1 if grid.group_size == -1 else C // grid.group_size
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    parts = {"weight_packed": ((O, count_words(C, grid.bits)), (torch.int32,)),
+             "weight_scale": ((O, G), floats),
+             "weight_shape": ((2,), (torch.int64, torch.int32))}
+    if not grid.symmetric:
+        parts["weight_zero_point"] = ((count_words(O, grid.bits), G), (torch.int32,))
+    return parts
+
+def count_words(n, bits):
+    return -(-n * bits // 32)                          # rounded up
+
+def packed_linear(grid, C, parts):
+    """The PackedAffine of a folder's tensors, whose shapes are those of `shapes`."""
+    packed = to_bytes(parts["weight_packed"], C, grid.bits)
+    if grid.symmetric:
+        packed = packed ^ top_bits(grid.bits, C)
+    tensors = {"packed": packed, "scale": parts["weight_scale"].float()}
+
+    if not grid.symmetric:
+        O = len(packed)
+        # Each group's words become a row. A row of one word would keep its stride in t(), and then
+        # have no view as bytes.
+        words = torch.stack(parts["weight_zero_point"].unbind(1))      # (G, words)
+        zero_point = unpack(to_bytes(words, O, grid.bits), grid.bits, O)
+        tensors["zero_point"] = zero_point.t().contiguous()            # (O, G)
+    spec = {"kind": "affine", "bits": grid.bits, "a_bits": 16, "in_features": C,
+            "group_size": grid.group_size, "signed": grid.symmetric}
+    return QuantLinear.of(spec, tensors)
+
+def to_bytes(words, n, bits):
+    """int32 (R, words) -> uint8 (R, bytes), as many as n codes take."""
+    return words.contiguous().view(torch.uint8)[:, :-(-n * bits // 8)].contiguous()

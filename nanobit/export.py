@@ -80,7 +80,8 @@ def compressed(model):
     """The packed linears' own codes, see nanobit/compressed.py. The model is taken apart."""
     grid = Grid.of(model.blocks[0].attn.wq)
     count = bits_per_weight(model)[1]
-    tensors, dtype = compress(model)
+    state, dtype = compress(model)
+    tensors = {hf_name(n): tensor for n, tensor in state.items()}
     name = str(dtype).removeprefix("torch.")
     settings = {"torch_dtype": name, "quantization_config": quantization_config(grid)}
 

@@ -15,6 +15,7 @@ import torch
 import nanobit.checkpoint
 import nanobit.compressed
 from conftest import call, check_refused, random_base
+from nanobit.hf import hf_name
 from model import LLaMA, LlamaConfig
 from quantizers import QuantLinear, pack, rtn, unpack
 
@@ -66,7 +67,7 @@ def check_folder(folder, m):
 
     tensors = stored(folder)
     for name, linear in m.linears():
-        prefix = nanobit.compressed.hf_name(name)
+        prefix = hf_name(name)
         bits, shape = linear.bits, tensors[f"{prefix}.weight_shape"].tolist()
         half = 2 ** (bits - 1)
         codes = unpack_from_int32(tensors[f"{prefix}.weight_packed"], bits, shape).int()
@@ -82,6 +83,17 @@ def check_folder(folder, m):
         assert torch.equal(tensors[f"{prefix}.weight_scale"].float(), linear.scale)
     return tensors
 
+@torch.no_grad()
+def check_reading(folder, m):
+    """Is m what is read from the folder, bit for bit?"""
+    again = LLaMA.from_pretrained(folder)
+    assert again.config == m.config and (again.head.weight is again.embed.weight) == m.config.tied
+    theirs, ours = again.state_dict(), m.state_dict()
+    assert theirs.keys() == ours.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(theirs[name], tensor) and theirs[name].dtype == tensor.dtype, name
+    assert [q.spec for _, q in again.linears()] == [q.spec for _, q in m.linears()]
+
 # ---- Every grid -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -95,6 +107,7 @@ def test_transformers_computes_what_the_packed_model_does(capsys, bits, symmetri
     status, out, err = call(capsys, "model.py export m.pt dir")
     assert status == 0 and "--format compressed" in out and err == ""
     tensors = check_folder("dir", m)
+    check_reading("dir", m)
     assert ("lm_head.weight" in tensors) == (not tied)
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -221,5 +234,5 @@ def test_rows_that_fill_words_are_in_memory_once():
     before = {name: linear.packed.data_ptr() for name, linear in m.linears()}
     tensors, _ = nanobit.compressed.compress(m)
     for name, place in before.items():
-        words = tensors[f"{nanobit.compressed.hf_name(name)}.weight_packed"]
+        words = tensors[f"{name}.weight_packed"]
         assert words.data_ptr() == place and words.dtype == torch.int32
