@@ -177,7 +177,8 @@ def read_hf_grid(folder):
     return Grid(weights["num_bits"], group_size, weights.get("symmetric") is not False)
 
 HF_ONLY_QUANTIZED = {"quant_method": ("compressed-tensors",), "format": ("pack-quantized",),
-                     "kv_cache_scheme": (None,)}
+                     "kv_cache_scheme": (None,), "transform_config": ({},),
+                     "sparsity_config": ({},)}
 HF_ONLY_GROUP = {"format": ("pack-quantized",), "input_activations": (None,),
                  "output_activations": (None,)}
 HF_ONLY_WEIGHTS = {"type": ("int",), "dynamic": (False,), "strategy": ("group", "channel"),

@@ -1,28 +1,34 @@
-"""Exports in compressed-tensors' "pack-quantized" format, against that package and transformers.
+"""compressed-tensors' "pack-quantized" folders, against that package and transformers.
 
-transformers has to load each folder with nothing but its path, and to give the packed model's
-logits in float32; compressed-tensors' own unpacking has to give the packed file's codes. Skipped
-where the packages are not installed.
+transformers has to load each exported folder with nothing but its path, and to give the packed
+model's logits in float32; compressed-tensors' own unpacking has to give the packed file's codes.
+Read back, a folder is the packed model bit for bit, and one that compressed-tensors wrote gives its
+logits. Skipped where the packages are not installed.
 """
 import itertools
 import json
 import os
 import pathlib
+import re
 
 import pytest
 import torch
 
 import nanobit.checkpoint
 import nanobit.compressed
-from conftest import call, check_refused, random_base
+from conftest import TEXT, call, check_refused, random_base
 from nanobit.hf import hf_name
-from model import LLaMA, LlamaConfig
+from model import LLaMA, LlamaConfig, UsageError
 from quantizers import QuantLinear, pack, rtn, unpack
 
 transformers = pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("compressed_tensors", minversion="0.18")   # before: 3, 5, 6, 7 bits padded
 safetensors = pytest.importorskip("safetensors")
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32  # noqa: E402
+pytest.importorskip("safetensors.torch")
+from compressed_tensors import quantization                            # noqa: E402
+from compressed_tensors.compressors import ModelCompressor             # noqa: E402
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32    # noqa: E402
+from compressed_tensors.quantization.utils import calculate_qparams    # noqa: E402
 
 SPEC = [chr(i) for i in range(256)]
 
@@ -236,3 +242,148 @@ def test_rows_that_fill_words_are_in_memory_once():
     for name, place in before.items():
         words = tensors[f"{name}.weight_packed"]
         assert words.data_ptr() == place and words.dtype == torch.int32
+
+# ---- Reading ----------------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits, symmetric, strategy", [
+    (3, True, {"strategy": "group", "group_size": 16}), (4, False, {"strategy": "channel"}),
+    (3, False, {"strategy": "group", "group_size": 8}), (8, True, {"strategy": "channel"})])
+def test_a_folder_that_compressed_tensors_wrote_gives_its_logits(bits, symmetric, strategy):
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy}
+    config = quantization.QuantizationConfig.model_validate({
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+        "quantization_status": "initialized",
+        "config_groups": {"a": {"targets": ["Linear"], "weights": weights}}})
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=257, hidden_size=48, intermediate_size=80, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2)).eval()
+    quantization.apply_quantization_config(theirs, config)
+
+    # Their own scales and zero points, of the range of each group.
+    for linear in theirs.modules():
+        if hasattr(linear, "weight_scale"):
+            G = linear.weight_scale.size(1)
+            groups = linear.weight.view(len(linear.weight), G, -1)
+            scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1),
+                                                  linear.quantization_scheme.weights)
+            linear.weight_scale.data = scale
+            if not symmetric:
+                linear.weight_zero_point.data = zero_point
+            linear.quantization_status = quantization.QuantizationStatus.FROZEN
+    x = torch.randint(257, (2, 24))
+    want = theirs(x).logits
+    compressor = ModelCompressor.from_pretrained_model(theirs)
+    compressor.compress_model(theirs)
+    theirs.save_pretrained("dir")
+    compressor.update_config("dir")
+
+    ours = LLaMA.from_pretrained("dir")
+    assert {nanobit.compressed.Grid.of(q) for _, q in ours.linears()} == {
+        (bits, strategy.get("group_size", -1), symmetric)}
+    close(ours(x)[0], want)
+
+def edit(**changes):
+    """Change what dir's config.json says of the quantization."""
+    path = pathlib.Path("dir/config.json")
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= changes
+    path.write_text(json.dumps(config))
+
+def edit_group(group=None, **weights):
+    settings = {"num_bits": 3, "type": "int", "symmetric": False, "strategy": "group",
+                "group_size": 8}
+    edit(config_groups={"g": {"targets": ["Linear"], "weights": settings | weights}
+                             | (group or {})})
+
+def store(part, make):
+    """Change a tensor of the first linear; None takes it away."""
+    tensors = stored("dir")
+    name = f"model.layers.0.self_attn.q_proj.{part}"
+    old = tensors.pop(name, None)
+    new = make(old)
+    if new is not None:
+        tensors[name] = new
+    safetensors.torch.save_file(tensors, "dir/model.safetensors")
+
+BAD = {  # what is done to a folder of 3 bits, groups of 8 and zero points: what the line names
+    "another method": (lambda: edit(quant_method="gptq"), "quant_method gptq"),
+    "another format": (lambda: edit(format="float-quantized"), "format float-quantized"),
+    "rotated": (lambda: edit(transform_config={"config_groups": {}}), "transform_config"),
+    "rounded keys": (lambda: edit(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+    "no group": (lambda: edit(config_groups={}), "config_groups"),
+    "two groups": (lambda: edit(config_groups={"a": {}, "b": {}}), "config_groups"),
+    "no weights": (lambda: edit(config_groups={"a": {}}), "config_groups"),
+    "activations": (lambda: edit_group({"input_activations": {"num_bits": 8}}),
+                    "input_activations"),
+    "float codes": (lambda: edit_group(type="float"), "type float"),
+    "blocks": (lambda: edit_group(strategy="block"), "strategy block"),
+    "9 bits": (lambda: edit_group(num_bits=9), "num_bits is 9"),
+    "no group size": (lambda: edit_group(group_size=None), "group_size is missing"),
+    "odd groups": (lambda: edit_group(group_size=7), "group_size 7 does not divide the 40"),
+    "other bits": (lambda: edit_group(num_bits=4), "weight_packed"),
+    "padded codes": (lambda: store("weight_packed", lambda t: torch.zeros(40, 5).int()), "0.18"),
+    "a wrong type": (lambda: store("weight_packed", lambda t: t.float()), "weight_packed"),
+    "a wrong shape": (lambda: store("weight_shape", lambda t: t + 1), "weight_shape"),
+    "no scale": (lambda: store("weight_scale", lambda t: None), "weight_scale"),
+    "a NaN": (lambda: store("weight_scale", lambda t: t * torch.nan), "not finite"),
+    "reordered": (lambda: store("weight_g_idx", lambda _: torch.arange(40)), "weight_g_idx"),
+}
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_folder_of_another_kind_is_refused_by_what_it_has(capsys, what):
+    save(packed_model(3, 8))
+    assert call(capsys, "model.py export m.pt dir")[0] == 0
+    spoil, named = BAD[what]
+    spoil()
+    with pytest.raises(UsageError, match=re.escape(named)) as e:
+        LLaMA.from_pretrained("dir")
+    assert "dir" in str(e.value) and "\n" not in str(e.value)
+
+@pytest.fixture
+def hf(work):
+    """A dense folder with a tokenizer, and as packed.pt and packed what RTN makes of it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    t.train_from_iterator([TEXT], tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<end>"], show_progress=False, initial_alphabet=alphabet))
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=280, hidden_size=48, intermediate_size=80, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        bos_token_id=0, eos_token_id=0)).save_pretrained("hf")
+    pathlib.Path("hf/tokenizer.json").write_text(t.to_str())
+    pathlib.Path("text.txt").write_text(TEXT)
+
+    m, content = nanobit.checkpoint.load_checkpoint("hf")
+    m.replace_linears(affine(3, group_size=16))
+    save(m, "packed.pt", tokenizer=content["tokenizer"])
+    return m
+
+def test_a_folder_is_evaluated_sampled_tweaked_and_exported_as_its_file_is(hf, capsys):
+    assert call(capsys, "model.py export packed.pt packed")[0] == 0
+    shown = []
+    for path in ("packed.pt", "packed"):
+        status, out, err = call(capsys, f"model.py eval {path} --data text.txt --seq-len 32 "
+                                        "--device cpu")
+        assert status == 0, err
+        shown.append(out.split("|", 1)[1])             # all but the method
+        status, out, err = call(capsys, f"model.py sample {path} --tokens 8 --device cpu")
+        assert status == 0, err
+        shown.append(out)
+    assert shown[:2] == shown[2:] and "bits per weight" in shown[0]
+
+    # Exported again, it is the same file.
+    assert call(capsys, "model.py export packed again")[0] == 0
+    first, second = stored("packed"), stored("again")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    # Its norms are tweaked against the dense folder; a script that needs a dense model refuses it.
+    flags = "--data text.txt --seq-len 32 --batch-size 2 --accumulate 1 --device cpu --eval-every 0"
+    status, out, err = call(capsys, f"normtweak.py --model packed --teacher hf --calib data {flags} "
+                                    "--steps 2")
+    assert status == 0, err
+    check_refused(call(capsys, f"lrqat.py --model packed {flags} --steps 2"), "packed already")
