@@ -104,7 +104,7 @@ def sample_checkpoint(argv):
 
 def export_checkpoint(argv):
     p = Parser(prog="model.py export", description="Write a checkpoint as a Hugging Face folder.")
-    p.add_argument("checkpoint", help="a .pt file, dense or packed")
+    p.add_argument("checkpoint", help="a .pt file, dense or packed, or a Hugging Face folder")
     p.add_argument("folder", help="to write, new or empty")
     p.add_argument("--format", choices=("compressed", "dense"),
                    help="compressed: packed affine linears as they are, for compressed-tensors; "

@@ -41,12 +41,15 @@ def obstacle(model):
     bits = min(model.config.a_bits, model.config.kv_bits)
     if bits < 16:
         return f"activations are quantized to {bits} bits"
-    packed = [(name, m) for name, m in model.linears() if isinstance(m, QuantLinear)]
-    if not packed:
+    linears = model.linears()
+    if not any(isinstance(linear, QuantLinear) for _, linear in linears):
         return "no linear is packed"
 
+    # One grid is said to be that of all linears.
     first = None
-    for name, linear in packed:
+    for name, linear in linears:
+        if not isinstance(linear, QuantLinear):
+            return f"{name} is not packed"
         if isinstance(linear, PackedQuest):
             return f"{name} has QuEST's grid, which has no code for 0"
         if isinstance(linear, PackedVQ):
@@ -60,10 +63,10 @@ def obstacle(model):
         if linear.zero_point is not None and int(linear.zero_point.max()) >= 2**linear.bits:
             return f"{name} has a zero point above the largest code"
 
-        # transformers reads all asymmetric layers by one grid.
+        # transformers reads all linears that have zero points by the first group of settings.
         first = first or Grid.of(linear)
         if Grid.of(linear) != first:
-            return f"{name} has other bits or groups than {packed[0][0]}"
+            return f"{name} has other bits or groups than {linears[0][0]}"
     return None
 
 # ---- Writing ------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ def write_hf(folder, model, content, convert):
     content: what load_checkpoint returned beside the model. A tokenizer that came from such a
     folder is written. convert: `dense` or `compressed`, which takes the model apart.
     """
+    # The tokenizer's files, where it has any.
     save_file = need_package("safetensors.torch").save_file
     spec = content["tokenizer"]
     tokenizer = make_tokenizer(spec)
@@ -43,6 +44,7 @@ def write_hf(folder, model, content, convert):
         texts = default_hf_texts(tokenizer) | spec.get("texts", {})        # older specs have none
         texts["tokenizer.json"] = spec["tokenizer.json"]
 
+    # The weights. They are counted first, as they may not outlive the conversion.
     packed = bits_per_weight(model)[1]
     params = packed + sum(p.numel() for p in model.parameters())
     weights = convert(model)
@@ -50,7 +52,8 @@ def write_hf(folder, model, content, convert):
     texts["config.json"] = json.dumps(config, indent=2)
     texts["README.md"] = model_card(folder, content, params, packed, weights)
 
-    check_weights(weights.tensors.items(), folder)     # above bfloat16's largest: infinite by now
+    # A weight above bfloat16's largest number is infinite by now.
+    check_weights(weights.tensors.items(), folder)
     with new_folder(folder) as temporary:
         for name, text in texts.items():
             if leaves_folder(name):
@@ -85,6 +88,7 @@ def compressed(model):
     name = str(dtype).removeprefix("torch.")
     settings = {"torch_dtype": name, "quantization_config": quantization_config(grid)}
 
+    # In words, for people. All that the linears have is counted.
     stored = 8 * sum(t.nbytes for name, t in tensors.items() if ".weight_" in name)
     zeros = "symmetric" if grid.symmetric else "with zero points"
     groups = "rows" if grid.group_size == -1 else f"groups of {grid.group_size}"
@@ -112,14 +116,16 @@ def hf_config(c, tokenizer):
         "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 def model_card(folder, content, params, packed, weights):
-    """README.md of a folder: what the model is, what made it, how to load it."""
+    """README.md of a folder: what the model is, what made it, how to load it. packed: how many of
+    the params were quantized."""
+    # What is known. Older checkpoints have no command, some have no settings.
     settings = content.get("settings", {})
     base = settings.get("model")
     if base is None and "size" in settings:
         base = f"nanobit's own of --size {settings['size']}"
-    facts = {"base": base, "method": content["method"],
+    facts = {"base": base, "method": content.get("method"),
              "parameters": f"{params:,}, of which {packed:,} were quantized",
-             "stored": weights.text, "made by": content.get("command")}  # older files have none
+             "stored": weights.text, "made by": content.get("command")}
 
     name = os.path.basename(os.path.abspath(folder))
     lines = ["---", "library_name: transformers", "---", f"# {name}", "",
@@ -142,7 +148,8 @@ def model_card(folder, content, params, packed, weights):
     if weights.settings["torch_dtype"] == "float32":
         lines += ["", "Scales are float32, as trained. `dtype=torch.bfloat16` rounds them by up to "
                       "0.4 %."]
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()           # file names may be no text
 
 @contextlib.contextmanager
 def new_folder(folder):

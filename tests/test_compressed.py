@@ -188,6 +188,8 @@ def of_two_grids(name, linear):
 
 OTHERS = {
     "dense": (lambda name, linear: linear, "no linear is packed"),
+    "one dense": (lambda name, linear: linear if "wq" in name else affine()(name, linear),
+                  "blocks.0.attn.wq is not packed"),
     "QuEST": (lambda name, linear: QuantLinear.quest(linear.weight.detach(), 4, 16),
               "blocks.0.attn.wq has QuEST's grid"),
     "codebooks": (vector, "blocks.0.attn.wq has codebooks"),
@@ -220,6 +222,12 @@ def test_rounded_activations_of_the_whole_model_are_refused(capsys, which):
     save(m)
     check_refused(call(capsys, "model.py export m.pt new --format compressed"),
                   "activations are quantized to 6 bits")
+
+def test_a_base_whose_name_is_no_text_still_has_a_card(capsys):
+    save(packed_model(4), settings={"model": "base\udcff.pt"})        # bytes that are not UTF-8
+    status, _, err = call(capsys, "model.py export m.pt dir")
+    assert status == 0, err
+    assert "- base: base\\udcff.pt" in pathlib.Path("dir/README.md").read_text()
 
 def test_an_export_is_whole_or_not_there(capsys, monkeypatch):
     save(packed_model(3))
