@@ -19,9 +19,9 @@ SAVED = []  # the checkpoints that this process wrote, for the message after Ctr
 
 def save_checkpoint(path, model, **content):
     """Write {format, config, linears, model, **content} to a temporary name, then rename it. A
-    result adds method, settings, tokenizer and data; a training state adds settings, data, losses,
-    optimizer and seconds, and is told apart by having no tokenizer. Raises UsageError, and leaves
-    an older file as it is, where a weight is not finite or there is no room."""
+    result adds method, settings, tokenizer, data and command; a training state adds settings, data,
+    losses, optimizer and seconds, and is told apart by having no tokenizer. Raises UsageError, and
+    leaves an older file as it is, where a weight is not finite or there is no room."""
     linears = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     content = {"format": "nanobit-1", "config": dataclasses.asdict(model.config),
                "linears": linears, "model": model.state_dict(), **content}
@@ -117,9 +117,11 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, as_stored=False):
 def load_folder(path, device, dtype, as_stored):
     """load_checkpoint for a Hugging Face folder: the content says what a checkpoint's would."""
     from nanobit.hf_tokenizer import read_hf_tokenizer     # it imports this file
-    content = {"linears": {}, "method": "dense", "settings": {"smoke": False}, "data": None,
-               "tokenizer": read_hf_tokenizer(path)}
+    tokenizer = read_hf_tokenizer(path)
     model = LLaMA.from_pretrained(path, dtype, as_stored)
+    linears = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    content = {"linears": linears, "method": "compressed-tensors" if linears else "dense",
+               "settings": {"smoke": False}, "data": None, "tokenizer": tokenizer}
     return model.to(device).eval(), content
 
 def load_weights(model, state, path):

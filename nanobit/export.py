@@ -1,41 +1,59 @@
-"""Hugging Face folders out: a model in bfloat16 that other tools load, or nothing at all.
+"""Hugging Face folders out: a model that other tools load, or nothing at all.
 
-`write_hf` gathers tensors, config and tokenizer files, all of which it checks before it writes;
-`new_folder` is what makes the folder appear whole or not at all.
+`write_hf` gathers tensors, config, tokenizer files and a model card, all of which it checks before
+it writes. The linears go in `compressed`, as the packed codes that they are, or `dense`, all
+weights spelled out in bfloat16. `new_folder` makes the folder appear whole or not at all.
 """
 import contextlib
 import json
 import os
 import pathlib
 import shutil
+from typing import NamedTuple
 
 import torch
 
 from model import UsageError
 from nanobit.checkpoint import check_weights
+from nanobit.compressed import Grid, compress, quantization_config
 from nanobit.hf import (HF_SIZES, LLAMA3_ROPE, first_line, hf_name, leaves_folder, need_package,
                         shown)
 from nanobit.hf_tokenizer import default_hf_texts
 from nanobit.tokenizer import make_tokenizer
-from quantizers import QuantLinear
+from quantizers import QuantLinear, bits_per_weight
+
+class Weights(NamedTuple):
+    """What a folder holds of a model, as `dense` and `compressed` return it."""
+    tensors: dict                # {the name there: the tensor}
+    settings: dict               # what config.json says about them
+    text: str                    # what people are told about them
 
 @torch.no_grad()
-def write_hf(folder, model, spec):
-    """The model in bfloat16, packed weights spelled out, as a new Hugging Face folder, or nothing.
+def write_hf(folder, model, content, convert):
+    """The model as a new Hugging Face folder, or nothing -> its Weights.
 
-    spec: its tokenizer, which is written where it came from such a folder.
+    content: what load_checkpoint returned beside the model. A tokenizer that came from such a
+    folder is written. convert: `dense` or `compressed`, which takes the model apart.
     """
+    # The tokenizer's files, where it has any.
     save_file = need_package("safetensors.torch").save_file
+    spec = content["tokenizer"]
     tokenizer = make_tokenizer(spec)
-    tensors = hf_tensors(model)
-
     texts = {}
     if isinstance(spec, dict):
         texts = default_hf_texts(tokenizer) | spec.get("texts", {})        # older specs have none
         texts["tokenizer.json"] = spec["tokenizer.json"]
-    texts["config.json"] = json.dumps(hf_config(model.config, tokenizer), indent=2)
 
-    check_weights(tensors.items(), folder)             # above bfloat16's largest: infinite by now
+    # The weights. They are counted first, as they may not outlive the conversion.
+    packed = bits_per_weight(model)[1]
+    params = packed + sum(p.numel() for p in model.parameters())
+    weights = convert(model)
+    config = hf_config(model.config, tokenizer) | weights.settings
+    texts["config.json"] = json.dumps(config, indent=2)
+    texts["README.md"] = model_card(folder, content, params, packed, weights)
+
+    # A weight above bfloat16's largest number is infinite by now.
+    check_weights(weights.tensors.items(), folder)
     with new_folder(folder) as temporary:
         for name, text in texts.items():
             if leaves_folder(name):
@@ -43,11 +61,12 @@ def write_hf(folder, model, spec):
             path = temporary / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights.tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    return weights
 
-def hf_tensors(model):
-    """{the name there: the weight in bfloat16}. A packed linear gets the weight that it stands for;
-    a head that is the embedding is left out."""
+def dense(model):
+    """All weights in bfloat16. A packed linear gets the weight that it stands for; a head that is
+    the embedding is left out."""
     packed = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     state = {}
     for name, tensor in model.state_dict().items():
@@ -57,7 +76,25 @@ def hf_tensors(model):
             state[name] = tensor
     for name, linear in packed.items():
         state[f"{name}.weight"] = linear.weight()
-    return {hf_name(name): tensor.bfloat16().contiguous() for name, tensor in state.items()}
+    tensors = {hf_name(name): tensor.bfloat16().contiguous() for name, tensor in state.items()}
+    return Weights(tensors, {"torch_dtype": "bfloat16"}, "all weights in bfloat16")
+
+def compressed(model):
+    """The packed linears' own codes, see nanobit/compressed.py. The model is taken apart."""
+    grid = Grid.of(model.blocks[0].attn.wq)
+    count = bits_per_weight(model)[1]
+    state, dtype = compress(model)
+    tensors = {hf_name(n): tensor for n, tensor in state.items()}
+    name = str(dtype).removeprefix("torch.")
+    settings = {"torch_dtype": name, "quantization_config": quantization_config(grid)}
+
+    # In words, for people. All that the linears have is counted.
+    stored = 8 * sum(t.nbytes for name, t in tensors.items() if ".weight_" in name)
+    zeros = "symmetric" if grid.symmetric else "with zero points"
+    groups = "rows" if grid.group_size == -1 else f"groups of {grid.group_size}"
+    text = (f"linears in {grid.bits} bits, {zeros}, {groups}, {stored / count:.3f} bits per weight; "
+            f"the rest in {name}")
+    return Weights(tensors, settings, text)
 
 def hf_config(c, tokenizer):
     """config.json's settings for a LlamaConfig."""
@@ -76,7 +113,43 @@ def hf_config(c, tokenizer):
         "model_type": kind, "architectures": [f"{kind.title()}ForCausalLM"], "hidden_act": "silu",
         "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied, "rope_theta": c.rope_theta,
         "rope_scaling": scaling, "sliding_window": None, "bos_token_id": start,
-        "eos_token_id": ends if len(ends) > 1 else ends[0], "torch_dtype": "bfloat16"}
+        "eos_token_id": ends if len(ends) > 1 else ends[0]}
+
+def model_card(folder, content, params, packed, weights):
+    """README.md of a folder: what the model is, what made it, how to load it. packed: how many of
+    the params were quantized."""
+    # What is known. Older checkpoints have no command, some have no settings.
+    settings = content.get("settings", {})
+    base = settings.get("model")
+    if base is None and "size" in settings:
+        base = f"nanobit's own of --size {settings['size']}"
+    facts = {"base": base, "method": content.get("method"),
+             "parameters": f"{params:,}, of which {packed:,} were quantized",
+             "stored": weights.text, "made by": content.get("command")}
+
+    name = os.path.basename(os.path.abspath(folder))
+    lines = ["---", "library_name: transformers", "---", f"# {name}", "",
+             "A LLaMA, written by nanobit.", ""]
+    for fact, value in facts.items():
+        if value is not None:
+            lines.append(f"- {fact}: {value}")
+
+    # How to load it.
+    packages = "'transformers>=5'"
+    if "quantization_config" in weights.settings:
+        packages += " 'compressed-tensors>=0.18'"
+    classes = ["AutoModelForCausalLM"]
+    loads = [f"model = AutoModelForCausalLM.from_pretrained({name!r})"]
+    if isinstance(content["tokenizer"], dict):
+        classes.append("AutoTokenizer")
+        loads.append(f"tokenizer = AutoTokenizer.from_pretrained({name!r})")
+    lines += ["", "```", f"pip install {packages}", "```", "", "```python",
+              f"from transformers import {', '.join(classes)}", *loads, "```"]
+    if weights.settings["torch_dtype"] == "float32":
+        lines += ["", "Scales are float32, as trained. `dtype=torch.bfloat16` rounds them by up to "
+                      "0.4 %."]
+    text = "\n".join(lines) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()           # file names may be no text
 
 @contextlib.contextmanager
 def new_folder(folder):

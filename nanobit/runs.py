@@ -213,7 +213,7 @@ def through_the_file(path, model, args, data, method):
 def save_result(path, model, args, data, method):
     """A checkpoint with all that `model.py eval` and `sample` need."""
     save_checkpoint(path, model, method=method, settings=settings(args), tokenizer=data.spec,
-                    data=data.digest)
+                    data=data.digest, command=command_line())
 
 def score(model, data, args):
     """Losses on the whole validation split, which is only reported, and "dev_loss", by which

@@ -16,7 +16,7 @@ import model
 import nanobit.checkpoint
 import nanobit.data
 import nanobit.tokenizer
-from conftest import call, random_base
+from conftest import call, check_refused, random_base
 from quantizers import QuantLinear
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -113,7 +113,7 @@ def test_every_file_is_exported_with_the_weights_that_its_codes_stand_for(
         name, folder, capsys, monkeypatch, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     path = make(name, folder, capsys, monkeypatch)
-    status, out, err = call(capsys, f"model.py export {path} {tmp_path / 'hf'}")
+    status, out, err = call(capsys, f"model.py export {path} {tmp_path / 'hf'} --format dense")
     assert status == 0, err
     tensors = safetensors.load_file(tmp_path / "hf/model.safetensors")
     m, _ = nanobit.checkpoint.load_checkpoint(path)
@@ -128,6 +128,34 @@ def test_every_file_is_exported_with_the_weights_that_its_codes_stand_for(
         assert (stored - weight).abs().max() <= weight.abs().max() / 256
     config = json.loads(pathlib.Path(tmp_path, "hf/config.json").read_text())
     assert config["vocab_size"] == 300 and config["num_hidden_layers"] == 1
+
+COMPRESSED = {"rtn-w3.pt", "gptq-tweak-w2.pt", "lrqat-w2-lr-qat.pt", "lrqat-w4-full.pt",
+              "pvtune-affine-w2.pt"}                   # affine codes, activations in floats
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", WRITES)
+def test_affine_files_are_exported_packed_and_others_are_refused_by_their_reason(
+        name, folder, capsys, monkeypatch, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    pytest.importorskip("compressed_tensors", minversion="0.18")
+    path = make(name, folder, capsys, monkeypatch)
+    out_folder = tmp_path / "hf"
+    status, out, err = call(capsys, f"model.py export {path} {out_folder}")
+    assert status == 0, err
+    if name not in COMPRESSED:
+        assert "(--format dense" in out
+        result = call(capsys, f"model.py export {path} {tmp_path / 'new'} --format compressed")
+        check_refused(result, path, "--format dense")
+        assert not (tmp_path / "new").exists()
+        return
+
+    assert "(--format compressed" in out
+    m, _ = nanobit.checkpoint.load_checkpoint(path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out_folder)
+    x = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(1))
+    ours = m(x)[0]
+    assert (theirs(x).logits - ours).abs().max() <= 1e-4 * ours.abs().max()
 
 @GPU
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

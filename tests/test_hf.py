@@ -236,7 +236,8 @@ def test_a_folder_of_an_unusual_form_gives_transformers_logits_also_after_an_exp
     x = ids(m, 2, 96)
     logits = want(x).logits
     close(m(x)[0], logits)
-    nanobit.export.write_hf("new", m, [chr(i) for i in range(256)])
+    nanobit.export.write_hf("new", m, {"tokenizer": [chr(i) for i in range(256)], "method": "test"},
+                          nanobit.export.dense)
     again = LLaMA.from_pretrained("new")
     close(again(x)[0], logits, 0.1)                    # weights in bfloat16
     close(auto("new", dtype=torch.float32)(x).logits, again(x)[0])
@@ -670,7 +671,7 @@ def test_an_exported_model_gives_the_same_logits_in_transformers(bpe, capsys, ki
     m = pack(m, kind)
     nanobit.checkpoint.save_checkpoint("m.pt", m, tokenizer=content["tokenizer"], method="test")
     pathlib.Path("new/dir").mkdir(parents=True)        # there, and empty
-    status, out, err = call(capsys, "model.py export m.pt new/dir")
+    status, out, err = call(capsys, "model.py export m.pt new/dir --format dense")
     assert status == 0 and "note" not in out and err == ""
     x, (again, spec) = ids(m, 2, 96), nanobit.checkpoint.load_checkpoint("new/dir")
     close(spelled_out(m, torch.float32)(x)[0], m(x)[0])
@@ -763,7 +764,7 @@ def test_an_export_goes_to_any_empty_folder(capsys, monkeypatch, work, kind):
         monkeypatch.chdir("real")
     status, out, err = call(capsys, f"model.py export {work}/m.pt {target}")
     assert status == 0, err
-    assert sorted(os.listdir(target)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(target)) == ["README.md", "config.json", "model.safetensors"]
     monkeypatch.chdir(work)
     assert os.stat("real").st_ino == inode and pathlib.Path("link").is_symlink()
     assert sorted(os.listdir(work)) == sorted({"m.pt", "real", "link", "text.txt"} | (
@@ -784,7 +785,7 @@ def test_an_export_into_a_mount_needs_no_rename_of_it(capsys, monkeypatch):
     monkeypatch.setattr(os, "replace", as_a_mount)
     status, out, err = call(capsys, "model.py export m.pt mount")
     assert status == 0, err
-    assert sorted(os.listdir("mount")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir("mount")) == ["README.md", "config.json", "model.safetensors"]
 
 @pytest.mark.parametrize("name", ["../out", "/tmp/nanobit-out", "a/../../out"])
 def test_a_checkpoint_cannot_write_beside_the_export(folder, capsys, name):
