@@ -271,11 +271,15 @@ class LLaMA(nn.Module):
     def forward(self, idx, targets=None):
         """Ids and targets (B, T) -> (logits (B, T, vocab), mean loss in nats). The loss is None
         without targets; the logits are None with lean and targets, since they are never whole."""
+        return self.predict(self.trunk(idx), targets)
+
+    def trunk(self, idx):
+        """Ids (B, T) -> the last block's output (B, T, C), from which `predict` goes on."""
         cos, sin = self.rope(idx)                                          # (T, hs) each
         x = self.embed(idx).to(self.dtype)                                 # (B, T, C)
         for block in self.blocks:
             x = rerun(block, x, cos, sin) if self.lean else block(x, cos, sin)
-        return self.predict(x, targets)
+        return x
 
     def rope(self, idx):
         """cos and sin (T, hs) for the positions of ids (B, T)."""
@@ -294,8 +298,7 @@ class LLaMA(nn.Module):
 
     def loss_in_parts(self, x, targets):
         """The mean loss without ever holding all logits: those of n tokens at a time."""
-        # With gradients, 256 tokens at a time; without, as many as make 2^26 logits.
-        n = 256 if torch.is_grad_enabled() else max(256, 2**26 // self.config.vocab_size)
+        n = self.tokens_at_once()
 
         def loss(x, y):
             return F.cross_entropy(self.head(x).float(), y, reduction="sum")
@@ -304,6 +307,12 @@ class LLaMA(nn.Module):
         for x_part, y_part in zip(x.flatten(0, 1).split(n), targets.flatten().split(n)):
             total = total + rerun(loss, x_part, y_part)
         return total / targets.numel()
+
+    def tokens_at_once(self):
+        """How many tokens' logits are held: with gradients 256, without as many as make 2^26."""
+        if torch.is_grad_enabled():
+            return 256
+        return max(256, 2**26 // self.config.vocab_size)
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):
