@@ -492,8 +492,8 @@ def main():
         seconds = time.perf_counter() - start
         bpw, _ = bits_per_weight(model)
         model, scores = through_the_file(arm.path, model, args, data, arm.name, teacher)
-        say(f"{arm.name} | val loss {scores['loss']:.4f} | same top token {scores['same_top']:.2f}% | "
-            f"{seconds:.1f} s | saved {arm.path}")
+        say(f"{arm.name} | val loss {scores['loss']:.4f} | same top token "
+            f"{scores['same_top']:.2f}% | {seconds:.1f} s | saved {arm.path}")
         rows[arm.name] = arm_row(scores, bpw, seconds)
         table.append(table_row(arm.name, scores, rows[arm.name], losses))
 
