@@ -3,6 +3,7 @@
     python model.py                            # pre-train the dense base model into out/base.pt
     python model.py --smoke                    # every line of that in a few seconds
     python model.py eval out/base.pt           # loss on the whole validation split
+    python model.py eval out/rtn-w4.pt --against out/base.pt   # and how far it is from that one
     python model.py sample out/base.pt --prompt "def main("
     python model.py export out/rtn-w4.pt DIR   # any checkpoint as a Hugging Face folder
     torchrun --standalone --nproc_per_node=8 model.py --size 100M      # the same run on 8 GPUs

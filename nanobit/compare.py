@@ -57,7 +57,8 @@ def standard_error(values, seq_len):
 
 def statistics(found, seq_len):
     """Differences of all tokens, in the order of the text -> {name: float}. *_error: the standard
-    error. KL and losses are in nats per token; same_top in percent, rms_prob in percent points."""
+    error. KL and losses are in nats per token, same_top is in percent, rms_prob in percentage
+    points."""
     kl, same, prob, loss = [x.double().cpu().numpy() for x in found]
     return {"kl": float(kl.mean()), "kl_error": standard_error(kl, seq_len),
             "kl_median": float(np.median(kl)), "kl_99": float(np.quantile(kl, 0.99)),
@@ -109,5 +110,5 @@ def show_comparison(scores, path):
         f"  KL divergence      {s['kl']:.5f} ± {s['kl_error']:.5f} nats/token | median "
         f"{s['kl_median']:.5f} | 99 % {s['kl_99']:.4f} | max {s['kl_max']:.3f}",
         f"  same top token     {s['same_top']:.2f} ± {s['same_top_error']:.2f} %",
-        f"  right token        probability changed by {s['rms_prob']:.2f} points (RMS)",
+        f"  right token        probability changed by {s['rms_prob']:.2f} percentage points (RMS)",
         f"  loss difference    {s['loss_gap']:+.5f} ± {s['loss_gap_error']:.5f} nats/token"])

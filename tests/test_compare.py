@@ -127,7 +127,7 @@ def test_the_error_of_equal_windows_is_that_of_their_means():
     assert error == pytest.approx(means.std(ddof=1) / math.sqrt(40))
 
 def test_the_error_is_as_large_as_means_really_scatter():
-    """Tokens of one window share a part: as if independent, the error would be 3 times too small."""
+    """Tokens of one window share a part: as if independent, the error would be too small."""
     rng = np.random.default_rng(0)
     means = []
     errors = []
@@ -208,7 +208,7 @@ def test_a_model_against_itself():
     assert len(zeros) == 8 and all(s[name] == 0 for name in zeros)
     assert s["same_top"] == 100 and s["same_top_error"] == 0
 
-# ---- The command line, and the rows ---------------------------------------------------------------
+# ---- The command line, and the rows ------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
