@@ -64,7 +64,7 @@ from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.data import batch
 from nanobit.ranks import say
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header,
-                          keep_model, load_base, score, show, through_the_file)
+                          keep_model, load_base, score, show, show_distance, through_the_file)
 from nanobit.train import train_arm
 from quantizers import (EPS, QuantLinear, bits_per_weight, block_hessians, dequantize, gptq,
                         rtn)
@@ -616,7 +616,7 @@ def main():
     print_table(rows, len(data.val) - 1)
 
     # The last arm is packed, and what its file holds is reported.
-    pack_result(args, model, data, path + ".pt", rows, rows[key]["val_loss"], result)
+    pack_result(args, model, base, data, path + ".pt", rows, rows[key]["val_loss"], result)
 
 def run_name(args):
     """The name of the packed file without extension, for one lrqat-w2a8-full."""
@@ -658,7 +658,7 @@ def run_arm(key, base, data, grids, args, path):
 
     # Score it as it was trained. The bits per weight of a grid are known when one is
     # packed.
-    scores = score(model.eval(), data, args)
+    scores = score(model.eval(), data, args, None if key == "dense" else base)
     row = arm_row(scores, None if arm.quantized else 16.0, seconds, learn=learn)
     if "A" in arm.learns:
         row["flipped"] = flipped(model)
@@ -677,14 +677,15 @@ def recovered(row, rows):
     return 100 * (worst - row["val_loss"]) / lost
 
 def print_table(rows, tokens):
-    say(f"\n{tokens:>7} val tokens     |   learn | val loss | recovered | seconds")
+    say(f"\n{tokens:>7} val tokens     |   learn | val loss |     KL | same top | recovered | "
+        "seconds")
     for key, row in rows.items():
         percent = recovered(row, rows)
         share = f"{percent:8.1f}%" if math.isfinite(percent) else "        -"
         say(f"{ARMS[key].label:22} | {row['learn']:7d} | {row['val_loss']:8.4f} | "
-            f"{share} | {row['seconds']:7.1f}")
+            f"{show_distance(row)} | {share} | {row['seconds']:7.1f}")
 
-def pack_result(args, model, data, path, rows, live, result):
+def pack_result(args, model, base, data, path, rows, live, result):
     """Merge the last arm, pack, save and load it; compare what was loaded with the model as it
     was trained, whose loss is `live`; print the row of results."""
     # Read the trained integers off the forward pass while it still exists, then merge.
@@ -695,7 +696,7 @@ def pack_result(args, model, data, path, rows, live, result):
         return QuantLinear.affine(q, scale, zero_point, args.bits, args.group_size)
 
     model.replace_linears(merge)
-    model, scores = through_the_file(path, model, args, data, "lrqat")
+    model, scores = through_the_file(path, model, args, data, "lrqat", base)
 
     # Do the file's integers equal those of training?
     differ = 0

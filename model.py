@@ -76,12 +76,10 @@ class Preset(NamedTuple):
     seq_len: int
 
     def config(self, vocab_size, seq_len=None, tied=False):
-        return LlamaConfig(vocab_size, self.n_layer, self.n_embd, self.n_head,
-                           n_kv_head=self.n_head, n_hidden=self.n_hidden,
-                           seq_len=seq_len or self.seq_len, tied=tied)
+        return LlamaConfig(vocab_size, self.n_layer, self.n_embd, self.n_head, self.n_head,
+                           self.n_hidden, seq_len or self.seq_len, tied=tied)
 
-# 0.5M to 3.4M: for the scaling law. Names count the blocks' linears; the tokens are 25 for each
-# parameter of the whole model at the default vocabulary.
+# 0.5M to 3.4M in the blocks' linears: for the scaling law, 25 tokens per parameter of the whole.
 # 30M to 800M: QuEST's shapes, peak learning rates and steps of 512 x 512 tokens.
 PRESETS = {
     "tiny": Preset(3, 256, 4, 768, 2e-3, 400, 16, 1, 128),
@@ -271,11 +269,15 @@ class LLaMA(nn.Module):
     def forward(self, idx, targets=None):
         """Ids and targets (B, T) -> (logits (B, T, vocab), mean loss in nats). The loss is None
         without targets; the logits are None with lean and targets, since they are never whole."""
+        return self.predict(self.trunk(idx), targets)
+
+    def trunk(self, idx):
+        """Ids (B, T) -> the last block's output (B, T, C), from which `predict` goes on."""
         cos, sin = self.rope(idx)                                          # (T, hs) each
         x = self.embed(idx).to(self.dtype)                                 # (B, T, C)
         for block in self.blocks:
             x = rerun(block, x, cos, sin) if self.lean else block(x, cos, sin)
-        return self.predict(x, targets)
+        return x
 
     def rope(self, idx):
         """cos and sin (T, hs) for the positions of ids (B, T)."""
@@ -294,8 +296,7 @@ class LLaMA(nn.Module):
 
     def loss_in_parts(self, x, targets):
         """The mean loss without ever holding all logits: those of n tokens at a time."""
-        # With gradients, 256 tokens at a time; without, as many as make 2^26 logits.
-        n = 256 if torch.is_grad_enabled() else max(256, 2**26 // self.config.vocab_size)
+        n = self.tokens_at_once()
 
         def loss(x, y):
             return F.cross_entropy(self.head(x).float(), y, reduction="sum")
@@ -304,6 +305,10 @@ class LLaMA(nn.Module):
         for x_part, y_part in zip(x.flatten(0, 1).split(n), targets.flatten().split(n)):
             total = total + rerun(loss, x_part, y_part)
         return total / targets.numel()
+
+    def tokens_at_once(self):
+        """Tokens whose logits are held: with gradients 256, else as many as make 2^26 logits."""
+        return 256 if torch.is_grad_enabled() else max(256, 2**26 // self.config.vocab_size)
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):
@@ -323,8 +328,6 @@ class LLaMA(nn.Module):
             idx = torch.cat((idx, token), dim=1)                                   # (B, T + 1)
         return idx
 
-    # What the methods need of a model: the linears that they replace, and compiled parts.
-
     def linears(self):
         """(name, module) of the linears inside the blocks: all that any method quantizes. They are
         found by their names, w..., since a method's own class may stand there."""
@@ -338,8 +341,7 @@ class LLaMA(nn.Module):
         return self
 
     def compile_parts(self):
-        """torch.compile each block, of which all share the first one's code, and predict, the rest.
-        The model as a whole would be unrolled, and every block compiled anew."""
+        """torch.compile each block, so that all share the first one's code, and predict."""
         for block in self.blocks:
             block.compile()
         self.predict = torch.compile(self.predict)

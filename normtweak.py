@@ -482,7 +482,7 @@ def main():
     # The dense model is what all are compared with.
     base = score(teacher, data, args)
     rows = {"dense": arm_row(base, 16.0, 0.0)}
-    table = [table_row("dense", base, 16)]
+    table = [table_row("dense", base, rows["dense"])]
 
     # Compress a copy for each arm. What is scored is what the arm's file holds.
     for arm in arms:
@@ -491,14 +491,15 @@ def main():
         losses = compress(model, teacher, ids, args, arm.host, arm.tweak)
         seconds = time.perf_counter() - start
         bpw, _ = bits_per_weight(model)
-        model, scores = through_the_file(arm.path, model, args, data, arm.name)
-        say(f"{arm.name} | val loss {scores['loss']:.4f} | {seconds:.1f} s | saved {arm.path}")
+        model, scores = through_the_file(arm.path, model, args, data, arm.name, teacher)
+        say(f"{arm.name} | val loss {scores['loss']:.4f} | same top token "
+            f"{scores['same_top']:.2f}% | {seconds:.1f} s | saved {arm.path}")
         rows[arm.name] = arm_row(scores, bpw, seconds)
-        table.append(table_row(arm.name, scores, bpw, seconds, losses))
+        table.append(table_row(arm.name, scores, rows[arm.name], losses))
 
     # The table, and the result row. The row's own numbers are those of the last arm, the
     # tweaked one of the last host; those of all arms are under "arms".
-    say("method       | val loss |     ppl |   bpw | seconds | channel loss of each block")
+    say("method       | val loss |     ppl |     KL |   bpw | seconds | channel loss of each block")
     say("\n".join(table))
     finish(args, "normtweak", model, scores, {"tokens": ids.numel(), "seconds": seconds},
            w_bits=args.bits, a_bits=args.a_bits, group_size=args.group_size,
@@ -580,11 +581,12 @@ def sharing_copy(model):
     memo = {id(p): p for p in model.parameters()}
     return copy.deepcopy(model, memo)
 
-def table_row(name, scores, bpw, seconds=0.0, losses=()):
+def table_row(name, scores, row, losses=()):
     """One row of the final table."""
+    kl = "-" if row["kl"] is None else f"{row['kl']:.4f}"
     blocks = "  ".join(f"{loss.before:.4f} -> {loss.after:.4f}" for loss in losses)
-    return (f"{name:<12} | {scores['loss']:8.4f} | {scores['ppl']:7.2f} | {bpw:5.2f} | "
-            f"{seconds:7.1f} | {blocks}")
+    return (f"{name:<12} | {scores['loss']:8.4f} | {scores['ppl']:7.2f} | {kl:>6} | "
+            f"{row['bpw']:5.2f} | {row['seconds']:7.1f} | {blocks}")
 
 # ---- Flags ------------------------------------------------------------------------------------
 

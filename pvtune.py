@@ -69,7 +69,7 @@ from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.data import batch
 from nanobit.ranks import from_rank_0, say, world_size
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
-                          load_base, score, show, through_the_file)
+                          load_base, score, show, show_distance, through_the_file)
 from nanobit.train import kl_loss, train_arm
 from quantizers import (EPS, QuantLinear, affine_codes, bits_per_weight, block_hessians, dequantize,
                         full_float32, gptq, output_error, rtn, unpack, vq_dequantize, vq_fit,
@@ -896,13 +896,13 @@ def main():
 
     # What the arms are compared with.
     rows = {}
-    rows["dense"] = score_arm("dense", base, 16.0, 0.0, data, args)
+    rows["dense"] = score_arm("dense", base, 16.0, 0.0, data, args, None)
     start = time.perf_counter()
     rounded = nearest_rtn(base, bpw)
     rtn_bpw, _ = bits_per_weight(rounded)
     rtn_seconds = time.perf_counter() - start
-    rows["RTN"] = score_arm("RTN", rounded, rtn_bpw, rtn_seconds, data, args)
-    rows["as fitted"] = score_arm("as fitted", fitted, bpw, fit_seconds, data, args)
+    rows["RTN"] = score_arm("RTN", rounded, rtn_bpw, rtn_seconds, data, args, base)
+    rows["as fitted"] = score_arm("as fitted", fitted, bpw, fit_seconds, data, args, base)
 
     # Every arm tunes a copy of the fit, on the same tokens.
     variants = [args.variant] if args.variant else ["p", "ste", "pv"]
@@ -911,13 +911,14 @@ def main():
         say(f"--- {label}")
         state_path = os.path.join(args.out, f"{name}-{variant}.state")
         model, optimizer, result = tune(fitted, base, data, args, variant, state_path)
-        rows[label] = score_arm(label, model, bpw, result["seconds"], data, args)
+        seconds = result["seconds"]
+        rows[label] = score_arm(label, model.student, bpw, seconds, data, args, base)
         if optimizer.fraction:
             rows[label] |= share_of_changes(optimizer, args.steps)
     print_table(rows, len(data.val) - 1)
 
     # The last arm is the result of the run.
-    report(args, data, model, variant, result, rows, bpw, path)
+    report(args, data, model, base, variant, result, rows, bpw, path)
 
 def nearest_rtn(model, bpw):
     """Round to nearest, at the bits and the group size that come closest to bpw."""
@@ -947,9 +948,10 @@ def tune(fitted, teacher, data, args, variant, path):
     result = train_arm(model, data, args, path, optimizer.status, optimizer)
     return model, optimizer, result
 
-def score_arm(label, model, bpw, seconds, data, args):
-    """Evaluate an arm, print its losses, and return its row of the table."""
-    scores = score(model, data, args)
+def score_arm(label, model, bpw, seconds, data, args, base):
+    """Evaluate an arm and compare it with the base, if one is given; print its losses, and return
+    its row of the table."""
+    scores = score(model, data, args, base)
     row = arm_row(scores, bpw, seconds)
     say(f"{label} | {show(scores)}")
     return row
@@ -964,19 +966,20 @@ def print_table(rows, tokens):
     dense = rows["dense"]["val_loss"]
     fitted = rows["as fitted"]["val_loss"]
     lost = (fitted - dense) or math.nan                # nothing lost: nan % recovered
-    say(f"\n{tokens:>7} val tokens     | val loss | recovered |   bpw | changed | budget | seconds")
+    say(f"\n{tokens:>7} val tokens     | val loss |     KL | same top | recovered |   bpw | "
+        "changed | budget | seconds")
     for label, row in rows.items():
         recovered = (fitted - row["val_loss"]) / lost
         codes = "      - |      -"
         if "changed" in row:
             codes = f"{100 * row['changed']:6.1f}% | {100 * row['budget']:5.1f}%"
-        say(f"{label:22} | {row['val_loss']:8.4f} | {100 * recovered:8.1f}% | {row['bpw']:5.2f} | "
-            f"{codes} | {row['seconds']:7.1f}")
+        say(f"{label:22} | {row['val_loss']:8.4f} | {show_distance(row)} | "
+            f"{100 * recovered:8.1f}% | {row['bpw']:5.2f} | {codes} | {row['seconds']:7.1f}")
     say("")
 
-def report(args, data, model, variant, result, rows, bpw, path):
+def report(args, data, model, base, variant, result, rows, bpw, path):
     """Pack the last arm, save, load and evaluate what was loaded; print the result row."""
-    packed, scores = through_the_file(path, model.pack(), args, data, "pvtune")
+    packed, scores = through_the_file(path, model.pack(), args, data, "pvtune", base)
 
     # Does the file hold what was tuned? Its codebooks and scales are float16.
     differ = groups_that_differ(model, packed)

@@ -22,6 +22,7 @@ except ImportError:                                    # Windows: no peak memory
 
 from model import PRESETS, UsageError
 from nanobit.checkpoint import SAVED, load_checkpoint
+from nanobit.compare import compare, show_comparison
 from nanobit.compressed import obstacle
 from nanobit.export import compressed, dense, write_hf
 from nanobit.generate import prepare, sample_text
@@ -68,17 +69,42 @@ def pretrain(argv):
 def eval_checkpoint(argv):
     p = Parser(prog="model.py eval", description="Loss of a checkpoint on the validation split.")
     p.add_argument("checkpoint", help="a .pt file, dense or packed, or a Hugging Face folder")
+    p.add_argument("--against", metavar="BASE", help="compare with this one, such as the dense "
+                   "model that the checkpoint was made from: a .pt file or a Hugging Face folder; "
+                   "twice the time")
     add_flags(p, trains=False)
     args = resolve(p.parse_args(argv))
     model, content = open_model(args, args.checkpoint, dense=False)
+    base = open_against(args, model, content) if args.against else None
     data = load_training_data(args, content)
-    scores = evaluate(model, data.val, args.seq_len, data.tokenizer, args.batch_size)
+
+    if base:
+        scores = compare(base, model, data.val, args.seq_len, data.tokenizer, args.batch_size)
+        check_numbers({"kl": scores["kl"]}, args.against)
+    else:
+        scores = evaluate(model, data.val, args.seq_len, data.tokenizer, args.batch_size)
     check_numbers({"val_loss": scores["loss"]})
 
     bpw, weights = bits_per_weight(model)              # of the packed linears, if there are any
     size = f"{bpw:.3f} bits per weight | " if weights else ""
     say(f"{content['method']} | {size}{show(scores)} | {len(data.val) - 1} tokens | "
         f"loss {scores['loss']:.6f}")
+    if base:
+        say(show_comparison(scores, args.against))
+
+def open_against(args, model, content):
+    """The model of --against. Raises UsageError where it does not predict the same tokens."""
+    base, base_content = open_model(args, args.against, dense=False)
+    fix = f"give the model that {args.checkpoint} was made from"
+    theirs = base.config.vocab_size
+    ours = model.config.vocab_size
+    if theirs != ours:
+        raise UsageError(f"--against {args.against} predicts {theirs} tokens, and "
+                         f"{args.checkpoint} {ours}: they cannot be compared; {fix}")
+    if base_content["tokenizer"] != content["tokenizer"]:
+        raise UsageError(f"--against {args.against} has another tokenizer of {theirs} tokens than "
+                         f"{args.checkpoint}: they cannot be compared; {fix}")
+    return base
 
 def sample_checkpoint(argv):
     p = Parser(prog="model.py sample", description="Text from a checkpoint, dense or packed.")

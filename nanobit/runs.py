@@ -26,6 +26,7 @@ except ImportError:                                    # Windows: no lock on --o
 
 from model import LLaMA, PRESETS, UsageError
 from nanobit.checkpoint import load_checkpoint, save_checkpoint, tensor_bytes
+from nanobit.compare import compare
 from nanobit.data import load_data
 from nanobit.hf_tokenizer import read_hf_tokenizer
 from nanobit.ranks import first_rank_first, put, rank, say, world_size
@@ -203,22 +204,25 @@ def hold(folder):
 
 # ---- The result: a file, its scores, its row ----------------------------------------------------
 
-def through_the_file(path, model, args, data, method):
-    """Save a result, load it again and score that -> (model, scores). What is reported of a packed
-    model is thereby what its file holds."""
+def through_the_file(path, model, args, data, method, base=None):
+    """Save a result, load it again and `score` that -> (model, scores). What is reported of a
+    packed model is thereby what its file holds."""
     save_result(path, model, args, data, method)
     model, _ = load_checkpoint(path, args.device, model.dtype)
-    return model, score(model, data, args)
+    return model, score(model, data, args, base)
 
 def save_result(path, model, args, data, method):
     """A checkpoint with all that `model.py eval` and `sample` need."""
     save_checkpoint(path, model, method=method, settings=settings(args), tokenizer=data.spec,
                     data=data.digest, command=command_line())
 
-def score(model, data, args):
+def score(model, data, args, base=None):
     """Losses on the whole validation split, which is only reported, and "dev_loss", by which
-    settings are chosen."""
-    scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
+    settings are chosen. With a dense base also how far the model is from it, in twice the time."""
+    if base:
+        scores = compare(base, model, data.val, args.seq_len, data.tokenizer)
+    else:
+        scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
     return scores | {"dev_loss": dev_loss(model, data, args.seq_len)}
 
 def show(scores):
@@ -244,7 +248,7 @@ def record(args, method, model, scores, result, **more):
     # `more` is the method's own: it replaces the bits, the group size and the base's loss.
     row = {"method": method, "w_bits": 16, "a_bits": 16, "bpw": bpw or 16.0, "group_size": -1,
            "val_loss": scores["loss"], "val_ppl": scores["ppl"], "dev_loss": scores.get("dev_loss"),
-           "bits_per_byte": scores["bits_per_byte"], "base_val_loss": None,
+           "bits_per_byte": scores["bits_per_byte"], "base_val_loss": None, **distance(scores),
            "bytes_dense": 2 * params, "bytes_packed": packed, "params": params,
            "tokens": result["tokens"], "seconds": result["seconds"], "device": args.device,
            "peak_bytes": peak_bytes(),                 # of what followed the last arm_row, if any
@@ -264,8 +268,19 @@ def record(args, method, model, scores, result, **more):
 def arm_row(scores, bpw, seconds, **more):
     """What a row of results keeps of each arm that the run compared."""
     return {"val_loss": scores["loss"], "dev_loss": scores["dev_loss"],
-            "bits_per_byte": scores["bits_per_byte"], "bpw": bpw, "seconds": seconds,
-            "peak_bytes": peak_bytes(), **more}
+            "bits_per_byte": scores["bits_per_byte"], **distance(scores), "bpw": bpw,
+            "seconds": seconds, "peak_bytes": peak_bytes(), **more}
+
+def distance(scores):
+    """What a row keeps of the comparison with the dense base: nats per token and percent. None
+    where `score` had no base, as for the base itself."""
+    return {"kl": scores.get("kl"), "same_top": scores.get("same_top")}
+
+def show_distance(row):
+    """The same as two columns of a table, 6 and 8 wide."""
+    if row["kl"] is None:
+        return "     - |        -"
+    return f"{row['kl']:6.4f} | {row['same_top']:7.2f}%"
 
 def check_numbers(x, name="the result"):
     """Raise UsageError for the first number in the nested x that is a NaN or an infinity."""

@@ -176,38 +176,55 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
 
     tokens: ids (n,) -> {"loss": nats per token, "ppl": its exponential} and, with a tokenizer,
     "bits_per_byte" of the text that was tokenized, the only one to compare across tokenizers.
-    batch_size: windows at a time. By default, on a CPU, 2^13 tokens, for which packed weights are
-    unpacked once; on a GPU as many as have 2^26 numbers in each of the SwiGLU's tensors, some
-    1 GB in all, so that it never waits for the CPU.
+    batch_size: windows at a time, see ValWindows. nanobit/compare.py does the same for two models.
     """
-    device = next(model.parameters()).device
-    if not batch_size:
-        together = 2**26 // model.config.n_hidden if device.type == "cuda" else 2**13     # tokens
-        batch_size = max(1, together // seq_len)
-
-    # The windows, several at a time, and a shorter one for what is left at the end.
-    n = len(tokens) - 1                                # each token has the one after it as target
-    full = n // seq_len
-    windows = []                                       # (first token, windows, tokens of each)
-    for i in range(0, full, batch_size):
-        windows.append((i * seq_len, min(batch_size, full - i), seq_len))
-    if n % seq_len:
-        windows.append((full * seq_len, 1, n % seq_len))
+    windows = ValWindows(model, tokens, seq_len, batch_size)
 
     # Add up their losses. A lean model never holds the logits of all tokens.
     was_lean = model.lean
     model.lean = True
-    ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     total = 0.0
-    for i, b, t in progress(windows, "evaluating"):
-        x = ids[i:i + b * t].view(b, t).to(device)
-        y = ids[i + 1:i + 1 + b * t].view(b, t).to(device)
-        loss = model(x, y)[1].item()
-        total += loss * (b * t)
+    for part in progress(windows.parts, "evaluating"):
+        x, y = windows.batch(part)
+        total += model(x, y)[1].item() * y.numel()
     model.lean = was_lean
+    return scores_of(total, tokens, tokenizer)
 
+class ValWindows:
+    """The windows of `evaluate`, several at a time, and a shorter one for what is left at the end.
+
+    batch_size: so many at a time. By default, on a CPU, 2^13 tokens, for which packed weights are
+    unpacked once; on a GPU as many as have 2^26 numbers in each of the SwiGLU's tensors, some
+    1 GB in all, so that it never waits for the CPU.
+    """
+
+    def __init__(self, model, tokens, seq_len, batch_size=None):
+        self.ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))
+        self.device = next(model.parameters()).device
+        if not batch_size:
+            cuda = self.device.type == "cuda"
+            together = 2**26 // model.config.n_hidden if cuda else 2**13   # tokens
+            batch_size = max(1, together // seq_len)
+
+        n = len(tokens) - 1                            # each token has the one after it as target
+        full = n // seq_len
+        self.parts = []                                # (first token, windows, tokens of each)
+        for i in range(0, full, batch_size):
+            self.parts.append((i * seq_len, min(batch_size, full - i), seq_len))
+        if n % seq_len:
+            self.parts.append((full * seq_len, 1, n % seq_len))
+
+    def batch(self, part):
+        """Ids and targets (windows, tokens) of one of the parts, on the model's device."""
+        i, b, t = part
+        x = self.ids[i:i + b * t].view(b, t).to(self.device)
+        y = self.ids[i + 1:i + 1 + b * t].view(b, t).to(self.device)
+        return x, y
+
+def scores_of(total, tokens, tokenizer=None):
+    """What `evaluate` returns, from the summed loss of all tokens but the first."""
     # The first token is context: its bytes are not scored.
-    loss = total / n
+    loss = total / (len(tokens) - 1)
     scores = {"loss": loss, "ppl": math.exp(min(loss, 700))}               # exp(710) overflows
     if tokenizer:
         n_bytes = tokenizer.count_bytes(tokens) - tokenizer.count_bytes(tokens[:1])
