@@ -19,7 +19,6 @@ Read `LLaMA.forward` first, then `Block`, `Attention` and `MLP`, then the parts 
 Training, data, checkpoints and the commands are in nanobit/. Not here: dropout, biases.
 
 Paper: Llama 2 (arXiv 2307.09288); shapes and rates from 30M to 800M are QuEST's (2502.05003).
-
 Shapes: B sequences, T tokens each, C = n_embd, nh = n_head, nkv = n_kv_head, hs = head size.
 """
 import dataclasses
@@ -315,8 +314,7 @@ class LLaMA(nn.Module):
         """Append n sampled tokens to idx (B, T); temperature 0 takes the most likely one. The
         plain loop, a pass over the whole window for each; nanobit/generate.py has a cache."""
         for _ in range(n):
-            logits, _ = self(idx[:, -self.config.seq_len:])
-            logits = logits[:, -1].float()                                         # (B, vocab)
+            logits = self(idx[:, -self.config.seq_len:])[0][:, -1].float()         # (B, vocab)
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)                            # (B, 1)
             else:
