@@ -1,6 +1,6 @@
 """Norm Tweaking: repair a quantized LLaMA by retraining nothing but its norms' weights.
 
-    python normtweak.py --bits 2                # RTN and GPTQ, without and with the tweak: 40 s on
+    python normtweak.py --bits 2                # RTN and GPTQ, without and with the tweak: 50 s on
                                                 # two CPU cores once out/base.pt exists
     python normtweak.py --bits 2 --smoke        # every line of it in a few seconds
     python normtweak.py --bits 4 --a-bits 8     # activations too, with SmoothQuant folded in
