@@ -134,7 +134,7 @@ def plain_matmul(x, packed, scale, zero_point, bits, group_size=-1):
 # 6. Above 64 tokens a weight is unpacked once for every tile of tokens.
 # The tuned kernels have an answer to each: whole words of codes in the order of the tensor cores'
 # own registers (1, 3), two weights an instruction (2), the weight as left operand, which may lie in
-# registers (4), k split over warps or programs (5), tiles of up to 256 tokens (6).
+# registers (4), k split over warps or programs (5), tiles of up to 320 tokens (6).
 
 # ---- What this machine can do -------------------------------------------------------------------
 
@@ -142,7 +142,7 @@ def plain_matmul(x, packed, scale, zero_point, bits, group_size=-1):
 ASM = isinstance(_plain, triton.JITFunction) and torch.version.hip is None
 
 # The tuned kernels are for Hopper: its tensor cores take a left operand from registers (wgmma), and
-# its TMA loads whole tiles. Two names, as a test switches them one by one.
+# its TMA loads whole tiles.
 HOPPER = ASM and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 TMA = HOPPER
 
