@@ -256,16 +256,10 @@ def swap(block, kind, make):
 
 # ---- The hosts: round to nearest and GPTQ -----------------------------------------------------
 
-class Inputs(NamedTuple):
-    """What the calibration text sends into a linear: E[x x^T] and max|x| over all tokens."""
-    hessian: torch.Tensor                # (C, C)
-    peak: torch.Tensor                   # (C,)
-
 def inputs_of(block, name, windows, tables, a_bits=16):
-    """The Inputs of the named linear, as the block stands now. a_bits: round the inputs
-    first, as the linear will."""
-    hessian, peak = collect_hessians(block, [name], windows, tables, a_bits)[name]
-    return Inputs(hessian, peak)
+    """The InputStatistics of the named linear, as the block stands now: its hessian and its peak,
+    over all tokens. a_bits: round the inputs first, as the linear will."""
+    return collect_hessians(block, [name], windows, tables, a_bits)[name]
 
 def quantize_block(block, windows, tables, args, host, label):
     """Replace the linears by FrozenLinears. GPTQ reports the output error of each.
