@@ -292,11 +292,16 @@ def dequantize(q, scale, zero_point=None, group_size=-1):
         q = q - zero_point.to(scale.dtype).unsqueeze(-1)
     return (q * scale.unsqueeze(-1)).flatten(1)
 
+def group_width(C, group_size):
+    """How many of C inputs share a scale; -1: all of them. None where that does not divide C."""
+    g = C if group_size == -1 else group_size
+    return g if g >= 1 and C % g == 0 else None
+
 def _grouped(w, group_size):
     """(O, C) -> (O, G, g). Raises ValueError where g does not divide C."""
     O, C = w.shape
-    g = C if group_size == -1 else group_size
-    if g < 1 or C % g:
+    g = group_width(C, group_size)
+    if g is None:
         raise ValueError(f"--group-size {group_size} does not divide {C} input channels; "
                          f"try {math.gcd(C, 128)} or -1 (one scale per row)")
     return w.reshape(O, -1, g)

@@ -92,8 +92,8 @@ def compressed(model):
     stored = 8 * sum(t.nbytes for name, t in tensors.items() if ".weight_" in name)
     zeros = "symmetric" if grid.symmetric else "with zero points"
     groups = "rows" if grid.group_size == -1 else f"groups of {grid.group_size}"
-    text = (f"linears in {grid.bits} bits, {zeros}, {groups}, {stored / count:.3f} bits per weight; "
-            f"the rest in {name}")
+    text = (f"linears in {grid.bits} bits, {zeros}, {groups}, {stored / count:.3f} bits per "
+            f"weight; the rest in {name}")
     return Weights(tensors, settings, text)
 
 def hf_config(c, tokenizer):

@@ -23,6 +23,7 @@ from model import LlamaConfig, LLaMA, UsageError
 from nanobit.checkpoint import check_weights
 from nanobit.compressed import Grid, packed_linear, shapes
 from nanobit.ranks import say
+from quantizers import group_width
 
 # ---- A model ------------------------------------------------------------------------------------
 
@@ -286,7 +287,7 @@ def read_packed_linears(folder, model, grid, stored):
         if f"{prefix}.weight" in stored:               # this one is not quantized
             continue
         O, C = linear.weight.shape
-        if C % max(grid.group_size, 1):
+        if group_width(C, grid.group_size) is None:
             raise UsageError(f"{folder}: group_size {grid.group_size} does not divide the {C} "
                              f"input channels of {prefix}")
 

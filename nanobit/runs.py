@@ -31,7 +31,7 @@ from nanobit.data import load_data
 from nanobit.hf_tokenizer import read_hf_tokenizer
 from nanobit.ranks import first_rank_first, put, rank, say, world_size
 from nanobit.train import dev_loss, evaluate, settings
-from quantizers import bits_per_weight
+from quantizers import bits_per_weight, group_width
 
 # ---- The model and the data ---------------------------------------------------------------------
 
@@ -140,8 +140,7 @@ def check_groups(model, group_size):
     """Raise UsageError for a --group-size that does not divide a linear's inputs; -1: a row."""
     for name, linear in model.linears():
         C = linear.in_features
-        size = C if group_size == -1 else group_size
-        if size < 1 or C % size:
+        if group_width(C, group_size) is None:
             raise UsageError(f"--group-size {group_size} does not divide the {C} input channels of "
                              f"{name}; try {math.gcd(C, 128)}, or -1 (one scale per row)")
 

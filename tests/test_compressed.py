@@ -391,7 +391,7 @@ def test_a_folder_is_evaluated_sampled_tweaked_and_exported_as_its_file_is(hf, c
 
     # Its norms are tweaked against the dense folder; a script that needs a dense model refuses it.
     flags = "--data text.txt --seq-len 32 --batch-size 2 --accumulate 1 --device cpu --eval-every 0"
-    status, out, err = call(capsys, f"normtweak.py --model packed --teacher hf --calib data {flags} "
-                                    "--steps 2")
+    status, out, err = call(capsys, "normtweak.py --model packed --teacher hf --calib data "
+                                    f"{flags} --steps 2")
     assert status == 0, err
     check_refused(call(capsys, f"lrqat.py --model packed {flags} --steps 2"), "packed already")

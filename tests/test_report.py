@@ -266,3 +266,21 @@ def test_differences_are_paired_by_seed_and_rates_are_chosen_on_dev(capsys):
     assert f"{line} +0.0000 ± 0.1414 | 50.00 % | 12.50 % |" in one
     assert f"{line} -1.0000 ± 0.1414 | 50.00 % | 12.50 % |" in two
     assert "2.0000 |" not in one + two
+
+def test_a_kernel_of_ours_that_fails_its_checks_ends_the_benchmark_and_a_peer_does_not(
+        monkeypatch, capsys):
+    pytest.importorskip("triton", "3.5")
+    import time_kernels
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device, dtype: randn(*shape, dtype=dtype))
+    monkeypatch.setattr(time_kernels, "COPIES", 1)
+
+    def fail(x, O, bits):
+        raise AssertionError("not this shape")
+
+    peer = types.SimpleNamespace(name="gemlite", grouped=False, make=fail)
+    assert time_kernels.measure([("8x8", 1, peer, 4)], 1.0, None) == []
+    assert "gemlite W4 8x8 batch 1: not this shape" in capsys.readouterr().out
+    ours = types.SimpleNamespace(name="vq_matmul", grouped=False, make=fail)
+    with pytest.raises(AssertionError, match="not this shape"):
+        time_kernels.measure([("8x8", 1, ours, 4)], 1.0, None)
