@@ -36,7 +36,8 @@ The symbols:
 Printed in a line: codes, the groups whose code changed in this step / how many may; trust, the
 largest share of its trust region that a weight used (above 100 % where the last change crossed
 its border). In the table: recovered, how much of the fit's loss increase the arm removes;
-changed, changes over all groups; budget, changes over those that were allowed.
+changed, changes over all groups; budget, changes over those that were allowed. Below it: what
+the V half adds to P only.
 
 Paper: PV-Tuning, Malinovskii et al. 2024 (arXiv 2405.14852); of the fit, AQLM (2401.06118).
 Code: github.com/Vahe1994/AQLM.
@@ -998,6 +999,8 @@ def main():
         rows[label] = score_arm(label, model.student, bpw, seconds, data, args, base)
         if optimizer.fraction:
             rows[label] |= share_of_changes(optimizer, args.steps)
+            if "P only" in rows:
+                rows[label]["minus_p"] = rows[label]["val_loss"] - rows["P only"]["val_loss"]
     print_table(rows, len(data.val) - 1)
 
     # The last arm is the result of the run.
@@ -1050,14 +1053,19 @@ def print_table(rows, tokens):
     fitted = rows["as fitted"]["val_loss"]
     lost = (fitted - dense) or math.nan                # nothing lost: nan % recovered
     say(f"\n{tokens:>7} val tokens     | val loss |     KL | same top | recovered |   bpw | "
-        "changed | budget | seconds")
+        "changed |  budget | seconds")
     for label, row in rows.items():
         recovered = (fitted - row["val_loss"]) / lost
-        codes = "      - |      -"
+        codes = "      - |       -"
         if "changed" in row:
-            codes = f"{100 * row['changed']:6.1f}% | {100 * row['budget']:5.1f}%"
+            codes = f"{100 * row['changed']:6.2f}% | {100 * row['budget']:6.2f}%"
         say(f"{label:22} | {row['val_loss']:8.4f} | {show_distance(row)} | "
             f"{100 * recovered:8.1f}% | {row['bpw']:5.2f} | {codes} | {row['seconds']:7.1f}")
+
+    # What the V half adds to the P half, which does most of the work in every arm.
+    own = [f"{label} {row['minus_p']:+.4f}" for label, row in rows.items() if "minus_p" in row]
+    if own:
+        say(f"the V half's own part, val loss minus that of P only: {', '.join(own)} nats per token")
     say("")
 
 def report(args, data, model, base, variant, result, rows, bpw, path):

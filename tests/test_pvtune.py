@@ -1223,6 +1223,10 @@ def test_main_job_compares_packs_and_resumes(work, capsys, flags, name, arms):
         changes = row["arms"][arm]["changed"] * sum(n)
         assert changes == pytest.approx(round(changes), abs=0.01) and changes > 1
         assert row["arms"][arm]["budget"] == pytest.approx(changes / (4 * may[arm]), abs=1e-3)
+        if "P only" in arms:
+            own = row["arms"][arm]["val_loss"] - row["arms"]["P only"]["val_loss"]
+            assert row["arms"][arm]["minus_p"] == pytest.approx(own, abs=2e-6)
+            assert f"{arm} {row['arms'][arm]['minus_p']:+.4f}" in out
     m, _ = nanobit.checkpoint.load_checkpoint(str(work / f"{name}.pt"))
     data = nanobit.data.load_data(str(work / "text.txt"), "300", 32)
     assert abs(nanobit.train.evaluate(m, data.val, 32)["loss"] - row["val_loss"]) < 1e-6
@@ -1233,6 +1237,16 @@ def test_main_job_compares_packs_and_resumes(work, capsys, flags, name, arms):
     assert "resumed" in out and again["arms"]["PV"]["val_loss"] == row["arms"]["PV"]["val_loss"]
     other = nanobit.checkpoint.read_checkpoint(str(work / f"{name}.pt"))["model"]
     assert all(torch.equal(whole[k], other[k]) for k in whole)
+
+def test_three_arms_at_a_code_rate_of_their_own_are_the_default_of_a_grid_too(work, capsys):
+    flags = "--scheme affine --bits 3 --group-size 16 --steps 5 --batch-size 2 --seq-len 32"
+    _, out, row = script(work, capsys, flags)
+    assert list(row["arms"])[3:] == ["P only", "STE", "PV"]
+    assert 0 < row["code_lr"] < 10 and f"--code-lr {row['code_lr']:g} " in out
+    _, out, again = script(work, capsys, flags + " --resume")
+    assert out.count("resumed") == 3 and again["code_lr"] == row["code_lr"]
+    _, _, half = script(work, capsys, flags + f" --code-lr {row['code_lr'] / 2}")
+    assert half["code_lr"] == row["code_lr"] / 2
 
 def test_an_interrupted_run_goes_on_bit_for_bit(work, capsys, monkeypatch):
     flags = "--scheme 1x4g4 --variant pv --steps 6 --batch-size 4 --seq-len 32 --code-lr 0.5"
