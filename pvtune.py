@@ -70,10 +70,11 @@ import torch.nn.functional as F
 from model import UsageError
 from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.data import batch
+from nanobit.distill import WithTeacher
 from nanobit.ranks import from_rank_0, Progress, say, world_size
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
                           load_base, score, show, show_distance, through_the_file)
-from nanobit.train import distillation_loss, train_arm
+from nanobit.train import train_arm
 from quantizers import (EPS, QuantLinear, affine_codes, bits_per_weight, block_hessians, dequantize,
                         full_float32, gptq, output_error, rtn, unpack, vq_dequantize, vq_fit,
                         vq_search, vq_sum)
@@ -618,23 +619,13 @@ class PVLinear(nn.Module):
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
-class Distilled(nn.Module):
-    """A student that learns from its teacher, as train, evaluate and PVOptimizer need it.
-
-    1. Its loss depends on whether gradients are on. While they are, it is the divergence from
-       the teacher; while they are off, as in `evaluate`, the student's own loss on the text.
-    2. The teacher is no submodule: it is not trained, not saved, and not sent to other ranks.
-    3. It takes the forms out of the student's linears and stacks those of one shape. forms[i]
-       stands for the linears layers[i], in their order.
-    """
+class Distilled(WithTeacher):
+    """A student that learns from its teacher, as PVOptimizer needs it: it takes the forms out of
+    the student's linears and stacks those of one shape. forms[i] stands for the linears layers[i],
+    in their order."""
 
     def __init__(self, student, teacher):
-        super().__init__()
-        self.student = student
-        self.teacher = [teacher]       # in a list, where nn.Module does not look for submodules
-        self.config = student.config   # train and checkpoints ask a model for these two
-        self.compile_parts = student.compile_parts
-
+        super().__init__(student, teacher)
         by_shape = {}
         for _, layer in student.linears():
             by_shape.setdefault(layer.weight.shape, []).append(layer)
@@ -643,20 +634,6 @@ class Distilled(nn.Module):
                                    for layers in self.layers)
         for _, layer in student.linears():
             layer.form = None
-
-    @property
-    def lean(self):
-        """Few logits at a time, as `evaluate` asks for: the student's own setting."""
-        return self.student.lean
-
-    @lean.setter
-    def lean(self, value):
-        self.student.lean = value
-
-    def forward(self, idx, targets):
-        if not torch.is_grad_enabled():
-            return self.student(idx, targets)
-        return None, distillation_loss(self.teacher[0], self.student, idx)
 
     def pack(self):
         """A copy of the student with packed linears."""

@@ -105,15 +105,17 @@ class WithTeacher(nn.Module):
         for block in self.teacher[0].blocks:
             block.compile()
 
+LOGITS = 2**26                   # of each model, that are held at a time
+
 def divergence(student, teacher, idx):
     """KL(teacher || student) of what both predict after each of the ids (B, T), mean over tokens.
 
-    Both heads compute the logits of n tokens at a time, n = student.tokens_at_once(), and once more
-    in the backward pass. So 2^13 tokens of a vocabulary of 49,152 take what 256 of them take.
+    Both heads compute the logits of n tokens at a time. Where that is not the whole batch, the
+    backward pass computes them once more. n is what makes LOGITS, 268 MB in float32, and for a lean
+    student 256 tokens.
     """
-    n = student.tokens_at_once()
     with torch.no_grad():
-        goal = teacher.norm(teacher.trunk(idx)).flatten(0, 1)              # (B T, C of the teacher)
+        goals = teacher.norm(teacher.trunk(idx)).flatten(0, 1)             # (B T, C of the teacher)
     x = student.norm(student.trunk(idx)).flatten(0, 1)                     # (B T, C)
 
     def kl(x, goal):
@@ -122,7 +124,12 @@ def divergence(student, teacher, idx):
             wanted = teacher.head(goal).float()                            # (n, vocab)
         return kl_loss(wanted, student.head(x).float()) * len(x)
 
+    n = 256
+    if not student.lean:
+        n = max(n, LOGITS // student.config.vocab_size)
+    if len(x) <= n:
+        return kl(x, goals) / len(x)
     total = 0
-    for x_part, goal_part in zip(x.split(n), goal.split(n)):
+    for x_part, goal_part in zip(x.split(n), goals.split(n)):
         total = total + rerun(kl, x_part, goal_part)
     return total / len(x)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from model import rerun, UsageError
+from model import UsageError
 from nanobit.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from nanobit.data import batch
 from nanobit.ranks import (agree, average_gradients, distribute, placed_like, progress, rank, say,
@@ -245,33 +245,6 @@ def kl_loss(teacher, student):
     log_p = teacher - teacher.logsumexp(-1, keepdim=True)                  # (..., vocab)
     apart = (log_p.exp() * (log_p - student)).sum(-1)                      # (...)
     return (student.logsumexp(-1) + apart).mean()
-
-LOGITS = 2**26                   # of each model, that are held at a time while one teaches the other
-
-def distillation_loss(teacher, student, idx):
-    """KL(teacher || student) in nats, mean over the tokens idx (B, T).
-
-    Of each model at most LOGITS logits are held, or those of 256 tokens. Where a batch has more,
-    it goes through the heads in parts, whose logits the backward pass computes once more.
-    """
-    with torch.no_grad():
-        goals = teacher.trunk(idx).flatten(0, 1)                           # (B T, C)
-    outputs = student.trunk(idx).flatten(0, 1)                             # (B T, C)
-
-    def loss(x, goal):
-        """Of n tokens, summed: both models' last outputs (n, C)."""
-        with torch.no_grad():
-            teacher_logits = teacher.predict(goal[None])[0][0].float()     # (n, vocab)
-        student_logits = student.predict(x[None])[0][0].float()            # (n, vocab)
-        return kl_loss(teacher_logits, student_logits) * len(x)
-
-    n = max(256, LOGITS // student.config.vocab_size)
-    if len(outputs) <= n:
-        return loss(outputs, goals) / len(outputs)
-    total = 0
-    for x, goal in zip(outputs.split(n), goals.split(n)):
-        total = total + rerun(loss, x, goal)
-    return total / len(outputs)
 
 # ---- The recipe ---------------------------------------------------------------------------------
 

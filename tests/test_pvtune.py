@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import nanobit.checkpoint
 import nanobit.data
-import nanobit.train
+import nanobit.distill
 import pvtune
 from conftest import TrainingTextOnly, call, check_refused, double, random_base
 from model import LlamaConfig, LLaMA
@@ -1069,7 +1069,7 @@ def test_a_student_is_taught_with_few_logits_of_both_at_a_time(monkeypatch):
     whole.backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    monkeypatch.setattr(nanobit.train, "LOGITS", 300 * 64)
+    monkeypatch.setattr(nanobit.distill, "LOGITS", 300 * 64)
     seen = []
     for m in (model.student, model.teacher[0]):
         m.head.register_forward_hook(lambda m, x, y: seen.append(y.shape[-2]))
