@@ -246,7 +246,7 @@ def kl_loss(teacher, student):
     apart = (log_p.exp() * (log_p - student)).sum(-1)                      # (...)
     return (student.logsumexp(-1) + apart).mean()
 
-LOGITS = 2**26                   # of each model, that are held at a time while one teaches the other
+LOGITS = 2**26                   # of each model, held at a time while one teaches the other
 
 def distillation_loss(teacher, student, idx):
     """KL(teacher || student) in nats, mean over the tokens idx (B, T).
