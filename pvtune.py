@@ -1042,7 +1042,7 @@ def print_table(rows, tokens):
     # What the V half adds to the P half, which does most of the work in every arm.
     own = [f"{label} {row['minus_p']:+.4f}" for label, row in rows.items() if "minus_p" in row]
     if own:
-        say(f"the V half's own part, val loss minus that of P only: {', '.join(own)} nats per token")
+        say(f"the V half's own part, val loss minus that of P only: {', '.join(own)} nats/token")
     say("")
 
 def report(args, data, model, base, variant, result, rows, bpw, path):
