@@ -17,6 +17,8 @@ The idea:
   3. Before the next block, train this block's two norm weights by Adam, one pass, so that mean
      and variance of every channel match the float block's on the same input. Codes and scales do
      not move, and the norms stay float32: the result is as small and as fast as before.
+  4. Ours: a quarter of the windows is held out, and decides at which of three rates, or whether
+     at all, a block is tweaked.
 
 The symbols:
   gamma      a norm's weight, (C,): all that is ever trained
@@ -39,7 +41,8 @@ Where ours differs from the paper: first tokens are frequent tokens, the paper's
 frequent languages; the learning rate is larger, since the windows are fewer and shorter; GPTQ
 rounds from left to right unless --act-order is given; SmoothQuant measures
 max|x| of each channel on the quantized stream, not on the float model's; calibration runs in
-float32; --solver closed is not in the paper.
+float32; held-out windows choose a rate for each block, or leave it as it was, unless --keep-all is
+given; --solver closed is not in the paper.
 """
 import copy
 import functools
