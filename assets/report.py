@@ -154,7 +154,10 @@ def print_tweaks(rows):
         pairs = collections.defaultdict(dict)
         for row in setup:
             grid = "symmetric" if row["symmetric"] else "asymmetric"
-            tweak = row["calib"], row["solver"], row["loss"], row["lr"]
+            # Rows without the field were measured before there was a choice: all tweaks stayed.
+            keep_all = row.get("keep_all", True)
+            kept = "all" if keep_all else "by held-out windows"
+            tweak = row["calib"], row["solver"], row["loss"], row["lr"], kept
             for host in ("rtn", "gptq", "packed"):
                 if host + "-tweak" in row["arms"]:
                     key = row["w_bits"], row["a_bits"], host, grid, *tweak
@@ -162,7 +165,7 @@ def print_tweaks(rows):
                     pairs[key][row["seed"]] = losses
 
         print_head("W bits", "A bits", "host", "grid", "calibration", "solver", "loss", "lr",
-                   "seeds", "without", "with", "difference")
+                   "kept", "seeds", "without", "with", "difference")
         for key, seeds in sorted(pairs.items(), key=lambda item: item[0]):
             without, tweaked = (statistics.mean(losses) for losses in zip(*seeds.values()))
             print_line(*key, len(seeds), f"{without:.4f}", f"{tweaked:.4f}",
