@@ -44,12 +44,13 @@ Paper: LR-QAT, Bondarenko et al. 2024 (arXiv 2406.06385).
 Code: github.com/Qualcomm-AI-research/LR-QAT.
 Not here: training a checkpoint whose dense form does not fit.
 
-Where ours differs from the paper or its official code: alpha and the rates suit a hundred
-steps; s0 comes from the range search of `rtn`, with other candidates and one norm; 2 bits
-have a zero point (the released code leaves it out of phi); "packed" is two codes a
-byte (the released code stores integers in whole bytes); s, A, B and Z are float32, not
-bfloat16; on a GPU, A B runs in TF32; under --compile the compiler decides what is kept; the
-SVD start divides each row of A by its own scale; --a-bits also quantizes the norms' outputs.
+Where ours differs from the paper or its official code: by default the loss is the KL
+divergence from the dense base, not the text's; alpha and the rates suit a hundred steps; s0
+comes from the range search of `rtn`, with other candidates and one norm; 2 bits have a zero
+point (the released code leaves it out of phi); "packed" is two codes a byte (the released
+code stores integers in whole bytes); s, A, B and Z are float32, not bfloat16; on a GPU, A B
+runs in TF32; under --compile the compiler decides what is kept; the SVD start divides each
+row of A by its own scale; --a-bits also quantizes the norms' outputs.
 """
 import copy
 import math
