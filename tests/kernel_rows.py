@@ -109,6 +109,8 @@ def print_asked(rows):
     print_head("outputs × inputs", "product", "bits", "tokens", "more tokens", "ratio")
     for shape, kernel, bits, M, more, ratio in slower_at_fewer(rows):
         print_line(shape.replace("x", " × "), kernel, bits, M, more, f"{ratio:.2f}")
+    if not slower_at_fewer(rows):
+        print_line("none", *5 * [""])
 
     found = by_product(rows)
     speeds = {M: found["4096x4096", M]["quest_linear", 4]["cublas"] for M in QUEST_TOKENS

@@ -288,6 +288,13 @@ def test_a_kernel_of_ours_that_fails_its_checks_ends_the_benchmark_and_a_peer_do
     with pytest.raises(AssertionError, match="not this shape"):
         time_kernels.measure([("8x8", 1, ours, 4)], 1.0, None)
 
+def test_tables_of_docs_kernels_are_printed_from_the_committed_rows(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernel_rows.py"])
+    kernel_rows.main()
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    shown = page.split("<!-- what python tests/kernel_rows.py prints -->\n")[1]
+    assert shown.split("\n<!-- to here -->")[0] == capsys.readouterr().out
+
 def test_what_was_asked_of_kernels_is_held_against_rows(capsys):
     """Rows whose ratios are plain: humming is the faster peer at 64 tokens, cuBLAS at 128."""
     def timed(M, kernel, bits, us):
