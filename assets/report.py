@@ -10,8 +10,8 @@ them under "arms": with the runs from scratch of the same size they become one t
 normtweak.jsonl, lrqat.jsonl and pvtune.jsonl hold such runs on the tiny base, also those that
 searched for rates on the dev split; lrqat.jsonl also what `tests/time_lrqat_memory.py` wrote.
 law.jsonl: the runs of the scaling law, which assets/law.py fits; kernels.jsonl: what
-`tests/time_kernels.py --out` wrote. Two fields of committed rows were written by hand: hardware and
-note. The figures need matplotlib.
+`tests/time_kernels.py --out` wrote, whose tables tests/kernel_rows.py prints. Two fields of
+committed rows were written by hand: hardware and note. The figures need matplotlib.
 """
 import collections
 import pathlib
@@ -22,6 +22,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 from nanobit.cli import run                            # as the scripts end and write
 from nanobit.runs import read_rows
+from kernel_rows import (OTHERS, WEIGHTS, plot, print_asked, print_head, print_line,
+                         print_speedups)
 COLORS = {"quest": "#0b6e4f", "trust": "#3a86c8", "clip": "#8d6cab", "lsq": "#d1495b",
           "ste": "#e69f00"}
 
@@ -137,13 +139,6 @@ def with_std(values, sign=""):
     differences."""
     mean, std = mean_std(values)
     return f"{mean:{sign}.4f}" + (f" ± {std:.4f}" if len(values) > 1 else "")
-
-def print_head(*names):
-    """The first two lines of a table, after an empty one."""
-    print("\n| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
-
-def print_line(*cells):
-    print("| " + " | ".join(map(str, cells)) + " |")
 
 def print_tweaks(rows):
     """Print what normtweak.py's rows say: a host's loss without and with the tweak, and the
@@ -425,9 +420,11 @@ def main():
     print_lrqat(lr)
     print_memory(lr)
     print_pv(pv)
+    print_speedups(kernels, WEIGHTS)
+    print_speedups(kernels, OTHERS)
+    print_asked(kernels)
     big = [r for r in rows if r["params"] in bases]
     try:
-        from time_kernels import plot                  # as `tests/time_kernels.py --plot` draws it
         draw_methods(methods(big), HERE / "methods.png")
         draw_curves([r for r in big if "arms" not in r], HERE / "curves.png")
         draw_quest(table, HERE / "quest.png")

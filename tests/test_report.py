@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import kernel_rows
 import lrqat
 import model
 import nanobit.cli
@@ -197,9 +198,11 @@ def test_every_committed_row_of_a_kernel_is_one_of_todays_benchmark(monkeypatch)
     # What is timed needs a GPU; the fields of the rows do not depend on it.
     randn = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *shape, device, dtype: randn(*shape, dtype=dtype))
-    monkeypatch.setattr(time_kernels, "graph_us", lambda calls: 1.0)
+    monkeypatch.setattr(time_kernels, "capture", lambda calls: calls)
+    monkeypatch.setattr(time_kernels, "times_of", lambda graphs: [1.0] * len(graphs))
     monkeypatch.setattr(time_kernels, "COPIES", 1)
-    candidate = types.SimpleNamespace(name="ours", grouped=False, make=lambda x, O, bits: None)
+    candidate = types.SimpleNamespace(name="ours", grouped=False,
+                                      make=lambda O, C, bits: lambda x: None)
     today, = time_kernels.measure([("8x8", 1, candidate, 4)], 1.0, None)
     for row in KERNELS:
         assert set(today) <= set(row) <= set(today) | BY_HAND
@@ -287,12 +290,41 @@ def test_a_kernel_of_ours_that_fails_its_checks_ends_the_benchmark_and_a_peer_do
     monkeypatch.setattr(torch, "randn", lambda *shape, device, dtype: randn(*shape, dtype=dtype))
     monkeypatch.setattr(time_kernels, "COPIES", 1)
 
-    def fail(x, O, bits):
+    def fail(O, C, bits):
         raise AssertionError("not this shape")
 
     peer = types.SimpleNamespace(name="gemlite", grouped=False, make=fail)
     assert time_kernels.measure([("8x8", 1, peer, 4)], 1.0, None) == []
-    assert "gemlite W4 8x8 batch 1: not this shape" in capsys.readouterr().out
+    assert "gemlite W4 8x8: not this shape" in capsys.readouterr().out
     ours = types.SimpleNamespace(name="vq_matmul", grouped=False, make=fail)
     with pytest.raises(AssertionError, match="not this shape"):
         time_kernels.measure([("8x8", 1, ours, 4)], 1.0, None)
+
+def test_tables_of_docs_kernels_are_printed_from_the_committed_rows(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernel_rows.py"])
+    kernel_rows.main()
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    shown = page.split("<!-- what python tests/kernel_rows.py prints -->\n")[1]
+    assert shown.split("\n<!-- to here -->")[0] == capsys.readouterr().out
+
+def test_what_was_asked_of_kernels_is_held_against_rows(capsys):
+    """Rows whose ratios are plain: humming is the faster peer at 64 tokens, cuBLAS at 128."""
+    def timed(M, kernel, bits, us):
+        return dict(shape="4096x4096", batch=M, kernel=kernel, bits=bits, us=us, cublas=20 / us)
+
+    rows = [timed(64, "cuBLAS", 16, 20.0),
+            timed(64, "humming", 4, 10.0), timed(64, "humming", 2, 1.0),
+            timed(64, "lowbit_matmul", 4, 12.0), timed(64, "quest_linear", 4, 16.0),
+            timed(128, "cuBLAS", 16, 20.0), timed(128, "humming", 4, 25.0),
+            timed(128, "lowbit_matmul", 4, 11.0), timed(128, "quest_linear", 4, 16.4)]
+    assert kernel_rows.over_the_faster(rows) == {("4096x4096", 4): {64: 1.2, 128: 0.55}}
+    assert kernel_rows.slower_at_fewer(rows) == [
+        ("4096x4096", "lowbit_matmul", 4, 64, 128, 12 / 11)]
+    kernel_rows.print_asked(rows)
+    out = capsys.readouterr().out
+    assert "| 4096 × 4096 | 4 | 1 of 2 | 64: 1.20 |" in out and "| 1.25 | 1.22 |" in out
+
+    kernel_rows.print_speedups(rows, kernel_rows.WEIGHTS)
+    out = capsys.readouterr().out
+    assert "| W4 | humming W2 | humming W4 |" in out and "tinygemm" not in out
+    assert "| 4096 × 4096 | 128 | 20.0 us | 1.82 | – | 0.80 |" in out

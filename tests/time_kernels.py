@@ -1,29 +1,36 @@
 """Time of the kernels against cuBLAS and every peer that is installed, on this GPU.
 
-    python tests/time_kernels.py                                # every shape, bits and batch
+    python tests/time_kernels.py --out rows.jsonl               # everything, about eight minutes
     python tests/time_kernels.py --shapes 14336x4096 --bits 4   # one shape, 4 bits beside cuBLAS
     python tests/time_kernels.py --only tinygemm gemlite        # some candidates beside cuBLAS
-    python tests/time_kernels.py --out rows.jsonl --plot kernels.png
     python tests/time_kernels.py --sweep --out sweep.jsonl      # other tiles than the tables have
 
-Every candidate multiplies bfloat16 activations x (M, C) with a layer of random weights (O, C),
-groups of 128. A time is the median replay of one CUDA graph that reads at least 200 MB of copies of
-the weights in turn, so that no call finds its weights in the L2 cache. The floor of a time is what
-a copy of as many bytes takes, or as many operations at 790 TFLOP/s, whichever is longer.
+Every candidate multiplies bfloat16 activations x (M, C) with layers of random weights (O, C),
+groups of 128. A CUDA graph reads at least 200 MB of copies of the weights in turn, so that no call
+finds its weights in the L2 cache. The graphs of all candidates are replayed in turns, three times,
+so that they share what the GPU's clock does; a time is the median replay. The floor of a time is
+what a copy of as many bytes takes, or as many operations at 790 TFLOP/s, whichever is longer.
 The peers are torch's own products and, where they are installed, gemlite, humming and aqlm. What
 torch's 8-bit products need besides, quantizing x, is not timed.
+
+First all of it is compiled, by as many processes as there are cores. Last it prints what was asked
+of the kernels and missed; tests/kernel_rows.py prints that and the tables from the rows.
 
 --sweep times tiles that kernels.py does not choose, for 17 to 1024 tokens. A model of waves and
 padding picks those that may be fast; each is held to the result of the present tile before it is
 timed. It ends by itself after --minutes.
 """
 import argparse
+import concurrent.futures
 import functools
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -35,6 +42,7 @@ import triton
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import kernels
+from kernel_rows import plot, print_asked
 from kernels import (LowBit, QuestTile, Tile, hadamard_quantize, lowbit_matmul, plain_matmul,
                      quest_linear, quest_matmul, quest_operand, vq_matmul)
 from model import UsageError
@@ -45,13 +53,15 @@ from nanobit.runs import command_line
 GROUP = 128                            # inputs that share a scale and a zero point
 COPIES = 200e6                         # bytes of weights that a graph reads: four times the L2
 TFLOPS = 790                           # of dense bfloat16 products, as measured on an H100
-SHAPES = ["4096x4096", "14336x4096", "4096x14336", "28672x8192"]
+SHAPES = ["14336x4096", "4096x4096", "4096x14336"]
+COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 300, 320, 384, 448, 512, 640, 768,
+          1024, 2048, 4096)                            # tokens
 SWEEP = [300, 128, 64, 512, 256, 192, 384, 96, 32, 768, 1024]  # the valley first
 QUERY = "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.limit"
 
 # ---- The candidates ---------------------------------------------------------------------------
-# Each is a function of x (M, C), O and bits that makes a layer of random weights and returns its
-# call.
+# Each is a function of O, C and bits that makes a layer of random weights: a function of x (M, C)
+# that returns the call which is timed.
 
 def random_lowbit(O, C, bits):
     """A LowBit of random codes, groups of 128."""
@@ -69,140 +79,167 @@ def random_lowbit(O, C, bits):
     grid = grid & -256 | 2 ** (bits - 1)
     return LowBit(words, high, grid, bits, GROUP, (O, C))
 
-def _lowbit(x, O, bits):
-    w = random_lowbit(O, x.size(1), bits)
-    return lambda: lowbit_matmul(x, w)
+def _lowbit(O, C, bits):
+    w = random_lowbit(O, C, bits)
+    return lambda x: lambda: lowbit_matmul(x, w)
 
-def _plain(x, O, bits):
-    C = x.size(1)
+def _plain(O, C, bits):
     packed = torch.randint(256, (O, C * bits // 8), dtype=torch.uint8, device="cuda")
     scale = torch.rand(O, C // GROUP, device="cuda")
     zero = torch.randint(2**bits, (O, C // GROUP), device="cuda").to(torch.uint8)
-    return lambda: plain_matmul(x, packed, scale, zero, bits, GROUP)
+    return lambda x: lambda: plain_matmul(x, packed, scale, zero, bits, GROUP)
 
-def _cublas(x, O, bits):
-    w = torch.randn(O, x.size(1), device="cuda", dtype=x.dtype)
-    return lambda: F.linear(x, w)
+def _cublas(O, C, bits):
+    w = torch.randn(O, C, device="cuda", dtype=torch.bfloat16)
+    return lambda x: lambda: F.linear(x, w)
 
-def _tinygemm(x, O, bits):
-    w = torch.randint(256, (O, x.size(1) // 2), dtype=torch.uint8, device="cuda")
+def _tinygemm(O, C, bits):
+    w = torch.randint(256, (O, C // 2), dtype=torch.uint8, device="cuda")
     w = torch.ops.aten._convert_weight_to_int4pack(w, 8)
-    grid = torch.rand(x.size(1) // GROUP, O, 2, device="cuda").to(x.dtype)
-    return lambda: torch.ops.aten._weight_int4pack_mm(x, w, GROUP, grid)
+    grid = torch.rand(C // GROUP, O, 2, device="cuda").to(torch.bfloat16)
+    return lambda x: lambda: torch.ops.aten._weight_int4pack_mm(x, w, GROUP, grid)
 
-def _int_mm(x, O, bits):
-    tokens = max(17, len(x))                           # it takes no fewer rows
-    x = x.new_ones(tokens, x.size(1)).to(torch.int8)
-    w = torch.randint(-128, 128, (O, x.size(1)), dtype=torch.int8, device="cuda")
-    return lambda: torch._int_mm(x, w.t())
+def _int_mm(O, C, bits):
+    w = torch.randint(-128, 128, (O, C), dtype=torch.int8, device="cuda")
 
-def _scaled_mm(x, O, bits):
-    w = torch.randn(O, x.size(1), device="cuda").to(torch.float8_e4m3fn)
-    x = x.to(torch.float8_e4m3fn)
-    x_scale = torch.ones(len(x), 1, device="cuda")
+    def layer(x):
+        tokens = max(17, len(x))                       # it takes no fewer rows
+        codes = x.new_ones(tokens, C).to(torch.int8)
+        return lambda: torch._int_mm(codes, w.t())
+    return layer
+
+def _scaled_mm(O, C, bits):
+    w = torch.randn(O, C, device="cuda").to(torch.float8_e4m3fn)
     w_scale = torch.ones(1, O, device="cuda")
-    return lambda: torch._scaled_mm(x, w.t(), x_scale, w_scale, out_dtype=torch.bfloat16,
-                                    use_fast_accum=True)
 
-def _gemlite(x, O, bits):
+    def layer(x):
+        codes = x.to(torch.float8_e4m3fn)
+        x_scale = torch.ones(len(x), 1, device="cuda")
+        return lambda: torch._scaled_mm(codes, w.t(), x_scale, w_scale, out_dtype=torch.bfloat16,
+                                        use_fast_accum=True)
+    return layer
+
+def _gemlite(O, C, bits):
     from gemlite import DType, GemLiteLinear
-    C = x.size(1)
     layer = GemLiteLinear(bits, GROUP, C, O, DType.BF16, DType.BF16)
     q = torch.randint(2**bits, (O, C), dtype=torch.uint8, device="cuda")
-    scale, zero = torch.rand(2, O * C // GROUP, 1, device="cuda").to(x.dtype)
+    scale, zero = torch.rand(2, O * C // GROUP, 1, device="cuda").to(torch.bfloat16)
     layer.pack(q, scale, zero, None)
-    return lambda: layer(x)
+    return lambda x: lambda: layer(x)
 
-def _humming(x, O, bits):
+def _humming(O, C, bits):
     from humming.layer import HummingLayer
-    layer = HummingLayer(shape_n=O, shape_k=x.size(1), torch_dtype=x.dtype,
+    layer = HummingLayer(shape_n=O, shape_k=C, torch_dtype=torch.bfloat16,
                          weight_config={"dtype": f"int{bits}", "group_size": GROUP}).cuda()
-    layer.load_from_unquantized(torch.randn(O, x.size(1), device="cuda", dtype=x.dtype))
+    layer.load_from_unquantized(torch.randn(O, C, device="cuda", dtype=torch.bfloat16))
     layer.transform()
-    return lambda: layer(x)
+    return lambda x: lambda: layer(x)
 
 def random_quest(O, C, bits):
     """A weight of random codes, as quest_matmul wants it."""
     codes = torch.randint(256, (O, C * bits // 8), dtype=torch.uint8, device="cuda")
     return quest_operand(codes, torch.rand(O, 1, device="cuda"), bits, C)
 
-def _quest(x, O, bits):
+def _quest(O, C, bits):
     """QuEST's layer; its time includes rotating and quantizing x."""
-    w = random_quest(O, x.size(1), bits)
-    return lambda: quest_linear(x, w, bits, bits)
+    w = random_quest(O, C, bits)
+    return lambda x: lambda: quest_linear(x, w, bits, bits)
 
-def _codebooks(x, O):
-    """Codes (O, C / 8, 2), codebooks (2, 256, 8) in x's dtype and scales (O,)."""
-    codes = torch.randint(256, (O, x.size(1) // 8, 2), dtype=torch.uint8, device="cuda")
-    books = torch.randn(2, 256, 8, device="cuda").to(x.dtype)
+def _codebooks(O, C, dtype):
+    """Codes (O, C / 8, 2), codebooks (2, 256, 8) of the dtype and scales (O,)."""
+    codes = torch.randint(256, (O, C // 8, 2), dtype=torch.uint8, device="cuda")
+    books = torch.randn(2, 256, 8, device="cuda").to(dtype)
     return codes, books, torch.rand(O, device="cuda")
 
-def _vq(x, O, bits):
-    codes, books, scales = _codebooks(x, O)
+def _vq(O, C, bits):
+    codes, books, scales = _codebooks(O, C, torch.bfloat16)
     codes = codes.permute(2, 1, 0).contiguous()
-    return lambda: vq_matmul(x, codes, books, scales)
+    return lambda x: lambda: vq_matmul(x, codes, books, scales)
 
-def _aqlm(x, O, bits):
+def _aqlm(O, C, bits):
     from aqlm.inference_kernels.triton_kernel import triton_matmul
-    x = x.half()
-    codes, books, scales = _codebooks(x, O)
+    codes, books, scales = _codebooks(O, C, torch.float16)
     codes = codes.view(torch.int8)
     books = books.unsqueeze(2)
     scales = scales.half().view(-1, 1, 1, 1)
-    return lambda: triton_matmul(x, codes, books, scales, None)
+
+    def layer(x):
+        x = x.half()
+        return lambda: triton_matmul(x, codes, books, scales, None)
+    return layer
 
 class Candidate(NamedTuple):
     name: str
-    make: Callable                     # (x, O, bits) -> the call that is timed
+    make: Callable                     # (O, C, bits) -> a layer
     bits: tuple                        # of the weights, that it has
     most: float                        # tokens that it is measured at
+    counts: tuple = COUNTS             # of tokens where --batches names none
     grouped: bool = False              # it reads a scale and a zero point a group
 
+# Humming beyond 1,024 tokens, and what is slow to set up or to run, would not fit into a call of
+# ten minutes.
+SOME = (1, 16, 64, 128, 300, 512, 1024, 4096)
+FOUR = (1, 16, 64, 300)
 CANDIDATES = [                         # cuBLAS is first, the others are ratios to it
     Candidate("cuBLAS", _cublas, (16,), math.inf),
     Candidate("lowbit_matmul", _lowbit, (1, 2, 3, 4, 8), math.inf, grouped=True),
-    Candidate("plain_matmul", _plain, (1, 2, 3, 4, 8), 512, grouped=True),
+    Candidate("plain_matmul", _plain, (4,), 512, FOUR, grouped=True),
     Candidate("quest_linear", _quest, (4, 8), math.inf),
     Candidate("vq_matmul", _vq, (2,), 4),
-    Candidate("tinygemm", _tinygemm, (4,), 512, grouped=True),
-    Candidate("_int_mm", _int_mm, (8,), math.inf),
-    Candidate("_scaled_mm", _scaled_mm, (8,), math.inf),
-    Candidate("gemlite", _gemlite, (1, 2, 4), 512, grouped=True),
-    Candidate("humming", _humming, (1, 2, 3, 4, 8), 512, grouped=True),
+    Candidate("tinygemm", _tinygemm, (4,), 512, SOME, grouped=True),
+    Candidate("_int_mm", _int_mm, (8,), math.inf, SOME),
+    Candidate("_scaled_mm", _scaled_mm, (8,), math.inf, SOME),
+    Candidate("gemlite", _gemlite, (4, 8), 512, FOUR, grouped=True),
+    Candidate("humming", _humming, (1, 2, 3, 4, 8), 1024, grouped=True),
     Candidate("aqlm", _aqlm, (2,), 4)]
 
 OURS = ("lowbit_matmul", "quest_linear", "vq_matmul", "plain_matmul")
 
 # ---- The time of a call -----------------------------------------------------------------------
 
-def graph_us(calls, replays=20):
-    """Microseconds a call: the median replay of a CUDA graph of 20 calls or more, in turn."""
+class Graph(NamedTuple):
+    replay: Callable
+    calls: int                         # in a replay
+
+def capture(calls):
+    """The Graph of 20 calls or more, in turn."""
     # The first call compiles, and chooses what there is to choose.
     calls[0]()
     torch.cuda.synchronize()
-
     graph = torch.cuda.CUDAGraph()
     n = max(20, len(calls))
     with torch.cuda.graph(graph):
         for i in range(n):
             calls[i % len(calls)]()
+    return Graph(graph.replay, n)
 
-    # For a twentieth of a second the clock adapts to this load, from what was before.
-    start = time.time()
-    while time.time() - start < 0.05:
-        graph.replay()
-        torch.cuda.synchronize()
+def times_of(graphs):
+    """[microseconds a call], a median for each Graph, of three rounds in which all have a turn."""
+    times = [[] for _ in graphs]
+    for _ in range(3):
+        for graph, mine in zip(graphs, times):
+            # For a fiftieth of a second the clock adapts to this load, from what was before.
+            start = time.time()
+            while time.time() - start < 0.02:
+                graph.replay()
+                torch.cuda.synchronize()
 
-    times = []
-    for _ in range(replays):
-        before = torch.cuda.Event(enable_timing=True)
-        after = torch.cuda.Event(enable_timing=True)
-        before.record()
-        graph.replay()
-        after.record()
-        after.synchronize()
-        times.append(before.elapsed_time(after) * 1e3 / n)
-    return sorted(times)[replays // 2]
+            # Seven replays, fewer of a slow one
+            for _ in range(7):
+                before = torch.cuda.Event(enable_timing=True)
+                after = torch.cuda.Event(enable_timing=True)
+                before.record()
+                graph.replay()
+                after.record()
+                after.synchronize()
+                mine.append(before.elapsed_time(after) * 1e3 / graph.calls)
+                if time.time() - start > 0.15:
+                    break
+    return [statistics.median(mine) for mine in times]
+
+def graph_us(calls):
+    """Microseconds a call."""
+    return times_of([capture(calls)])[0]
 
 def copy_speed():
     """TB/s that a simple kernel reads and writes: 512 MB of each."""
@@ -221,79 +258,131 @@ def parse_args(argv=None):
     p = Parser(prog="time_kernels.py", description=__doc__.splitlines()[0])
     add = p.add_argument
     add("--shapes", nargs="+", type=shape,
-        help="outputs x inputs (default: four of LLaMAs; of a sweep, the first two)")
+        help="outputs x inputs (default: three of LLaMAs; of a sweep, the first two)")
     add("--bits", nargs="+", type=int, choices=(1, 2, 3, 4, 8),
         help="of the weights (default: all; of a sweep, 4)")
     add("--batches", nargs="+", type=number(int, 1),
-        help="tokens (default: 1 16 64 512 4096; of a sweep, eleven from 32 to 1024)")
+        help="tokens (default: 24 counts from 1 to 4096, some candidates at fewer; of a sweep, "
+             "eleven from 32 to 1024)")
     add("--only", nargs="+", choices=[c.name for c in CANDIDATES],
         help="these candidates (default: every one installed)")
     add("--out", help="append the rows to this file, one JSON object each")
-    add("--plot", help="draw speed-ups over cuBLAS into this file")
+    add("--plot", help="draw speed-ups over cuBLAS at the first shape into this file")
     add("--sweep", action="store_true", help="time other tiles of lowbit_matmul and quest_matmul")
     add("--minutes", type=number(float, 0), default=7, help="the most of a sweep (default: 7)")
     args = p.parse_args(argv)
     args.shapes = args.shapes or (SHAPES[:2] if args.sweep else SHAPES)
     args.bits = args.bits or ([4] if args.sweep else [1, 2, 3, 4, 8])
-    args.batches = args.batches or (SWEEP if args.sweep else [1, 16, 64, 512, 4096])
+    if args.sweep:
+        args.batches = args.batches or SWEEP
     return args
 
 def jobs_of(args):
-    """[(shape, tokens, candidate, bits)]. Each product stands beside its own cuBLAS, which comes
-    first: the clock drifts during a run."""
+    """[(shape, tokens, candidate, bits)]: for each shape and number of tokens, those that are timed
+    in turns, cuBLAS first."""
     jobs = []
     for shape in args.shapes:
-        for M in args.batches:
+        for M in args.batches or COUNTS:
             for c in CANDIDATES:
                 wanted = not args.only or c.name in (*args.only, "cuBLAS")
-                if not wanted or M > c.most:
+                if not wanted or M > c.most or not args.batches and M not in c.counts:
                     continue
                 jobs += [(shape, M, c, bits) for bits in c.bits if bits in (*args.bits, 16)]
     return jobs
 
+def call_once(name, shape, bits, counts):
+    """Call a product of each number of tokens, so that its kernels lie compiled on the disk."""
+    candidate = next(c for c in CANDIDATES if c.name == name)
+    O, C = map(int, shape.split("x"))
+    try:
+        layer = candidate.make(O, C, bits)
+        for M in counts:
+            layer(torch.randn(M, C, device="cuda", dtype=torch.bfloat16))()
+            torch.cuda.synchronize()
+    except Exception:
+        pass                                           # `measure` says what it was
+
+def compile_ahead(jobs):
+    """Call every product of the jobs once, in a process for each core."""
+    groups = {}                                        # (name, shape, bits): numbers of tokens
+    for shape, M, candidate, bits in jobs:
+        groups.setdefault((candidate.name, shape, bits), []).append(M)
+    if len(groups) < 8:
+        return                                         # the processes would take longer to start
+
+    # Those that compile longest first. Half of a group's counts at a time: two processes share it.
+    slow = ["gemlite", "humming", "lowbit_matmul"]
+    order = lambda key: slow.index(key[0]) if key[0] in slow else len(slow)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(16, os.cpu_count()), spawn) as pool:
+        calls = [pool.submit(call_once, *key, counts) for key in sorted(groups, key=order)
+                 for counts in (groups[key][::2], groups[key][1::2])]
+        try:
+            for call in progress(calls, "compiled"):
+                call.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            say("a process ended while it compiled: the rest compiles as it is timed")
+
+def layers_of(shape, candidate, bits):
+    """Layers of a candidate, enough of them to fill the L2 anew, and the bytes of each."""
+    O, C = map(int, shape.split("x"))
+    size = O * C * bits // 8
+    if candidate.grouped:
+        size += 4 * O * C // GROUP
+    copies = max(2, math.ceil(COPIES / size))
+    return [candidate.make(O, C, bits) for _ in range(copies)], size
+
+def attempt(function, *args, ours, what):
+    """function(*args), or None of what a peer does not have or does not fit: that ends nothing. A
+    kernel of ours that fails its own checks does."""
+    try:
+        return function(*args)
+    except (ImportError, RuntimeError, ValueError, NotImplementedError, AssertionError) as e:
+        if isinstance(e, AssertionError) and ours:
+            raise
+        say(f"{what}: {(str(e).splitlines() or [type(e).__name__])[0][:80]}")
+
 def measure(jobs, copy, out):
     """Time the jobs -> their rows; each is printed, and appended to the file `out`, as it comes."""
-    rows, missing, base = [], set(), {}
-    for shape, M, candidate, bits in progress(jobs, "measured"):
-        name = candidate.name
+    rows, layers = [], {}
+    fields = [list(field) for _, field in itertools.groupby(jobs, key=lambda job: job[:2])]
+    for field in progress(fields, "measured"):
+        shape, M = field[0][:2]
         O, C = map(int, shape.split("x"))
-        if name in missing:
-            continue
-
-        # Each call of the graph has weights of its own, enough of them to fill the L2 anew.
         x = torch.randn(M, C, device="cuda", dtype=torch.bfloat16)
-        size = O * C * bits // 8
-        if candidate.grouped:
-            size += 4 * O * C // GROUP
-        copies = max(2, math.ceil(COPIES / size))
-        try:
-            us = graph_us([candidate.make(x, O, bits) for _ in range(copies)])
-        except ImportError as e:
-            missing.add(name)
-            say(f"{name}: not installed ({e})")
-            continue
-        except (RuntimeError, ValueError, NotImplementedError, AssertionError) as e:
-            # A peer that does not have this shape, or does not fit, ends nothing. A kernel of ours
-            # that fails its own checks does.
-            if isinstance(e, AssertionError) and name in OURS:
-                raise
-            say(f"{name} W{bits} {shape} batch {M}: {str(e).splitlines()[0][:80]}")
-            continue
 
-        cublas = base.setdefault((shape, M), us)
-        size += 2 * M * (O + C)                        # x and y
-        floor = max(size / copy, 2 * M * O * C / TFLOPS) / 1e6             # microseconds
-        row = dict(shape=shape, batch=M, kernel=name, bits=bits, us=round(us, 2),
-                   gb_s=round(size / us / 1e3), of_copy=round(size / us / copy / 1e6, 3),
-                   floor_us=round(floor, 2), cublas=round(cublas / us, 3),
-                   command=command_line())
-        rows.append(row)
-        say(f"{shape:>10} batch {M:4} | {name:13} W{bits:<2} | {us:7.1f} us | "
-            f"{size / us / 1e3:5.0f} GB/s, {size / us / copy / 1e4:3.0f}% of copy | "
-            f"{cublas / us:5.2f} x cuBLAS")
-        if out:
-            with open(out, "a") as file:
-                print(json.dumps(row), file=file)
+        # The layers of a shape stay for all numbers of tokens.
+        if not any(key[0] == shape for key in layers):
+            layers.clear()
+        graphs = {}                                    # (name, bits): its graph, bytes of w
+        for _, _, candidate, bits in field:
+            ours = candidate.name in OURS
+            what = f"{candidate.name} W{bits} {shape}"
+            key = shape, candidate.name, bits
+            if key not in layers:
+                layers[key] = attempt(layers_of, shape, candidate, bits, ours=ours, what=what)
+            if layers[key]:
+                copies, size = layers[key]
+                calls = [layer(x) for layer in copies]
+                graph = attempt(capture, calls, ours=ours, what=f"{what} batch {M}")
+                if graph:
+                    graphs[candidate.name, bits] = graph, size
+
+        times = times_of([graph for graph, _ in graphs.values()])
+        for ((name, bits), (_, size)), us in zip(graphs.items(), times):
+            size += 2 * M * (O + C)                    # x and y
+            floor = max(size / copy, 2 * M * O * C / TFLOPS) / 1e6         # microseconds
+            row = dict(shape=shape, batch=M, kernel=name, bits=bits, us=round(us, 2),
+                       gb_s=round(size / us / 1e3), of_copy=round(size / us / copy / 1e6, 3),
+                       floor_us=round(floor, 2), cublas=round(times[0] / us, 3),
+                       command=command_line())
+            rows.append(row)
+            say(f"{shape:>10} batch {M:4} | {name:13} W{bits:<2} | {us:7.1f} us | "
+                f"{size / us / 1e3:5.0f} GB/s, {size / us / copy / 1e4:3.0f}% of copy | "
+                f"{times[0] / us:5.2f} x cuBLAS")
+            if out:
+                with open(out, "a") as file:
+                    print(json.dumps(row), file=file)
     return rows
 
 def measure_rotation(copy):
@@ -391,8 +480,8 @@ def sweep(args):
     for M, shape, bits in itertools.product(args.batches, args.shapes, args.bits):
         O, C = map(int, shape.split("x"))
         x = torch.randn(M, C, device="cuda", dtype=torch.bfloat16)
-        dense = [_cublas(x, O, 16) for _ in range(max(2, math.ceil(COPIES / (O * C * 2))))]
-        cublas = graph_us(dense)
+        dense, _ = layers_of(shape, CANDIDATES[0], 16)
+        cublas = graph_us([layer(x) for layer in dense])
         del dense
 
         makers = [lowbit_sweep] if M > kernels.FEW and M <= kernels.FUSED else []
@@ -447,70 +536,14 @@ def main():
     if args.sweep:
         sweep(args)
         return
-    rows = measure(jobs_of(args), copy, args.out)
+    jobs = jobs_of(args)
+    compile_ahead(jobs)
+    rows = measure(jobs, copy, args.out)
     if not args.only:
         measure_rotation(copy)
+    print_asked(rows)
     if args.plot:
         plot(rows, args.plot)
-
-# ---- The figure -------------------------------------------------------------------------------
-
-LINES = {          # of the figure: (kernel, bits) -> label and colour; peers are grey
-    ("lowbit_matmul", 2): ("ours, 2 bits", "#1f77b4"),
-    ("lowbit_matmul", 4): ("ours, 4 bits", "#17becf"),
-    ("quest_linear", 4): ("ours, QuEST W4A4", "#d62728"),
-    ("humming", 2): ("humming, 2 bits", "#555555"),
-    ("humming", 4): ("humming, 4 bits", "#888888"),
-    ("tinygemm", 4): ("tinygemm, 4 bits", "#aaaaaa"),
-    ("gemlite", 4): ("gemlite, 4 bits", "#bbbbbb"),
-}
-
-def plot(rows, path):
-    """Draw the speed-up over cuBLAS against the number of tokens, for ours and the peers.
-
-    rows: what `measure` returns, or those of a file that --out wrote; of their first shape.
-    """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    shape = rows[0]["shape"]
-    figure, ax = plt.subplots(figsize=(8.3, 4.4))
-    ends = []
-    for (kernel, bits), (label, color) in LINES.items():
-        line = sorted((r["batch"], r["cublas"]) for r in rows
-                      if (r["shape"], r["kernel"], r["bits"]) == (shape, kernel, bits))
-        if not line:
-            continue
-        tokens, speed = zip(*line)
-        ours = kernel in ("lowbit_matmul", "quest_linear")
-        ax.plot(tokens, speed, "o-", color=color, markersize=3.5, linewidth=2 if ours else 1.2)
-        ends.append((speed[0], label, color))
-
-    # Labels at the lines' first points, each at least 0.17 above the one below.
-    height = -1
-    for speed, label, color in sorted(ends):
-        height = max(speed, height + 0.17)
-        ax.annotate(label, (1, height), xytext=(-8, 0), textcoords="offset points", ha="right",
-                    va="center", color=color, fontsize=9)
-
-    ax.axhline(1, color="#777777", linewidth=1)
-    ax.annotate("cuBLAS bfloat16", (4096, 1), xytext=(0, 4), textcoords="offset points",
-                ha="right", color="#777777", fontsize=9)
-    ax.set_xscale("log", base=2)
-    tokens = sorted({r["batch"] for r in rows})
-    ax.set_xticks(tokens, [str(n) for n in tokens])
-    ax.minorticks_off()
-    ax.set_xlim(0.9, 4600)
-    ax.set_ylim(0, None)
-    ax.set_yticks(range(6), [f"{n}x" for n in range(6)])
-    ax.yaxis.tick_right()
-    ax.set_xlabel("tokens at once")
-    O, C = shape.split("x")
-    ax.set_title(f"Speed-up over cuBLAS, {O} outputs x {C} inputs, one H100", fontsize=11)
-    ax.spines[["top", "left"]].set_visible(False)
-    ax.grid(axis="y", alpha=0.25)
-    figure.subplots_adjust(left=0.22, right=0.95, top=0.92, bottom=0.11)
-    figure.savefig(path, dpi=160, facecolor="white")
 
 if __name__ == "__main__":
     run(main)
