@@ -6,7 +6,7 @@ Of each linear a folder has, under the linear's name there,
     scales      floats (O, 1, 1, 1)
 and config.json has M, B and g, once for all linears: `quantization_config`.
 
-Nothing is rounded a second time. But a code takes whole bytes, so that the 4 bits of 2x4g4 become 8.
+Nothing is rounded a second time. But a code takes whole bytes: the 4 bits of 2x4g4 become 8.
 
 On a CPU the package multiplies with codebooks of 256 vectors in threads that add to the same
 numbers at the same time, and some sums get lost. One thread gives the right ones:

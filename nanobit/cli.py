@@ -21,6 +21,7 @@ except ImportError:                                    # Windows: no peak memory
     resource = None
 
 from model import PRESETS, UsageError
+from nanobit.card import result_row
 from nanobit.checkpoint import SAVED, load_checkpoint
 from nanobit.compare import compare, show_comparison
 from nanobit.compressed import rounded_activations
@@ -141,6 +142,7 @@ def export_checkpoint(argv):
     content.pop("model", None)                         # or it would hold what is taken apart
     if os.path.isdir(args.checkpoint):
         content["settings"]["model"] = args.checkpoint
+    content["row"] = result_row(args.checkpoint, content)
     chosen, problem = choose_format(model, args.format, args.checkpoint)
 
     # What no folder can hold.
@@ -148,8 +150,9 @@ def export_checkpoint(argv):
     if rounded:
         say(f"note: {rounded}, which no format can say: in {args.folder} all activations are "
             f"floats, and its logits differ from those of {args.checkpoint}")
-    if not isinstance(content["tokenizer"], dict):
-        say("note: no tokenizer.json: this checkpoint's tokenizer is not a Hugging Face one")
+    if isinstance(content["tokenizer"], str):
+        say(f"note: no tokenizer.json: {args.checkpoint} has tiktoken's {content['tokenizer']}, "
+            "which tiktoken alone encodes as it was trained")
 
     # Write it, and say which format it is.
     weights = write_hf(args.folder, model, content, FORMATS[chosen].convert)

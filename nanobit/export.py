@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import pathlib
-import shlex
 import shutil
 from typing import Callable, NamedTuple
 
@@ -18,10 +17,11 @@ import torch
 from model import UsageError
 from nanobit import aqlm_format
 from nanobit import compressed as pack_quantized
+from nanobit.card import facts, model_card
 from nanobit.checkpoint import check_weights
 from nanobit.hf import (HF_SIZES, LLAMA3_ROPE, first_line, hf_name, leaves_folder, need_package,
                         shown)
-from nanobit.hf_tokenizer import default_hf_texts
+from nanobit.hf_tokenizer import hf_texts
 from nanobit.tokenizer import make_tokenizer
 from quantizers import PackedVQ, QuantLinear, bits_per_weight
 
@@ -39,25 +39,20 @@ class Weights(NamedTuple):
 def write_hf(folder, model, content, convert):
     """The model as a new Hugging Face folder, or nothing -> its Weights.
 
-    content: what load_checkpoint returned beside the model. A tokenizer that came from such a
-    folder is written. convert: that of a Format, which may take the model apart.
+    content: what load_checkpoint returned beside the model, and as "row" what its run measured.
+    convert: that of a Format, which may take the model apart.
     """
     # The tokenizer's files, where it has any.
     save_file = need_package("safetensors.torch").save_file
-    spec = content["tokenizer"]
-    tokenizer = make_tokenizer(spec)
-    texts = {}
-    if isinstance(spec, dict):
-        texts = default_hf_texts(tokenizer) | spec.get("texts", {})        # older specs have none
-        texts["tokenizer.json"] = spec["tokenizer.json"]
+    tokenizer = make_tokenizer(content["tokenizer"])
+    texts = hf_texts(content["tokenizer"])
 
-    # The weights. They are counted first, as they may not outlive the conversion.
-    packed = bits_per_weight(model)[1]
-    params = packed + sum(p.numel() for p in model.parameters())
+    # The weights. What the card says of them comes first: they may not outlive the conversion.
+    known = facts(model, content)
     weights = convert(model)
     config = hf_config(model.config, tokenizer) | weights.settings
     texts["config.json"] = json.dumps(config, indent=2)
-    texts["README.md"] = model_card(folder, content, params, packed, weights)
+    texts["README.md"] = model_card(folder, known, weights, "tokenizer.json" in texts)
 
     # A weight above bfloat16's largest number is infinite by now.
     check_weights(weights.tensors.items(), folder)
@@ -178,7 +173,7 @@ def choose_format(model, wanted, path):
                          f"{FORMATS[wanted].holds}; give --format {fits}")
     return wanted, problem
 
-# ---- config.json and the model card -------------------------------------------------------------
+# ---- config.json --------------------------------------------------------------------------------
 
 def hf_config(c, tokenizer):
     """config.json's settings for a LlamaConfig."""
@@ -198,41 +193,6 @@ def hf_config(c, tokenizer):
         "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied, "rope_theta": c.rope_theta,
         "rope_scaling": scaling, "sliding_window": None, "bos_token_id": start,
         "eos_token_id": ends if len(ends) > 1 else ends[0]}
-
-def model_card(folder, content, params, packed, weights):
-    """README.md of a folder: what the model is, what made it, how to load it. packed: how many of
-    the params were quantized."""
-    # What is known. Older checkpoints have no command, some have no settings.
-    settings = content.get("settings", {})
-    base = settings.get("model")
-    if base is None and "size" in settings:
-        base = f"nanobit's own of --size {settings['size']}"
-    facts = {"base": base, "method": content.get("method"),
-             "parameters": f"{params:,}, of which {packed:,} were quantized",
-             "stored": weights.text, "made by": content.get("command")}
-
-    name = os.path.basename(os.path.abspath(folder))
-    lines = ["---", "library_name: transformers", "---", f"# {name}", "",
-             "A LLaMA, written by nanobit.", ""]
-    for fact, value in facts.items():
-        if value is not None:
-            lines.append(f"- {fact}: {value}")
-
-    # How to load it.
-    packages = shlex.join(["transformers>=5", *weights.packages])
-    classes = ["AutoModelForCausalLM"]
-    loads = [f"model = AutoModelForCausalLM.from_pretrained({name!r})"]
-    if isinstance(content["tokenizer"], dict):
-        classes.append("AutoTokenizer")
-        loads.append(f"tokenizer = AutoTokenizer.from_pretrained({name!r})")
-    lines += ["", "```", f"pip install {packages}", "```", "", "```python",
-              *weights.before, f"from transformers import {', '.join(classes)}", *loads,
-              *(line.format(name=name) for line in weights.after), "```"]
-    if weights.settings["torch_dtype"] == "float32":
-        lines += ["", "Scales are float32, as trained. `dtype=torch.bfloat16` rounds them by up to "
-                      "0.4 %."]
-    text = "\n".join(lines) + "\n"
-    return text.encode("utf-8", "backslashreplace").decode()           # file names may be no text
 
 # ---- A folder, whole or not at all --------------------------------------------------------------
 

@@ -9,7 +9,8 @@ import torch
 from model import UsageError
 from nanobit import aqlm_format, compressed
 from nanobit.checkpoint import check_weights
-from nanobit.hf import check_integer, check_only, hf_name, read_hf_json, refuse, shown, without_nulls
+from nanobit.hf import (check_integer, check_only, hf_name, read_hf_json, refuse, shown,
+                        without_nulls)
 from quantizers import group_width
 
 def read_packed_linears(folder, model, stored):
