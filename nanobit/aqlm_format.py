@@ -86,7 +86,7 @@ def shapes(grid, O, C):
 
 def packed_linear(grid, C, parts):
     """The PackedVQ of a folder's tensors, whose shapes are those of `shapes`."""
-    # Some rows at a time: `pack` takes an int32 for each bit.
+    # Some rows at a time: `pack` takes 8 bytes for each code.
     codes = parts["codes"].flatten(1)                                  # (O, J * M)
     packed = torch.cat([pack(rows.int() % 2**grid.bits, grid.bits) for rows in codes.split(256)])
     spec = {"kind": "vq", "bits": grid.bits, "a_bits": 16, "signed": False, "in_features": C}

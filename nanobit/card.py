@@ -27,12 +27,12 @@ def result_row(path, content):
         for row in read_rows(file):
             if row.get("command") != command:
                 continue
-            arms = row.get("arms") or {}
+            arms = row.get("arms")
             if row.get("method") == method:
                 found = row
-            elif method in arms:
+            elif isinstance(arms, dict) and method in arms:
                 found = {"base_val_loss": row.get("base_val_loss")} | arms[method]
-    return found
+    return found if {"val_loss", "bits_per_byte"} <= set(found) else {}
 
 def facts(model, content):
     """What is known of a checkpoint before it is converted: {name: text}. Older checkpoints have no
@@ -49,25 +49,28 @@ def facts(model, content):
     # Bits: of a code, of the whole, and of what is multiplied with it.
     linears = [m for _, m in model.linears() if isinstance(m, QuantLinear)]
     if linears:
-        codes = sorted({code_bits(linear) for linear in linears})
+        codes = " and ".join(str(bits) for bits in sorted({code_bits(m) for m in linears}))
         inputs = min(model.config.a_bits, model.config.kv_bits, *(m.a_bits for m in linears))
-        known["bits"] = (f"{' and '.join(map(str, codes))} per weight for the codes, {bpw:.3f} with "
-                         f"all that the checkpoint has; activations {inputs}")
+        known["bits"] = (f"{codes} per weight for the codes, {bpw:.3f} with all that the "
+                         f"checkpoint has; activations {inputs}")
 
-    # Losses, and the distance from the base.
-    row = content.get("row", {})
-    if row.get("val_loss") is not None:
-        known["validation loss"] = f"{row['val_loss']:.4f} nats per token"
-        if row.get("bits_per_byte") is not None:
-            known["validation loss"] += f", {row['bits_per_byte']:.4f} bits per byte"
-        if row.get("base_val_loss") is not None:
-            known["validation loss"] += f" (base: {row['base_val_loss']:.4f} nats)"
+    known |= losses(content.get("row", {}))
+    if "validation loss" in known and "data" in settings:
+        known["text"] = settings["data"] or "the sources of Python's library"
+    known["made by"] = content.get("command")
+    return known
+
+def losses(row):
+    """What `result_row` found, in words: {name: text}."""
+    if not row:
+        return {}
+    text = f"{row['val_loss']:.4f} nats per token, {row['bits_per_byte']:.4f} bits per byte"
+    if row.get("base_val_loss") is not None:
+        text += f" (base: {row['base_val_loss']:.4f} nats)"
+    known = {"validation loss": text}
     if row.get("kl") is not None:
         known["distance from the base"] = (f"KL {row['kl']:.4f} nats per token, the same top token "
                                            f"for {row['same_top']:.2f} %")
-    if known.get("validation loss") and "data" in settings:
-        known["text"] = settings["data"] or "the sources of Python's library"
-    known["made by"] = content.get("command")
     return known
 
 def code_bits(linear):

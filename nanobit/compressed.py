@@ -117,21 +117,26 @@ def transform_config(inputs):
 
 @torch.no_grad()
 def take_apart(model, parts_of):
-    """({name: tensor}, the dtype of the floats) of a model whose linears are all packed. parts_of
-    gives a linear's {part: tensor}, and may use up its tensors: no more than one layer is in memory
-    twice, and nothing is left of the model."""
-    tensors = {}
-    for name, linear in model.linears():
-        for part, tensor in parts_of(linear).items():
-            tensors[f"{name}.{part}"] = tensor
+    """Yield (name, tensor) of all that a model holds: of each packed linear the parts_of it, which
+    may use up its own tensors, and the other weights. Nothing is left of the model, so that no more
+    than one layer is in memory twice."""
+    # By names: a list of the linears would keep them all.
+    packed = [name for name, linear in model.linears() if isinstance(linear, QuantLinear)]
+    for name in packed:
+        parts = parts_of(model.get_submodule(name))
         model.set_submodule(name, nn.Identity())       # frees the layer's own tensors
+        for part in list(parts):
+            yield f"{name}.{part}", parts.pop(part)
 
-    # Embedding, norms and head. A head that is the embedding comes once, under the latter's name.
+    # A head that is the embedding comes once, under the latter's name.
     for name, parameter in model.named_parameters():
-        tensors[name] = parameter.data
+        tensor = parameter.data
         parameter.data = torch.empty(0)
+        yield name, tensor
 
-    # A loader makes all floats of the one dtype that config.json names, so it has to hold all.
+def narrow(tensors):
+    """Make the floats of {name: tensor} as narrow as they can be -> the dtype that config.json
+    names. A loader makes all floats of that one, so it holds all as they are."""
     dtype = dtype_of(*(t for t in tensors.values() if t.is_floating_point()))
 
     # In a float32 folder, what came in 16 bits still takes no more.
@@ -139,7 +144,7 @@ def take_apart(model, parts_of):
         if tensor.is_floating_point():
             own = dtype_of(tensor) if dtype == torch.float32 else dtype
             tensors[name] = tensor.to(own).contiguous()
-    return tensors, dtype
+    return dtype
 
 def dtype_of(*tensors):
     """The narrowest dtype that holds every element of all the floats as it is."""
@@ -188,10 +193,10 @@ def quest_parts(linear):
     bits = whole_bits(linear)
     half_steps = code_offset(linear.bits, linear.spec["grid"]) != 0
     factor = 2 if half_steps else 1
-    whole = linear.levels(torch.float32) * factor                      # (O, C)
+    whole = linear.levels(torch.bfloat16).mul_(factor)                 # (O, C), exact
     O, C = whole.shape
 
-    # Some rows at a time: `pack` takes an int32 for each bit.
+    # Some rows at a time: `pack` takes 8 bytes for each code.
     packed = torch.cat([pack(rows + 2 ** (bits - 1), bits) for rows in whole.split(256)])
     scale = linear.scale.expand(O, 1) / factor                         # LSQ has one for all rows
     return {"weight_packed": to_words(packed), "weight_scale": scale,

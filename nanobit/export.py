@@ -23,7 +23,7 @@ from nanobit.hf import (HF_SIZES, LLAMA3_ROPE, first_line, hf_name, leaves_folde
                         shown)
 from nanobit.hf_tokenizer import hf_texts
 from nanobit.tokenizer import make_tokenizer
-from quantizers import PackedVQ, QuantLinear, bits_per_weight
+from quantizers import PackedVQ, bits_per_weight
 
 class Weights(NamedTuple):
     """What a folder holds of a model, as the conversions of FORMATS return it."""
@@ -70,17 +70,10 @@ def write_hf(folder, model, content, convert):
 
 def dense(model):
     """All weights in bfloat16. A packed linear gets the weight that it stands for; a head that is
-    the embedding is left out."""
-    packed = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        module = name.rsplit(".", 1)[0]
-        tied_head = model.config.tied and name == "head.weight"
-        if module not in packed and not tied_head:
-            state[name] = tensor
-    for name, linear in packed.items():
-        state[f"{name}.weight"] = linear.weight()
-    tensors = {hf_name(name): tensor.bfloat16().contiguous() for name, tensor in state.items()}
+    the embedding is left out. The model is taken apart."""
+    tensors = {}
+    for name, tensor in pack_quantized.take_apart(model, lambda m: {"weight": m.weight()}):
+        tensors[hf_name(name)] = tensor.bfloat16().contiguous()
     return Weights(tensors, {"torch_dtype": "bfloat16"}, "all weights in bfloat16")
 
 def compressed(model):
@@ -133,9 +126,9 @@ def taken_apart(model, parts_of, config, text):
     linears; text: what people are told about them, before their size."""
     count = bits_per_weight(model)[1]
     floats = {hf_name(name) for name, _ in model.named_parameters()}
-    state, dtype = pack_quantized.take_apart(model, parts_of)
-    tensors = {hf_name(name): tensor for name, tensor in state.items()}
-    name = str(dtype).removeprefix("torch.")
+    tensors = {hf_name(name): tensor for name, tensor in
+               pack_quantized.take_apart(model, parts_of)}
+    name = str(pack_quantized.narrow(tensors)).removeprefix("torch.")
 
     # All that the linears have is counted.
     stored = 8 * sum(t.nbytes for name, t in tensors.items() if name not in floats)

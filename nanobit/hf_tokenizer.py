@@ -178,7 +178,8 @@ def own_tokens(text):
         content = json.loads(text)
         if content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] != OWN_PATTERN:
             return None
-        tokens = ["".join(values[letter] for letter in token) for token in content["model"]["vocab"]]
+        vocab = content["model"]["vocab"]
+        tokens = ["".join(values[letter] for letter in token) for token in vocab]
         return tokens if own_tokenizer_json(tokens) == text else None
     except (KeyError, IndexError, TypeError, ValueError):
         return None                                    # another project's

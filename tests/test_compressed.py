@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import torch
 import nanobit.checkpoint
 import nanobit.compressed
 from conftest import TEXT, call, check_refused, random_base
+from nanobit import aqlm_format
 from nanobit.hf import hf_name
 from model import LLaMA, LlamaConfig, UsageError
 from quantizers import QuantLinear, pack, rtn, unpack
@@ -312,10 +314,46 @@ def test_an_export_is_whole_or_not_there(capsys, monkeypatch):
 def test_rows_that_fill_words_are_in_memory_once():
     m = LLaMA(LlamaConfig(257, 1, 64, 2, 2, 96, 32)).replace_linears(affine(3))
     before = {name: linear.packed.data_ptr() for name, linear in m.linears()}
-    tensors, _ = nanobit.compressed.take_apart(m, nanobit.compressed.compressed_linear)
+    tensors = dict(nanobit.compressed.take_apart(m, nanobit.compressed.compressed_linear))
     for name, place in before.items():
         words = tensors[f"{name}.weight_packed"]
         assert words.data_ptr() == place and words.dtype == torch.int32
+
+PACKED = {
+    "affine": affine(3, group_size=8), "QuEST": lambda _, w: QuantLinear.quest(w.weight, 3, 16),
+    "codebooks": lambda _, w: QuantLinear.vq(torch.zeros(w.out_features, w.in_features // 4, 1),
+                                             torch.randn(1, 16, 4), torch.ones(w.out_features))}
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("form", ["packed", "dense"])
+def test_a_disk_that_fills_up_leaves_nothing(capsys, kind, form):
+    resource = pytest.importorskip("resource")
+    with torch.no_grad():
+        save(LLaMA(LlamaConfig(257, 2, 40, 2, 2, 56, 32)).replace_linears(PACKED[kind]))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))         # of each file
+    try:
+        result = call(capsys, "model.py export m.pt new/below"
+                              + " --format dense" * (form == "dense"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    check_refused(result, "cannot write new/below", "File too large")
+    assert os.listdir() == ["m.pt"]
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", PACKED)
+def test_one_layer_at_a_time_is_in_memory_twice(kind):
+    m = LLaMA(LlamaConfig(257, 3, 40, 2, 2, 56, 32)).replace_linears(PACKED[kind])
+    alive = [weakref.ref(linear.packed) for _, linear in m.linears()]
+    parts_of = aqlm_format.linear_parts if kind == "codebooks" else (
+        nanobit.compressed.compressed_linear)
+    done = set()
+    for name, tensor in nanobit.compressed.take_apart(m, parts_of):
+        if name.startswith("blocks.") and "norm" not in name:
+            done.add(name.rpartition(".")[0])
+            words = kind == "affine"                   # may be the bytes themselves
+            assert words or sum(ref() is not None for ref in alive) == 21 - len(done)
+    assert len(done) == 21 and not list(m.parameters())[0].numel()
 
 # ---- Reading ----------------------------------------------------------------------------------
 
