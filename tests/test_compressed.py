@@ -19,7 +19,7 @@ import torch
 
 import nanobit.checkpoint
 import nanobit.compressed
-from conftest import TEXT, call, check_refused, random_base
+from conftest import TEXT, call, check_refused, random_base, run_card
 from nanobit import aqlm_format
 from nanobit.hf import hf_name
 from model import LLaMA, LlamaConfig, UsageError
@@ -137,13 +137,6 @@ def quest_model(bits, grid="uniform", n_hidden=56, step=None, rotated=True):
     m = LLaMA(LlamaConfig(257, 1, 40, 2, 1, n_hidden, 32)).eval()
     return m.replace_linears(lambda _, linear: QuantLinear.quest(
         linear.weight.detach(), bits, 16, grid, rotated, step))
-
-def run_card(folder):
-    """The model that the Python lines in a folder's README.md load."""
-    _, code = pathlib.Path(folder, "README.md").read_text().split("```python\n")
-    names = {}
-    exec(code.split("```")[0], names)
-    return names["model"].eval()
 
 QUEST = {
     "1 bit": (1,), "1.58 bits": (1.58,), "2 bits": (2,), "3 bits": (3,),
