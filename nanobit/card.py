@@ -100,7 +100,7 @@ def model_card(folder, known, weights, has_tokenizer):
               *weights.before, f"from transformers import {', '.join(classes)}", *loads,
               *(line.format(name=name) for line in weights.after), "```"]
     if weights.settings["torch_dtype"] == "float32":
-        lines += ["", "Scales are float32, as trained. `dtype=torch.bfloat16` rounds them by up to "
-                      "0.4 %."]
+        lines += ["", "It has float32 numbers, as trained. `dtype=torch.bfloat16` rounds them by up "
+                      "to 0.4 %."]
     text = "\n".join(lines) + "\n"
     return text.encode("utf-8", "backslashreplace").decode()           # file names may be no text
