@@ -815,6 +815,13 @@ def pack(q, bits):
         digits = F.pad(q + 1, (0, -n % 5)).view(O, -1, 5)              # 0, 1, 2
         return (digits * _powers(3, 5, q.device)).sum(-1).to(torch.uint8)
 
+    if bits <= 8:
+        # Eight codes fill `bits` bytes: the lowest ones of an integer of 64 bits.
+        q = F.pad(q.long() & (2**bits - 1), (0, -n % 8)).view(O, -1, 8)
+        words = (q << bits * torch.arange(8, device=q.device)).sum(-1, keepdim=True)
+        stream = words.view(torch.uint8)[..., :bits].flatten(1)[:, :-(-n * bits // 8)]
+        return stream.clone(memory_format=torch.contiguous_format)     # also the strides of one row
+
     # All bits of a row in one stream, padded with zeros to whole bytes.
     places = torch.arange(bits, device=q.device)
     stream = ((q.unsqueeze(-1) >> places) & 1).flatten(1)              # (O, n * bits)

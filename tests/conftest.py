@@ -87,6 +87,14 @@ def call(capsys, command):
         status = e.code
     return status, *capsys.readouterr()
 
+def run_card(folder):
+    """The model that the Python lines in an exported folder's README.md load. They name the folder
+    from where it lies."""
+    _, code = pathlib.Path(folder, "README.md").read_text().split("```python\n")
+    names = {}
+    exec(code.split("```")[0], names)
+    return names["model"].eval()
+
 def random_base(folder, n_layer):
     """Data of a text in the folder, and a checkpoint base.pt of random weights for it."""
     (folder / "text.txt").write_text(TEXT)

@@ -16,7 +16,7 @@ import model
 import nanobit.checkpoint
 import nanobit.data
 import nanobit.tokenizer
-from conftest import call, check_refused, random_base
+from conftest import call, check_refused, random_base, run_card
 from quantizers import QuantLinear
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -129,33 +129,41 @@ def test_every_file_is_exported_with_the_weights_that_its_codes_stand_for(
     config = json.loads(pathlib.Path(tmp_path, "hf/config.json").read_text())
     assert config["vocab_size"] == 300 and config["num_hidden_layers"] == 1
 
-COMPRESSED = {"rtn-w3.pt", "gptq-tweak-w2.pt", "lrqat-w2-lr-qat.pt", "lrqat-w4-full.pt",
-              "pvtune-affine-w2.pt"}                   # affine codes, activations in floats
+PACKED = dict.fromkeys(                                # those with float activations: their format
+    ("rtn-w3.pt", "gptq-tweak-w2.pt", "lrqat-w2-lr-qat.pt", "lrqat-w4-full.pt",
+     "pvtune-affine-w2.pt", "quest-w3a16.pt", "lsq-w2a16.pt"), "compressed")
+PACKED |= dict.fromkeys(("pvtune-1x4g4.pt", "pvtune-2x4g4.pt"), "aqlm")
 
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", WRITES)
-def test_affine_files_are_exported_packed_and_others_are_refused_by_their_reason(
+def test_files_are_exported_packed_or_else_refused_by_their_reason(
         name, folder, capsys, monkeypatch, tmp_path):
-    transformers = pytest.importorskip("transformers", minversion="5")
+    pytest.importorskip("transformers", minversion="5")
     pytest.importorskip("compressed_tensors", minversion="0.18")
+    if PACKED.get(name) == "aqlm":
+        pytest.importorskip("aqlm")
     path = make(name, folder, capsys, monkeypatch)
-    out_folder = tmp_path / "hf"
-    status, out, err = call(capsys, f"model.py export {path} {out_folder}")
+    status, out, err = call(capsys, f"model.py export {path} {tmp_path / 'hf'}")
     assert status == 0, err
-    if name not in COMPRESSED:
+    if name not in PACKED:
         assert "(--format dense" in out
-        result = call(capsys, f"model.py export {path} {tmp_path / 'new'} --format compressed")
-        check_refused(result, path, "--format dense")
+        for form in ("compressed", "aqlm"):
+            result = call(capsys, f"model.py export {path} {tmp_path / 'new'} --format {form}")
+            check_refused(result, path, "--format dense")
         assert not (tmp_path / "new").exists()
         return
 
-    assert "(--format compressed" in out
+    # Loaded as its card says, and read back.
+    assert f"(--format {PACKED[name]}" in out
     m, _ = nanobit.checkpoint.load_checkpoint(path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out_folder)
+    monkeypatch.chdir(tmp_path)
     x = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(1))
     ours = m(x)[0]
-    assert (theirs(x).logits - ours).abs().max() <= 1e-4 * ours.abs().max()
+    assert (run_card("hf")(x).logits - ours).abs().max() <= 1e-4 * ours.abs().max()
+    again, content = nanobit.checkpoint.load_checkpoint("hf")
+    assert (again(x)[0] - ours).abs().max() <= 1e-5 * ours.abs().max()
+    assert content["tokenizer"] == nanobit.checkpoint.load_checkpoint(folder / path)[1]["tokenizer"]
 
 @GPU
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import random
 import shutil
 import sys
 
@@ -28,6 +29,7 @@ import normtweak
 from conftest import TEXT, call, check_refused
 import nanobit.generate
 from model import LLaMA, UsageError
+from nanobit import hf_tokenizer
 from quantizers import QuantLinear, quest_fake_quant, rotate, rtn
 
 transformers = pytest.importorskip("transformers", minversion="5")  # rope_parameters, dtype
@@ -704,9 +706,8 @@ def test_what_a_folder_cannot_say_is_said(capsys):
     nanobit.checkpoint.save_checkpoint("m.pt", m, tokenizer=spec, method="quest")
     status, out, _ = call(capsys, "model.py export m.pt dir")
     notes = [line for line in out.splitlines() if line.startswith("note: ")]
-    assert status == 0 and len(notes) == 2
-    assert "4 bits" in notes[0] and "tokenizer.json" in notes[1]
-    assert not pathlib.Path("dir/tokenizer.json").exists()
+    assert status == 0 and len(notes) == 1
+    assert "quantized to 4 bits, which no format can say" in notes[0]
     assert LLaMA.from_pretrained("dir").config == m.config
 
 def small_checkpoint(path="m.pt"):
@@ -752,6 +753,9 @@ def test_an_export_is_all_or_nothing(folder, capsys, monkeypatch):
             assert call(capsys, f"model.py export hf {target}")[0] == 130
         assert files_below() == before
 
+EXPORTED = ["README.md", "config.json", "generation_config.json", "model.safetensors",
+            "tokenizer.json", "tokenizer_config.json"]
+
 @pytest.mark.parametrize("kind", ["new", "new/below", "empty", "a link", "the current one", "./"])
 def test_an_export_goes_to_any_empty_folder(capsys, monkeypatch, work, kind):
     """It stays the folder that it is: whoever stands in it sees the files."""
@@ -764,7 +768,7 @@ def test_an_export_goes_to_any_empty_folder(capsys, monkeypatch, work, kind):
         monkeypatch.chdir("real")
     status, out, err = call(capsys, f"model.py export {work}/m.pt {target}")
     assert status == 0, err
-    assert sorted(os.listdir(target)) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(os.listdir(target)) == EXPORTED
     monkeypatch.chdir(work)
     assert os.stat("real").st_ino == inode and pathlib.Path("link").is_symlink()
     assert sorted(os.listdir(work)) == sorted({"m.pt", "real", "link", "text.txt"} | (
@@ -785,7 +789,7 @@ def test_an_export_into_a_mount_needs_no_rename_of_it(capsys, monkeypatch):
     monkeypatch.setattr(os, "replace", as_a_mount)
     status, out, err = call(capsys, "model.py export m.pt mount")
     assert status == 0, err
-    assert sorted(os.listdir("mount")) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(os.listdir("mount")) == EXPORTED
 
 @pytest.mark.parametrize("name", ["../out", "/tmp/nanobit-out", "a/../../out"])
 def test_a_checkpoint_cannot_write_beside_the_export(folder, capsys, name):
@@ -795,6 +799,99 @@ def test_a_checkpoint_cannot_write_beside_the_export(folder, capsys, name):
     before = files_below()
     check_refused(call(capsys, "model.py export m.pt new"), name)
     assert files_below() == before
+
+# ---- Our own tokenizer ------------------------------------------------------------------------
+
+VARIED = ["Hello world", "  \n\n x\t\t y  ", "na\u00efve caf\u00e9",
+          "\u5317\u4eac \u0661\u0662\u0663\u0664", "\U0001f469\u200d\U0001f469\u200d\U0001f467",
+          "a" * 700, " " * 500, " \n" * 300,
+          "_x__ 1234567 don't -- [](){}", "\x00\x85\u2028", ""]
+
+@pytest.fixture(scope="module")
+def own_tokens():
+    source = pathlib.Path(model.__file__).read_text()
+    return [token.decode("latin-1") for token in nanobit.tokenizer.train_bpe([source], 700)]
+
+def own_folder(tokens):
+    m = LLaMA(model.LlamaConfig(len(tokens) + 1, 1, 32, 2, 2, 48, 64))
+    nanobit.checkpoint.save_checkpoint("m.pt", m, tokenizer=tokens, method="dense")
+
+def test_our_own_tokenizer_gives_its_ids_in_transformers(own_tokens, capsys):
+    own_folder(own_tokens)
+    status, out, err = call(capsys, "model.py export m.pt dir")
+    assert status == 0 and "note" not in out, err
+    theirs = transformers.AutoTokenizer.from_pretrained("dir")
+    ours = nanobit.tokenizer.make_tokenizer(own_tokens)
+    draw = random.Random(0)
+    source = pathlib.Path(model.__file__).read_text()
+    texts = [source, *VARIED]
+    for n in range(1, 300):
+        texts.append("".join(draw.choices("ab _12\u00e9\u200d\n\t .,!()self", k=n)))
+        texts.append("".join(map(chr, draw.choices(range(32, 0xd800), k=50))))
+    for text in texts:
+        ids = ours.encode_ordinary(text)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+    assert theirs.eos_token_id == theirs.bos_token_id == ours.eot_token
+
+    # Read back, it is the one that the checkpoint has: the two can be compared.
+    assert nanobit.checkpoint.load_checkpoint("dir")[1]["tokenizer"] == own_tokens
+    status, out, err = call(capsys, "model.py eval dir --against m.pt --data text.txt --device cpu")
+    assert status == 0 and "KL" in out, err
+
+@pytest.mark.slow
+def test_words_are_cut_alike_around_a_character():
+    """Tokens of two bytes show whether a character is in one word with its neighbours: a letter, a
+    digit, a sign and white space before and after it."""
+    first = [chr(b) for b in (*range(128), *range(0xc2, 0xf5))]            # bytes of a character
+    last = [chr(b) for b in range(0xc0)]
+    pairs = [x + b for x in "a1!\t" for b in first] + [b + y for b in last for y in "b2! "]
+    tokens = [chr(b) for b in range(256)] + list(dict.fromkeys(pairs))
+    ours = nanobit.tokenizer.make_tokenizer(tokens)
+    theirs = nanobit.tokenizer.make_tokenizer(
+        {"tokenizer.json": hf_tokenizer.own_tokenizer_json(tokens), "end": len(tokens),
+         "start": len(tokens), "n_vocab": len(tokens) + 1})
+    some = (*range(0xd800), *range(0xe000, 0x20000), *range(0x20000, 0x110000, 101))
+    texts = [f"a{c}b 1{c}2 !{c}! \t{c} b" for c in map(chr, some)]
+    for start in range(0, len(texts), 2**14):
+        part = texts[start:start + 2**14]
+        assert ours.encode_ordinary_batch(part) == theirs.encode_ordinary_batch(part)
+
+def test_another_file_is_no_tokenizer_of_ours(own_tokens):
+    text = hf_tokenizer.own_tokenizer_json(own_tokens)
+    assert hf_tokenizer.own_tokens(text) == own_tokens
+    for other in (text + " ", text.replace("[\\\\r\\\\n]+", "[\\\\r\\\\n]"), "{}", "[]", "1",
+                  '{"model": 1}',
+                  json.dumps(json.loads(text) | {"normalizer": {"type": "NFC"}}),
+                  json.dumps(json.loads(text) | {"model": {"vocab": {"a": 0}}})):
+        assert hf_tokenizer.own_tokens(other) is None
+
+# ---- The model card ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", ["normtweak.py", "lrqat.py"])
+def test_a_card_has_the_numbers_of_the_runs_row(folder, capsys, script):
+    status, _, err = call(capsys, f"{script} --model hf --data text.txt {RUNS[script]}")
+    assert status == 0, err
+    row = json.loads(pathlib.Path("out/results.jsonl").read_text().splitlines()[-1])
+    for path in sorted(pathlib.Path("out").glob("*.pt")):
+        _, content = nanobit.checkpoint.load_checkpoint(path)
+        arm = row["arms"].get(content["method"], row)
+        assert call(capsys, f"model.py export {path} {path.stem}")[0] == 0
+        card = pathlib.Path(path.stem, "README.md").read_text()
+        for fact in ("- base: hf", f"- method: {content['method']}",
+                     f"{row['w_bits']} per weight for the codes, {arm['bpw']:.3f} with",
+                     f"{arm['val_loss']:.4f} nats", f"{arm['bits_per_byte']:.4f} bits per byte",
+                     f"(base: {row['base_val_loss']:.4f} nats)", f"KL {arm['kl']:.4f} nats",
+                     f"{arm['same_top']:.2f} %", "- text: text.txt", row["command"]):
+            assert fact in card, (fact, card)
+
+def test_a_card_without_a_row_of_the_same_command_has_no_losses(capsys):
+    small_checkpoint()
+    for row in ('{"command": "python other.py", "method": "dense", "val_loss": 1}', "torn", "[]"):
+        pathlib.Path("results.jsonl").write_text(row + "\n")
+        assert call(capsys, "model.py export m.pt dir")[0] == 0
+        assert "loss" not in pathlib.Path("dir/README.md").read_text()
+        shutil.rmtree("dir")
 
 # ---- Packages ---------------------------------------------------------------------------------
 
