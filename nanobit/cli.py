@@ -23,8 +23,7 @@ except ImportError:                                    # Windows: no peak memory
 from model import PRESETS, UsageError
 from nanobit.checkpoint import SAVED, load_checkpoint
 from nanobit.compare import compare, show_comparison
-from nanobit.compressed import obstacle
-from nanobit.export import compressed, dense, write_hf
+from nanobit.export import FORMATS
 from nanobit.generate import prepare, sample_text
 from nanobit.ranks import join_ranks, put, rank, say, show_every_letter, take_gpu, world_size
 from nanobit.runs import (check_numbers, header, keep_model, load_training_data, new_model,
@@ -129,11 +128,14 @@ def sample_checkpoint(argv):
     say(text)
 
 def export_checkpoint(argv):
-    p = Parser(prog="model.py export", description="Write a checkpoint as a Hugging Face folder.")
+    p = Parser(prog="model.py export", description="Write a checkpoint for other tools: "
+               "a Hugging Face folder, or llama.cpp's GGUF.")
     p.add_argument("checkpoint", help="a .pt file, dense or packed, or a Hugging Face folder")
-    p.add_argument("folder", help="to write, new or empty")
-    p.add_argument("--format", choices=("compressed", "dense"),
+    p.add_argument("folder", help="to write, new or empty; with --format gguf also a new file, "
+                   "whose name ends in .gguf")
+    p.add_argument("--format", choices=tuple(FORMATS),
                    help="compressed: packed affine linears as they are, for compressed-tensors; "
+                        "gguf: the same for llama.cpp; "
                         "dense: all weights in bfloat16 (default: compressed where it fits)")
     args = p.parse_args(argv)
     model, content = load_checkpoint(args.checkpoint)
@@ -142,12 +144,12 @@ def export_checkpoint(argv):
         content["settings"]["model"] = args.checkpoint
 
     # The format. Some models do not fit into the compressed one.
-    problem = obstacle(model)
-    chosen = args.format or ("dense" if problem else "compressed")
-    if chosen == "compressed" and problem:
-        raise UsageError(f"--format compressed cannot hold {args.checkpoint}: {problem}; it holds "
-                         "affine codes of 1 to 8 bits with float activations (of normtweak.py, "
-                         "lrqat.py, pvtune.py --scheme affine); give --format dense")
+    asked = args.format or "compressed"
+    problem = FORMATS[asked].obstacle(model)
+    if args.format and problem:
+        raise UsageError(f"--format {asked} cannot hold {args.checkpoint}: {problem}; it holds "
+                         f"{FORMATS[asked].holds}; give --format dense")
+    chosen = "dense" if problem else asked
 
     # What such a folder cannot hold.
     bits = min(model.config.a_bits, model.config.kv_bits)
@@ -157,11 +159,11 @@ def export_checkpoint(argv):
     if bits < 16:
         say(f"note: {args.checkpoint} also quantizes activations (to {bits} bits), which such a "
             "folder cannot say: there they stay floats, and the logits differ")
-    if not isinstance(content["tokenizer"], dict):
+    if not isinstance(content["tokenizer"], dict) and chosen != "gguf":
         say("note: no tokenizer.json: this checkpoint's tokenizer is not a Hugging Face one")
 
     # Write it, and say which format it is.
-    weights = write_hf(args.folder, model, content, dense if chosen == "dense" else compressed)
+    weights = FORMATS[chosen].write(args.folder, model, content)
     why = f", because {problem}" if chosen == "dense" and content["linears"] and problem else ""
     say(f"wrote {args.folder} (--format {chosen}{why}): {model.config.n_layer} blocks, "
         f"{weights.text}")

@@ -1,20 +1,25 @@
-"""Hugging Face folders out: a model that other tools load, or nothing at all.
+"""Models out, for other tools: a Hugging Face folder or a GGUF file, whole or not at all.
 
 `write_hf` gathers tensors, config, tokenizer files and a model card, all of which it checks before
 it writes. The linears go in `compressed`, as the packed codes that they are, or `dense`, all
-weights spelled out in bfloat16. `new_folder` makes the folder appear whole or not at all.
+weights spelled out in bfloat16. `write_gguf` has llama.cpp's file written by to_gguf.py.
+`new_folder` and `new_file` make what they write appear whole or not at all. FORMATS lists all.
 """
 import contextlib
+import functools
 import json
 import os
 import pathlib
 import shutil
-from typing import NamedTuple
+import sys
+from typing import Callable, NamedTuple
 
 import torch
 
 from model import UsageError
 from nanobit.checkpoint import check_weights
+from nanobit import compressed as pack_quantized
+from nanobit import to_gguf
 from nanobit.compressed import Grid, compress, quantization_config
 from nanobit.hf import (HF_SIZES, LLAMA3_ROPE, first_line, hf_name, leaves_folder, need_package,
                         shown)
@@ -50,7 +55,8 @@ def write_hf(folder, model, content, convert):
     weights = convert(model)
     config = hf_config(model.config, tokenizer) | weights.settings
     texts["config.json"] = json.dumps(config, indent=2)
-    texts["README.md"] = model_card(folder, content, params, packed, weights)
+    texts["README.md"] = model_card(folder, content, params, packed, weights.text,
+                                    how_to_load(folder, content, weights))
 
     # A weight above bfloat16's largest number is infinite by now.
     check_weights(weights.tensors.items(), folder)
@@ -115,9 +121,30 @@ def hf_config(c, tokenizer):
         "rope_scaling": scaling, "sliding_window": None, "bos_token_id": start,
         "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
-def model_card(folder, content, params, packed, weights):
+def write_gguf(target, model, content):
+    """The model as GGUF, a new file where target ends in .gguf, or else model.gguf in a new folder
+    -> its Weights. content: what load_checkpoint returned beside the model."""
+    name = base_name(target).removesuffix(".gguf")
+    if str(target).endswith(".gguf"):
+        with new_file(target) as path:
+            lines = to_gguf.write(path, name, model, content)
+        return Weights({}, {}, "\n".join(lines))
+
+    with new_folder(target) as folder:
+        lines = to_gguf.write(folder / "model.gguf", name, model, content)
+        packed = bits_per_weight(model)[1]
+        params = packed + sum(p.numel() for p in model.parameters())
+        loads = ["```", f"llama-cli -m {name}/model.gguf", "```"]
+        text = model_card(target, content, params, packed, lines[0], loads)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    return Weights({}, {}, "\n".join(lines))
+
+def base_name(path):
+    return os.path.basename(os.path.abspath(path))
+
+def model_card(folder, content, params, packed, stored, loads):
     """README.md of a folder: what the model is, what made it, how to load it. packed: how many of
-    the params were quantized."""
+    the params were quantized. stored: how the weights are. loads: lines on how to load them."""
     # What is known. Older checkpoints have no command, some have no settings.
     settings = content.get("settings", {})
     base = settings.get("model")
@@ -125,16 +152,19 @@ def model_card(folder, content, params, packed, weights):
         base = f"nanobit's own of --size {settings['size']}"
     facts = {"base": base, "method": content.get("method"),
              "parameters": f"{params:,}, of which {packed:,} were quantized",
-             "stored": weights.text, "made by": content.get("command")}
+             "stored": stored, "made by": content.get("command")}
 
-    name = os.path.basename(os.path.abspath(folder))
-    lines = ["---", "library_name: transformers", "---", f"# {name}", "",
+    lines = ["---", "library_name: transformers", "---", f"# {base_name(folder)}", "",
              "A LLaMA, written by nanobit.", ""]
     for fact, value in facts.items():
         if value is not None:
             lines.append(f"- {fact}: {value}")
+    text = "\n".join([*lines, "", *loads]) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()           # file names may be no text
 
-    # How to load it.
+def how_to_load(folder, content, weights):
+    """The lines of a model card that say how to load a Hugging Face folder."""
+    name = base_name(folder)
     packages = "'transformers>=5'"
     if "quantization_config" in weights.settings:
         packages += " 'compressed-tensors>=0.18'"
@@ -143,13 +173,14 @@ def model_card(folder, content, params, packed, weights):
     if isinstance(content["tokenizer"], dict):
         classes.append("AutoTokenizer")
         loads.append(f"tokenizer = AutoTokenizer.from_pretrained({name!r})")
-    lines += ["", "```", f"pip install {packages}", "```", "", "```python",
+    lines = ["```", f"pip install {packages}", "```", "", "```python",
               f"from transformers import {', '.join(classes)}", *loads, "```"]
     if weights.settings["torch_dtype"] == "float32":
         lines += ["", "Scales are float32, as trained. `dtype=torch.bfloat16` rounds them by up to "
                       "0.4 %."]
-    text = "\n".join(lines) + "\n"
-    return text.encode("utf-8", "backslashreplace").decode()           # file names may be no text
+    return lines
+
+# ---- Whole or not at all ------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def new_folder(folder):
@@ -183,12 +214,40 @@ def new_folder(folder):
                 moved.append(target / part.name)
             temporary.rmdir()
         done = True
-    except (OSError, need_package("safetensors").SafetensorError) as e:
-        raise UsageError(f"cannot write {folder}: {getattr(e, 'strerror', None) or first_line(e)}; "
-                         "give a new folder where there is space") from None
+    except write_errors() as e:
+        raise cannot_write(folder, e) from None
     finally:
         if not done:                                   # also after Ctrl-C
             remove([*moved, temporary], parents)
+
+@contextlib.contextmanager
+def new_file(path):
+    """The same for one file: yield a temporary path, what the block writes there becomes `path`."""
+    target = pathlib.Path(os.path.realpath(path))
+    if os.path.lexists(target):
+        raise UsageError(f"cannot write {path}: it is there; give a new name")
+    parents = [p for p in target.parents if not p.exists()]
+    temporary = pathlib.Path(f"{target}.{os.getpid()}.tmp")
+    done = False
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, target)
+        done = True
+    except write_errors() as e:
+        raise cannot_write(path, e) from None
+    finally:
+        if not done:                                   # also after Ctrl-C
+            remove([temporary], parents)
+
+def write_errors():
+    """What a disk raises that is full or cannot be written: also safetensors' own error."""
+    library = sys.modules.get("safetensors")
+    return (OSError, library.SafetensorError) if library else (OSError,)
+
+def cannot_write(path, e):
+    reason = getattr(e, "strerror", None) or first_line(e)
+    return UsageError(f"cannot write {path}: {reason}; give a new place where there is room")
 
 def remove(paths, parents):
     """Take away files and folders that may not be there, and the parents made for them."""
@@ -201,3 +260,21 @@ def remove(paths, parents):
     for parent in parents:
         with contextlib.suppress(OSError):             # by now something else is in it
             parent.rmdir()
+
+# ---- The formats --------------------------------------------------------------------------------
+
+class Format(NamedTuple):
+    """One of export's formats."""
+    write: Callable              # (where, model, what load_checkpoint returned) -> Weights
+    obstacle: Callable           # (model) -> what it cannot hold of it, in words, or None
+    holds: str                   # what it can hold, in words
+
+FORMATS = {
+    "compressed": Format(functools.partial(write_hf, convert=compressed), pack_quantized.obstacle,
+                         "affine codes of 1 to 8 bits with float activations (of normtweak.py, "
+                         "lrqat.py, pvtune.py --scheme affine)"),
+    "gguf": Format(write_gguf, to_gguf.obstacle,
+                   "integers of up to 8 bits in rows or groups of a multiple of 32 inputs, with "
+                   "float activations"),
+    "dense": Format(functools.partial(write_hf, convert=dense), lambda model: None, "everything"),
+}
