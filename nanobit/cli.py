@@ -147,8 +147,9 @@ def export_checkpoint(argv):
     asked = args.format or "compressed"
     problem = FORMATS[asked].obstacle(model)
     if args.format and problem:
+        fit = [f"--format {name}" for name, form in FORMATS.items() if not form.obstacle(model)]
         raise UsageError(f"--format {asked} cannot hold {args.checkpoint}: {problem}; it holds "
-                         f"{FORMATS[asked].holds}; give --format dense")
+                         f"{FORMATS[asked].holds}; give {' or '.join(fit)}")
     chosen = "dense" if problem else asked
 
     # What such a folder cannot hold.

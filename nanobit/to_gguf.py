@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from model import UsageError, rope_tables
-from nanobit.compressed import dtype_of
+from nanobit.compressed import holds
 from nanobit.gguf_tokenizer import add_tokenizer
 from nanobit.ranks import progress
 from quantizers import PackedAffine, PackedQuest, PackedVQ, QuantLinear, code_offset
@@ -39,7 +39,7 @@ class Kind(NamedTuple):
 
 KINDS = {"TQ2_0": Kind(256, 66, -1, 1), "Q4_0": Kind(32, 18, -8, 7), "Q4_1": Kind(32, 20, 0, 15),
          "Q8_0": Kind(32, 34, -128, 127), "F32": Kind(1, 4), "F16": Kind(1, 2), "BF16": Kind(1, 2)}
-FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 HALF_MAX = torch.finfo(torch.float16).max              # 65504
 
@@ -59,9 +59,9 @@ def obstacle(model):
 def misfit(linear):
     """Why no block holds a packed linear, in words after its name; None where one does."""
     if isinstance(linear, PackedVQ):
-        return "has codebooks; --format aqlm holds them, or --format dense"
+        return "has codebooks"
     if isinstance(linear, PackedQuest) and linear.spec["rotate"]:
-        return "is QuEST's, whose inputs are rotated first, which llama.cpp does not do"
+        return "has QuEST's rotation of its inputs, which llama.cpp does not do"
     if linear.a_bits < 16:
         return f"has inputs quantized to {linear.a_bits} bits"
     C = linear.in_features
@@ -140,12 +140,19 @@ def plan(model, tick):
             kind = choose(source)
             shape = (len(source.packed), source.in_features)
         else:
-            # What came in 16 bits takes no more. llama.cpp wants norms in float32.
-            kind = FLOATS[dtype_of(source)] if source.dim() == 2 else "F32"
+            # llama.cpp wants norms in float32.
+            kind = float_kind(source) if source.dim() == 2 else "F32"
             shape = tuple(source.shape)
         stored.append(Stored(gguf_name(name), source, kind, shape, heads))
         tick()
     return stored
+
+def float_kind(tensor):
+    """The narrowest floats that hold a tensor as it is. float16 first: llama.cpp rounds the inputs
+    of a product to the weight's kind, and bfloat16 has three bits less."""
+    if holds(torch.float16, tensor):
+        return "F16"
+    return "BF16" if holds(torch.bfloat16, tensor) else "F32"
 
 def sources(model):
     """[(our name, a packed linear or a tensor)] of all that the file holds. A head that is the
@@ -202,8 +209,7 @@ def content(stored):
     if isinstance(stored.source, QuantLinear):
         rows = blocks(stored.source, stored.kind)
     else:
-        dtype = {kind: dtype for dtype, kind in FLOATS.items()}[stored.kind]
-        rows = stored.source.detach().to(dtype).contiguous().view(torch.uint8)
+        rows = stored.source.detach().to(FLOATS[stored.kind]).contiguous().view(torch.uint8)
     return rotary_order(rows, stored.heads) if stored.heads else rows
 
 def blocks(linear, kind):
