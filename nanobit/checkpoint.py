@@ -120,7 +120,9 @@ def load_folder(path, device, dtype, as_stored):
     tokenizer = read_hf_tokenizer(path)
     model = LLaMA.from_pretrained(path, dtype, as_stored)
     linears = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    content = {"linears": linears, "method": "compressed-tensors" if linears else "dense",
+    kinds = {spec["kind"] for spec in linears.values()}
+    method = ("aqlm" if "vq" in kinds else "compressed-tensors") if kinds else "dense"
+    content = {"linears": linears, "method": method,
                "settings": {"smoke": False}, "data": None, "tokenizer": tokenizer}
     return model.to(device).eval(), content
 

@@ -21,16 +21,18 @@ except ImportError:                                    # Windows: no peak memory
     resource = None
 
 from model import PRESETS, UsageError
+from nanobit.card import result_row
 from nanobit.checkpoint import SAVED, load_checkpoint
 from nanobit.compare import compare, show_comparison
-from nanobit.export import FORMATS
+from nanobit.compressed import rounded_activations
+from nanobit.export import FORMATS, choose_format
 from nanobit.generate import prepare, sample_text
 from nanobit.ranks import join_ranks, put, rank, say, show_every_letter, take_gpu, world_size
 from nanobit.runs import (check_numbers, header, keep_model, load_training_data, new_model,
                           open_model, record, save_result, score, show)
 from nanobit.tokenizer import make_tokenizer
 from nanobit.train import evaluate, train
-from quantizers import QuantLinear, bits_per_weight
+from quantizers import bits_per_weight
 
 # ---- The commands of model.py -------------------------------------------------------------------
 
@@ -131,43 +133,38 @@ def export_checkpoint(argv):
     p = Parser(prog="model.py export", description="Write a checkpoint for other tools: "
                "a Hugging Face folder, or llama.cpp's GGUF.")
     p.add_argument("checkpoint", help="a .pt file, dense or packed, or a Hugging Face folder")
-    p.add_argument("folder", help="to write, new or empty; with --format gguf also a new file, "
-                   "whose name ends in .gguf")
+    p.add_argument("folder", help="to write, new or empty; with --format gguf a name that ends in "
+                   ".gguf is a new file's")
     p.add_argument("--format", choices=tuple(FORMATS),
-                   help="compressed: packed affine linears as they are, for compressed-tensors; "
-                        "gguf: the same for llama.cpp; "
-                        "dense: all weights in bfloat16 (default: compressed where it fits)")
+                   help="compressed: affine linears and QuEST's as they are, for "
+                        "compressed-tensors; aqlm: codebooks as they are; gguf: integers as they "
+                        "are, for llama.cpp; dense: all weights in bfloat16 (default: the packed "
+                        "one of the others that fits, else dense)")
     args = p.parse_args(argv)
     model, content = load_checkpoint(args.checkpoint)
     content.pop("model", None)                         # or it would hold what is taken apart
     if os.path.isdir(args.checkpoint):
         content["settings"]["model"] = args.checkpoint
+    content["row"] = result_row(args.checkpoint, content)
+    chosen, problem = choose_format(model, args.format, args.checkpoint)
 
-    # The format. Some models do not fit into the compressed one.
-    asked = args.format or "compressed"
-    problem = FORMATS[asked].obstacle(model)
-    if args.format and problem:
-        fit = [f"--format {name}" for name, form in FORMATS.items() if not form.obstacle(model)]
-        raise UsageError(f"--format {asked} cannot hold {args.checkpoint}: {problem}; it holds "
-                         f"{FORMATS[asked].holds}; give {' or '.join(fit)}")
-    chosen = "dense" if problem else asked
-
-    # What such a folder cannot hold.
-    bits = min(model.config.a_bits, model.config.kv_bits)
-    for m in model.modules():
-        if isinstance(m, QuantLinear):
-            bits = min(bits, m.spec["a_bits"])
-    if bits < 16:
-        say(f"note: {args.checkpoint} also quantizes activations (to {bits} bits), which such a "
-            "folder cannot say: there they stay floats, and the logits differ")
-    if not isinstance(content["tokenizer"], dict) and chosen != "gguf":
-        say("note: no tokenizer.json: this checkpoint's tokenizer is not a Hugging Face one")
+    # What no folder can hold.
+    rounded = rounded_activations(model)
+    if rounded:
+        say(f"note: {rounded}, which no format can say: in {args.folder} all activations are "
+            f"floats, and its logits differ from those of {args.checkpoint}")
+    if isinstance(content["tokenizer"], str) and chosen != "gguf":
+        say(f"note: no tokenizer.json: {args.checkpoint} has tiktoken's {content['tokenizer']}, "
+            "which tiktoken alone encodes as it was trained")
 
     # Write it, and say which format it is.
-    weights = FORMATS[chosen].write(args.folder, model, content)
+    form = FORMATS[chosen]
+    weights = form.write(args.folder, model, content, form.convert)
     why = f", because {problem}" if chosen == "dense" and content["linears"] and problem else ""
     say(f"wrote {args.folder} (--format {chosen}{why}): {model.config.n_layer} blocks, "
         f"{weights.text}")
+    if weights.note:
+        say(f"note: {weights.note}")
 
 # ---- Flags --------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""Packed affine linears in compressed-tensors' format "pack-quantized", which transformers loads.
+"""Packed linears in compressed-tensors' format "pack-quantized", which transformers loads: affine
+ones, and QuEST's with float inputs.
 
 Of each linear a folder has, under the linear's name there,
     weight_packed      int32 (O, words)    the codes of each row, `bits` bits each
@@ -12,35 +13,43 @@ go into the folder, padded to words of 32 bits, and nothing is rounded a second 
 codes are unsigned, as ours are on an asymmetric grid. Its tools take 2^(bits-1) off codes and zero
 points when they unpack both, which leaves the difference of the two as it was.
 
+QuEST's levels are q + 1/2, and the format has no such zero point. But (q + 1/2) s = (2q + 1) s/2:
+an odd integer, in a bit more than q, times half the scale. Its linears read rotated inputs, which
+`transform_config` says. transformers 5.24 loads such a folder and leaves the rotation out, without
+a word; compressed-tensors' own apply_transform_config puts it in.
+
 compressed-tensors before 0.18 padded codes of 3, 5, 6 and 7 bits, and reads other weights here.
 
 Shapes: O output channels, C input channels, G groups, as in quantizers.py.
 """
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from quantizers import PackedQuest, PackedVQ, QuantLinear, pack, unpack
+from quantizers import PackedQuest, PackedVQ, QuantLinear, code_offset, pack, unpack
 
 class Grid(NamedTuple):
     """What all linears of such a folder have in common."""
     bits: int
     group_size: int              # -1: one scale per row
     symmetric: bool              # there are no zero points
+    rotated: bool = False        # the inputs are, in blocks of gcd(C, 128) channels
 
     @staticmethod
     def of(linear):
-        """The grid of a PackedAffine."""
+        """The grid of a PackedAffine, or that on which a PackedQuest is written."""
+        if isinstance(linear, PackedQuest):
+            return Grid(whole_bits(linear), -1, True, linear.spec["rotate"])
         return Grid(linear.bits, linear.spec["group_size"], linear.zero_point is None)
 
 def obstacle(model):
     """What the format cannot say about a model, in words; None where it can say everything."""
-    # It has no words for rounded keys and values, nor for the step of our rounded inputs.
-    bits = min(model.config.a_bits, model.config.kv_bits)
-    if bits < 16:
-        return f"activations are quantized to {bits} bits"
+    problem = rounded_activations(model)
+    if problem:
+        return problem
     linears = model.linears()
     if not any(isinstance(linear, QuantLinear) for _, linear in linears):
         return "no linear is packed"
@@ -50,23 +59,31 @@ def obstacle(model):
     for name, linear in linears:
         if not isinstance(linear, QuantLinear):
             return f"{name} is not packed"
-        if isinstance(linear, PackedQuest):
-            return f"{name} has QuEST's grid, which has no code for 0"
         if isinstance(linear, PackedVQ):
             return f"{name} has codebooks"
-        if linear.a_bits < 16:
-            return f"the inputs of {name} are quantized to {linear.a_bits} bits"
-        if linear.bits > 8:
-            return f"{name} has codes of {linear.bits} bits"
+        grid = Grid.of(linear)
+        if grid.bits > 8:
+            return f"{name} has codes of {linear.bits} bits, which take {grid.bits} here"
 
         # A zero point is stored in as many bits as a code.
-        if linear.zero_point is not None and int(linear.zero_point.max()) >= 2**linear.bits:
+        if not grid.symmetric and int(linear.zero_point.max()) >= 2**linear.bits:
             return f"{name} has a zero point above the largest code"
 
         # transformers reads all linears that have zero points by the first group of settings.
-        first = first or Grid.of(linear)
-        if Grid.of(linear) != first:
+        first = first or grid
+        if grid != first:
             return f"{name} has other bits or groups than {linears[0][0]}"
+    return None
+
+def rounded_activations(model):
+    """What no format can say: rounded keys and values, and the step of our rounded inputs. In
+    words; None where all activations are floats."""
+    bits = min(model.config.a_bits, model.config.kv_bits)
+    if bits < 16:
+        return f"activations are quantized to {bits} bits"
+    for name, linear in model.linears():
+        if isinstance(linear, QuantLinear) and linear.a_bits < 16:
+            return f"the inputs of {name} are quantized to {linear.a_bits} bits"
     return None
 
 # ---- Writing ------------------------------------------------------------------------------------
@@ -87,19 +104,25 @@ def quantization_config(grid):
         config["dequantize"] = True
     return config
 
-@torch.no_grad()
-def compress(model):
-    """({name: tensor}, the dtype of the floats) of a model without an `obstacle`. It is taken
-    apart on the way, so that no more than one layer is in memory twice."""
-    # A loader makes all floats of the one dtype that config.json names, so it has to hold all.
-    packed = [name for name, m in model.linears() if isinstance(m, QuantLinear)]
-    floats = [*model.parameters(), *(model.get_submodule(name).scale for name in packed)]
-    dtype = dtype_of(*floats)
-    del floats
+def transform_config(inputs):
+    """What config.json says about rotated inputs. inputs: {a linear's name there: its C}."""
+    # The same linear of every block, by the last part of its name.
+    targets = {}
+    for name, C in inputs.items():
+        targets.setdefault(math.gcd(C, 128), set()).add(f"re:.*{name.rpartition('.')[2]}$")
+    return {"config_groups": {
+        f"rotate_{n}": {"type": "hadamard", "head_dim": n,
+                        "apply": [{"location": "input", "targets": sorted(names)}]}
+        for n, names in targets.items()}}
 
+@torch.no_grad()
+def take_apart(model, parts_of):
+    """({name: tensor}, the dtype of the floats) of a model whose linears are all packed. parts_of
+    gives a linear's {part: tensor}, and may use up its tensors: no more than one layer is in memory
+    twice, and nothing is left of the model."""
     tensors = {}
-    for name in packed:
-        for part, tensor in compressed_linear(model.get_submodule(name)).items():
+    for name, linear in model.linears():
+        for part, tensor in parts_of(linear).items():
             tensors[f"{name}.{part}"] = tensor
         model.set_submodule(name, nn.Identity())       # frees the layer's own tensors
 
@@ -107,6 +130,9 @@ def compress(model):
     for name, parameter in model.named_parameters():
         tensors[name] = parameter.data
         parameter.data = torch.empty(0)
+
+    # A loader makes all floats of the one dtype that config.json names, so it has to hold all.
+    dtype = dtype_of(*(t for t in tensors.values() if t.is_floating_point()))
 
     # In a float32 folder, what came in 16 bits still takes no more.
     for name, tensor in tensors.items():
@@ -128,8 +154,10 @@ def holds(dtype, tensor):
     return all(torch.equal(part.to(dtype).to(part.dtype), part) for part in parts)
 
 def compressed_linear(linear):
-    """{the part's name: the tensor} of a PackedAffine, which is of no use afterwards: its own
-    bytes become the folder's."""
+    """{the part's name: the tensor} of a PackedQuest, or of a PackedAffine, which is of no use
+    afterwards: its own bytes become the folder's."""
+    if isinstance(linear, PackedQuest):
+        return quest_parts(linear)
     packed = linear.packed
     if linear.zero_point is None:
         packed ^= top_bits(linear.bits, linear.in_features)            # in place, to save memory
@@ -146,6 +174,28 @@ def top_bits(bits, n):
     and the code plus 2^(bits-1) differ in just the top bit, so that `packed ^ top_bits` turns all
     codes of a row from one into the other without unpacking them."""
     return pack(torch.full((1, n), 2 ** (bits - 1)), bits)
+
+def whole_bits(linear):
+    """Bits of a PackedQuest's levels, times 2 where they are q + 1/2, as signed integers."""
+    if linear.spec["grid"] == "fp4":
+        return 5                                       # -12..12
+    if linear.bits == 1.58:
+        return 2                                       # -1..1
+    return linear.bits + 1
+
+def quest_parts(linear):
+    """{the part's name: the tensor} of a PackedQuest. At a sparse grid's pruned weights, 0."""
+    bits = whole_bits(linear)
+    half_steps = code_offset(linear.bits, linear.spec["grid"]) != 0
+    factor = 2 if half_steps else 1
+    whole = linear.levels(torch.float32) * factor                      # (O, C)
+    O, C = whole.shape
+
+    # Some rows at a time: `pack` takes an int32 for each bit.
+    packed = torch.cat([pack(rows + 2 ** (bits - 1), bits) for rows in whole.split(256)])
+    scale = linear.scale.expand(O, 1) / factor                         # LSQ has one for all rows
+    return {"weight_packed": to_words(packed), "weight_scale": scale,
+            "weight_shape": torch.tensor([O, C])}
 
 def to_words(packed):
     """uint8 (R, bytes) -> int32 (R, words), the last word filled up with zeros."""
@@ -171,7 +221,10 @@ def count_words(n, bits):
     return -(-n * bits // 32)                          # rounded up
 
 def packed_linear(grid, C, parts):
-    """The PackedAffine of a folder's tensors, whose shapes are those of `shapes`."""
+    """The PackedAffine or, where the inputs are rotated, PackedQuest of a folder's tensors, whose
+    shapes are those of `shapes`. None where the rotated codes are not QuEST's."""
+    if grid.rotated:
+        return packed_quest(grid, C, parts)
     packed = to_bytes(parts["weight_packed"], C, grid.bits)
     if grid.symmetric:
         packed = packed ^ top_bits(grid.bits, C)
@@ -187,6 +240,26 @@ def packed_linear(grid, C, parts):
     spec = {"kind": "affine", "bits": grid.bits, "a_bits": 16, "in_features": C,
             "group_size": grid.group_size, "signed": grid.symmetric}
     return QuantLinear.of(spec, tensors)
+
+def packed_quest(grid, C, parts):
+    """The inverse of quest_parts, for evenly spaced levels."""
+    codes = unpack(to_bytes(parts["weight_packed"], C, grid.bits), grid.bits, C)
+    whole = codes.int() - 2 ** (grid.bits - 1)                         # (O, C)
+    scale = parts["weight_scale"].float()
+
+    # All are odd where the levels are q + 1/2. Three levels have a 0.
+    if grid.bits > 1 and (whole % 2 == 1).all():
+        bits = grid.bits - 1
+        q = whole // 2                                 # rounded down: of 2q + 1, q
+        scale = 2 * scale
+    elif grid.bits == 2 and whole.abs().max() <= 1:
+        bits = 1.58
+        q = whole
+    else:
+        return None
+    spec = {"kind": "quest", "bits": bits, "in_features": C, "a_bits": 16, "grid": "uniform",
+            "signed": True, "rotate": True}
+    return QuantLinear.of(spec, {"packed": pack(q, bits), "scale": scale})
 
 def to_bytes(words, n, bits):
     """int32 (R, words) -> uint8 (R, bytes), as many as n codes take."""

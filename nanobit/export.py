@@ -1,12 +1,11 @@
-"""Models out, for other tools: a Hugging Face folder or a GGUF file, whole or not at all.
+"""Models out, for other tools: Hugging Face folders and GGUF files, whole or not at all.
 
-`write_hf` gathers tensors, config, tokenizer files and a model card, all of which it checks before
-it writes. The linears go in `compressed`, as the packed codes that they are, or `dense`, all
-weights spelled out in bfloat16. `write_gguf` has llama.cpp's file written by to_gguf.py.
-`new_folder` and `new_file` make what they write appear whole or not at all. FORMATS lists all.
+`choose_format` says in which of FORMATS the linears go: as the packed codes that they are, or all
+weights spelled out in bfloat16. `write_hf` gathers tensors, config, tokenizer files and a model
+card, all of which it checks before it writes; `write_gguf` has to_gguf.py write llama.cpp's file.
+`new_folder` and `new_file` make what is written appear whole or not at all.
 """
 import contextlib
-import functools
 import json
 import os
 import pathlib
@@ -17,46 +16,46 @@ from typing import Callable, NamedTuple
 import torch
 
 from model import UsageError
-from nanobit.checkpoint import check_weights
+from nanobit import aqlm_format
 from nanobit import compressed as pack_quantized
 from nanobit import to_gguf
-from nanobit.compressed import Grid, compress, quantization_config
+from nanobit.card import facts, model_card
+from nanobit.checkpoint import check_weights
 from nanobit.hf import (HF_SIZES, LLAMA3_ROPE, first_line, hf_name, leaves_folder, need_package,
                         shown)
-from nanobit.hf_tokenizer import default_hf_texts
+from nanobit.hf_tokenizer import hf_texts
 from nanobit.tokenizer import make_tokenizer
-from quantizers import QuantLinear, bits_per_weight
+from quantizers import PackedVQ, QuantLinear, bits_per_weight
 
 class Weights(NamedTuple):
-    """What a folder holds of a model, as `dense` and `compressed` return it."""
+    """What a folder holds of a model, as the conversions of FORMATS return it."""
     tensors: dict                # {the name there: the tensor}
     settings: dict               # what config.json says about them
     text: str                    # what people are told about them
+    packages: tuple = ()         # that load it, beside transformers
+    before: tuple = ()           # lines of Python that loading it takes, before and after the usual
+    after: tuple = ()
+    note: str = ""               # what to know about them
+    file: str = ""               # the GGUF file that has them
 
 @torch.no_grad()
 def write_hf(folder, model, content, convert):
     """The model as a new Hugging Face folder, or nothing -> its Weights.
 
-    content: what load_checkpoint returned beside the model. A tokenizer that came from such a
-    folder is written. convert: `dense` or `compressed`, which takes the model apart.
+    content: what load_checkpoint returned beside the model, and as "row" what its run measured.
+    convert: that of a Format, which may take the model apart.
     """
     # The tokenizer's files, where it has any.
     save_file = need_package("safetensors.torch").save_file
-    spec = content["tokenizer"]
-    tokenizer = make_tokenizer(spec)
-    texts = {}
-    if isinstance(spec, dict):
-        texts = default_hf_texts(tokenizer) | spec.get("texts", {})        # older specs have none
-        texts["tokenizer.json"] = spec["tokenizer.json"]
+    tokenizer = make_tokenizer(content["tokenizer"])
+    texts = hf_texts(content["tokenizer"])
 
-    # The weights. They are counted first, as they may not outlive the conversion.
-    packed = bits_per_weight(model)[1]
-    params = packed + sum(p.numel() for p in model.parameters())
+    # The weights. What the card says of them comes first: they may not outlive the conversion.
+    known = facts(model, content)
     weights = convert(model)
     config = hf_config(model.config, tokenizer) | weights.settings
     texts["config.json"] = json.dumps(config, indent=2)
-    texts["README.md"] = model_card(folder, content, params, packed, weights.text,
-                                    how_to_load(folder, content, weights))
+    texts["README.md"] = model_card(folder, known, weights, "tokenizer.json" in texts)
 
     # A weight above bfloat16's largest number is infinite by now.
     check_weights(weights.tensors.items(), folder)
@@ -69,6 +68,26 @@ def write_hf(folder, model, content, convert):
             path.write_text(text, encoding="utf-8")
         save_file(weights.tensors, temporary / "model.safetensors", metadata={"format": "pt"})
     return weights
+
+@torch.no_grad()
+def write_gguf(target, model, content, convert):
+    """The model as GGUF -> its Weights: a new file where target ends in .gguf, or else model.gguf
+    in a new folder with a card. The other arguments are those of write_hf."""
+    name = os.path.basename(os.path.abspath(target)).removesuffix(".gguf")
+    if str(target).endswith(".gguf"):
+        with new_file(target) as path:
+            text, notes = convert(path, name, model, content)
+            return Weights({}, {}, text, note="\nnote: ".join(notes))
+
+    with new_folder(target) as folder:
+        text, notes = convert(folder / "model.gguf", name, model, content)
+        weights = Weights({}, {}, text, packages=("gguf>=0.19", "accelerate"),
+                          note="\nnote: ".join(notes), file="model.gguf")
+        card = model_card(target, facts(model, content), weights, has_tokenizer=False)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return weights
+
+# ---- Formats ------------------------------------------------------------------------------------
 
 def dense(model):
     """All weights in bfloat16. A packed linear gets the weight that it stands for; a head that is
@@ -87,20 +106,99 @@ def dense(model):
 
 def compressed(model):
     """The packed linears' own codes, see nanobit/compressed.py. The model is taken apart."""
-    grid = Grid.of(model.blocks[0].attn.wq)
-    count = bits_per_weight(model)[1]
-    state, dtype = compress(model)
-    tensors = {hf_name(n): tensor for n, tensor in state.items()}
-    name = str(dtype).removeprefix("torch.")
-    settings = {"torch_dtype": name, "quantization_config": quantization_config(grid)}
-
-    # In words, for people. All that the linears have is counted.
-    stored = 8 * sum(t.nbytes for name, t in tensors.items() if ".weight_" in name)
+    grid = pack_quantized.Grid.of(model.blocks[0].attn.wq)
+    inputs = {hf_name(name): linear.in_features for name, linear in model.linears()}
+    config = pack_quantized.quantization_config(grid)
     zeros = "symmetric" if grid.symmetric else "with zero points"
     groups = "rows" if grid.group_size == -1 else f"groups of {grid.group_size}"
-    text = (f"linears in {grid.bits} bits, {zeros}, {groups}, {stored / count:.3f} bits per "
-            f"weight; the rest in {name}")
-    return Weights(tensors, settings, text)
+    text = f"linears in {grid.bits} bits, {zeros}, {groups}"
+    after = ()
+    note = ""
+    if grid.rotated:
+        config["transform_config"] = pack_quantized.transform_config(inputs)
+        text += ", of rotated inputs"
+        after = ROTATE
+        note = ("the linears read rotated inputs, which transformers leaves out without a word: "
+                "after from_pretrained call compressed_tensors' apply_transform_config, as the "
+                "folder's README.md shows (vLLM does so itself)")
+    weights = taken_apart(model, pack_quantized.compressed_linear, config, text)
+    return weights._replace(packages=("compressed-tensors>=0.18",), after=after, note=note)
+
+# {name!r} is the folder. The loaded model's own config does not keep these settings.
+ROTATE = (
+    "", "# Without these lines the linears read inputs that are not rotated: nonsense.",
+    "from transformers import AutoConfig",
+    "from compressed_tensors.transform import TransformConfig, apply_transform_config",
+    "config = AutoConfig.from_pretrained({name!r}).quantization_config",
+    'rotations = TransformConfig.model_validate(config["transform_config"])',
+    "apply_transform_config(model, rotations)")
+
+def aqlm(model):
+    """Codebooks and their codes, see nanobit/aqlm_format.py. The model is taken apart."""
+    grid = aqlm_format.Grid.of(model.blocks[0].attn.wq)
+    M, bits, g = grid
+    text = f"linears in {M} codebooks of {bits} bits for {g} weights"
+    whole = aqlm_format.codes_dtype(bits).itemsize * 8
+    if whole > bits:
+        text += f", a code in {whole} bits"
+    weights = taken_apart(model, aqlm_format.linear_parts, aqlm_format.quantization_config(grid),
+                          text)
+    before = ONE_THREAD if bits == 8 else ()
+    return weights._replace(packages=("aqlm[cpu]",), before=before)
+
+ONE_THREAD = (
+    "import numba", "numba.set_num_threads(1)  # on a CPU aqlm 1.1.7 loses sums with more", "")
+
+def taken_apart(model, parts_of, config, text):
+    """The Weights of a model whose linears are all packed. config: what config.json says about the
+    linears; text: what people are told about them, before their size."""
+    count = bits_per_weight(model)[1]
+    floats = {hf_name(name) for name, _ in model.named_parameters()}
+    state, dtype = pack_quantized.take_apart(model, parts_of)
+    tensors = {hf_name(name): tensor for name, tensor in state.items()}
+    name = str(dtype).removeprefix("torch.")
+
+    # All that the linears have is counted.
+    stored = 8 * sum(t.nbytes for name, t in tensors.items() if name not in floats)
+    text += f", {stored / count:.3f} bits per weight; the rest in {name}"
+    return Weights(tensors, {"torch_dtype": name, "quantization_config": config}, text)
+
+class Format(NamedTuple):
+    """One way to write the linears."""
+    convert: Callable            # what `write` calls; of write_hf: model -> Weights
+    obstacle: Callable           # model -> what it cannot hold of it, in words, or None
+    holds: str                   # what it can hold, in words
+    write: Callable = write_hf   # (where, model, content, convert) -> Weights
+
+FORMATS = {
+    "compressed": Format(compressed, pack_quantized.obstacle,
+                         "affine codes of 1 to 8 bits (of normtweak.py, lrqat.py, pvtune.py "
+                         "--scheme affine) and QuEST's of 1 to 7, with float activations"),
+    "aqlm": Format(aqlm, aqlm_format.obstacle, "codebooks (of pvtune.py)"),
+    "gguf": Format(to_gguf.write, to_gguf.obstacle,
+                   "integers of up to 8 bits in rows or groups of a multiple of 32 inputs, with "
+                   "float activations", write_gguf),
+    "dense": Format(dense, lambda model: None, "every model"),
+}
+
+def choose_format(model, wanted, path):
+    """(the name of a Format, why it is not the packed one, or None). wanted: a name, or None for
+    the one that fits. Raises UsageError where the wanted one cannot hold the model of the path."""
+    # Without an obstacle, a packed model keeps its codes.
+    kinds = {type(linear) for _, linear in model.linears()}
+    usual = "aqlm" if PackedVQ in kinds else "compressed"
+    problem = FORMATS[usual].obstacle(model)
+    fits = "dense" if problem else usual
+    if wanted is None:
+        return fits, problem
+
+    obstacle = FORMATS[wanted].obstacle(model)
+    if obstacle:
+        raise UsageError(f"--format {wanted} cannot hold {path}: {obstacle}; it holds "
+                         f"{FORMATS[wanted].holds}; give --format {fits}")
+    return wanted, problem
+
+# ---- config.json --------------------------------------------------------------------------------
 
 def hf_config(c, tokenizer):
     """config.json's settings for a LlamaConfig."""
@@ -120,65 +218,6 @@ def hf_config(c, tokenizer):
         "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied, "rope_theta": c.rope_theta,
         "rope_scaling": scaling, "sliding_window": None, "bos_token_id": start,
         "eos_token_id": ends if len(ends) > 1 else ends[0]}
-
-def write_gguf(target, model, content):
-    """The model as GGUF, a new file where target ends in .gguf, or else model.gguf in a new folder
-    -> its Weights. content: what load_checkpoint returned beside the model."""
-    name = base_name(target).removesuffix(".gguf")
-    if str(target).endswith(".gguf"):
-        with new_file(target) as path:
-            lines = to_gguf.write(path, name, model, content)
-        return Weights({}, {}, "\n".join(lines))
-
-    with new_folder(target) as folder:
-        lines = to_gguf.write(folder / "model.gguf", name, model, content)
-        packed = bits_per_weight(model)[1]
-        params = packed + sum(p.numel() for p in model.parameters())
-        loads = ["```", f"llama-cli -m {name}/model.gguf", "```"]
-        text = model_card(target, content, params, packed, lines[0], loads)
-        (folder / "README.md").write_text(text, encoding="utf-8")
-    return Weights({}, {}, "\n".join(lines))
-
-def base_name(path):
-    return os.path.basename(os.path.abspath(path))
-
-def model_card(folder, content, params, packed, stored, loads):
-    """README.md of a folder: what the model is, what made it, how to load it. packed: how many of
-    the params were quantized. stored: how the weights are. loads: lines on how to load them."""
-    # What is known. Older checkpoints have no command, some have no settings.
-    settings = content.get("settings", {})
-    base = settings.get("model")
-    if base is None and "size" in settings:
-        base = f"nanobit's own of --size {settings['size']}"
-    facts = {"base": base, "method": content.get("method"),
-             "parameters": f"{params:,}, of which {packed:,} were quantized",
-             "stored": stored, "made by": content.get("command")}
-
-    lines = ["---", "library_name: transformers", "---", f"# {base_name(folder)}", "",
-             "A LLaMA, written by nanobit.", ""]
-    for fact, value in facts.items():
-        if value is not None:
-            lines.append(f"- {fact}: {value}")
-    text = "\n".join([*lines, "", *loads]) + "\n"
-    return text.encode("utf-8", "backslashreplace").decode()           # file names may be no text
-
-def how_to_load(folder, content, weights):
-    """The lines of a model card that say how to load a Hugging Face folder."""
-    name = base_name(folder)
-    packages = "'transformers>=5'"
-    if "quantization_config" in weights.settings:
-        packages += " 'compressed-tensors>=0.18'"
-    classes = ["AutoModelForCausalLM"]
-    loads = [f"model = AutoModelForCausalLM.from_pretrained({name!r})"]
-    if isinstance(content["tokenizer"], dict):
-        classes.append("AutoTokenizer")
-        loads.append(f"tokenizer = AutoTokenizer.from_pretrained({name!r})")
-    lines = ["```", f"pip install {packages}", "```", "", "```python",
-              f"from transformers import {', '.join(classes)}", *loads, "```"]
-    if weights.settings["torch_dtype"] == "float32":
-        lines += ["", "Scales are float32, as trained. `dtype=torch.bfloat16` rounds them by up to "
-                      "0.4 %."]
-    return lines
 
 # ---- Whole or not at all ------------------------------------------------------------------------
 
@@ -222,7 +261,7 @@ def new_folder(folder):
 
 @contextlib.contextmanager
 def new_file(path):
-    """The same for one file: yield a temporary path, what the block writes there becomes `path`."""
+    """The same for a file: what the block writes to the temporary path becomes `path`."""
     target = pathlib.Path(os.path.realpath(path))
     if os.path.lexists(target):
         raise UsageError(f"cannot write {path}: it is there; give a new name")
@@ -241,13 +280,14 @@ def new_file(path):
             remove([temporary], parents)
 
 def write_errors():
-    """What a disk raises that is full or cannot be written: also safetensors' own error."""
+    """The classes of what a disk raises that is full or cannot be written. safetensors has its own;
+    a GGUF file does not need that package."""
     library = sys.modules.get("safetensors")
     return (OSError, library.SafetensorError) if library else (OSError,)
 
 def cannot_write(path, e):
     reason = getattr(e, "strerror", None) or first_line(e)
-    return UsageError(f"cannot write {path}: {reason}; give a new place where there is room")
+    return UsageError(f"cannot write {path}: {reason}; give a new place where there is space")
 
 def remove(paths, parents):
     """Take away files and folders that may not be there, and the parents made for them."""
@@ -260,21 +300,3 @@ def remove(paths, parents):
     for parent in parents:
         with contextlib.suppress(OSError):             # by now something else is in it
             parent.rmdir()
-
-# ---- The formats --------------------------------------------------------------------------------
-
-class Format(NamedTuple):
-    """One of export's formats."""
-    write: Callable              # (where, model, what load_checkpoint returned) -> Weights
-    obstacle: Callable           # (model) -> what it cannot hold of it, in words, or None
-    holds: str                   # what it can hold, in words
-
-FORMATS = {
-    "compressed": Format(functools.partial(write_hf, convert=compressed), pack_quantized.obstacle,
-                         "affine codes of 1 to 8 bits with float activations (of normtweak.py, "
-                         "lrqat.py, pvtune.py --scheme affine)"),
-    "gguf": Format(write_gguf, to_gguf.obstacle,
-                   "integers of up to 8 bits in rows or groups of a multiple of 32 inputs, with "
-                   "float activations"),
-    "dense": Format(functools.partial(write_hf, convert=dense), lambda model: None, "everything"),
-}

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import regex                                           # comes with tiktoken
 
 from model import UsageError
+from nanobit.hf_tokenizer import byte_letters, last_pair
 from nanobit.tokenizer import BPETokenizer, make_tokenizer
 
 # GGUF's types of tokens.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 class Vocabulary(NamedTuple):
-    """A tokenizer as the file has it. tokens, types and scores have an entry per id."""
+    """A tokenizer as the file has it."""
     model: str                   # "gpt2" or "llama"
     tokens: dict                 # {id: its text}
     types: dict                  # {id: one of the above}, where not NORMAL
@@ -63,22 +64,15 @@ def add_tokenizer(writer, spec, n_vocab):
         writer.add_chat_template(v.template)
     if v.exact:
         return []
-    return ["note: llama.cpp has no name for how this tokenizer cuts words; the file says "
+    return ["llama.cpp has no name for how this tokenizer cuts words; the file says "
             f"{v.pre!r}, the nearest, so that some texts become other tokens there"]
 
 # ---- tiktoken's ---------------------------------------------------------------------------------
 
-def byte_letters():
-    """[the letter that stands for each byte] in GPT-2's spelling: what prints stands for itself,
-    the other bytes are the letters from 256 on."""
-    prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(i) if i in prints else chr(next(others)) for i in range(256)]
-
 LETTERS = byte_letters()
 
 def spelled(data):
-    """Bytes in GPT-2's letters."""
+    """Bytes in the letters that stand for them."""
     return "".join(LETTERS[byte] for byte in data)
 
 def tiktoken_vocabulary(inner):
@@ -87,29 +81,15 @@ def tiktoken_vocabulary(inner):
     tokens = {i: spelled(data) for data, i in ranks.items()}
     special = {i: text for text, i in inner._special_tokens.items()}
 
-    # tiktoken joins the pair whose bytes have the lowest rank. So a token was joined from the two
-    # parts that are left when only lower ranks may join its bytes.
+    # The list of merges says how each token is put together.
     merges = []
-    for data, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
+    for data in sorted(ranks, key=ranks.get):
         if len(data) > 1:
-            parts = join(data, ranks, rank)
-            if len(parts) == 2:                        # else no text is ever joined to it
-                merges.append(" ".join(map(spelled, parts)))
+            left, right = last_pair(data, ranks)
+            merges.append(f"{spelled(left)} {spelled(right)}")
 
     pre, exact = find_pre(lambda text: regex.findall(inner._pat_str, text))
     return Vocabulary("gpt2", tokens | special, dict.fromkeys(special, CONTROL), merges, pre, exact)
-
-def join(data, ranks, limit):
-    """The tokens, byte strings, of bytes whose pairs are joined while their rank is below limit."""
-    parts = [data[i:i + 1] for i in range(len(data))]
-    while len(parts) > 1:
-        joined = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:])]
-        lowest = min(joined)
-        if lowest >= limit:
-            break
-        i = joined.index(lowest)
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
 
 # ---- Hugging Face's -----------------------------------------------------------------------------
 
@@ -160,7 +140,7 @@ def kinds(part):
     return [p["type"] for p in part.get("pretokenizers", [part]) if "type" in p]
 
 def unspelled(pieces):
-    """[(text in GPT-2's letters, place)] -> [its bytes as text]"""
+    """[(bytes in the letters that stand for them, place)] -> [their text]"""
     bytes_of = {letter: byte for byte, letter in enumerate(LETTERS)}
     return [bytes(bytes_of.get(letter, 0) for letter in piece).decode(errors="replace")
             for piece, _ in pieces]

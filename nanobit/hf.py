@@ -4,7 +4,7 @@ What LLaMA in model.py computes is read, everything else is refused by its name.
 the whole of it:
   1. `read_hf_config` turns config.json into a LlamaConfig, or refuses it.
   2. `open_hf_files` maps the safetensors, one file or shards, into memory without copying them.
-  3. `read_packed_linears` takes the linears of a folder that is quantized (compressed.py).
+  3. `read_packed_linears` takes the linears of a folder that is quantized (hf_packed.py).
   4. `read_hf_tensors` checks each weight's name, shape and numbers, and gives it our name.
 The tokenizer is in hf_tokenizer.py, the way out in export.py.
 """
@@ -21,14 +21,13 @@ import torch
 
 from model import LlamaConfig, LLaMA, UsageError
 from nanobit.checkpoint import check_weights
-from nanobit.compressed import Grid, packed_linear, shapes
 from nanobit.ranks import say
-from quantizers import group_width
 
 # ---- A model ------------------------------------------------------------------------------------
 
 def read_folder(folder, dtype=torch.float32, as_stored=False):
     """The LLaMA of a folder, see LLaMA.from_pretrained."""
+    from nanobit.hf_packed import read_packed_linears      # it imports this file
     config = read_hf_config(folder)
     stored = open_hf_files(folder, config)
     if config.tied:
@@ -37,9 +36,7 @@ def read_folder(folder, dtype=torch.float32, as_stored=False):
     # A model of shapes alone, which takes no memory; the tensors become its weights one by one.
     with torch.device("meta"):
         model = LLaMA(config, dtype)
-    grid = read_hf_grid(folder)
-    if grid:
-        read_packed_linears(folder, model, grid, stored)
+    read_packed_linears(folder, model, stored)
     state = dict(model.named_buffers())                # of packed linears, which are whole
     for name, tensor in read_hf_tensors(folder, model, stored):
         state[name] = tensor if as_stored else tensor.to(torch.float32, copy=True)
@@ -149,42 +146,6 @@ def read_hf_rope(file, c):
         refuse(file, "llama3's rope needs a low_freq_factor below its high_freq_factor")
     return theta, (factor, low, high, length)
 
-def read_hf_grid(folder):
-    """The grid of the packed linears that config.json speaks of; None: no weight is quantized."""
-    config = read_hf_json(folder, "config.json").get("quantization_config")
-    if config is None:
-        return None
-
-    # One group of settings for all linears, of a kind that nanobit/compressed.py describes.
-    file = f"{folder}/config.json: quantization_config"
-    if not isinstance(config, dict):
-        refuse(file, f"it is {shown(config)}, not a list of names with values")
-    check_only(file, without_nulls(config), HF_ONLY_QUANTIZED)
-    groups = config.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        refuse(file, "its config_groups are not one group for all linears")
-    group, = groups.values()
-    weights = group.get("weights") if isinstance(group, dict) else None
-    if not isinstance(weights, dict):
-        refuse(file, "its config_groups have no settings of weights")
-    check_only(file, without_nulls(group), HF_ONLY_GROUP)
-    check_only(file, without_nulls(weights), HF_ONLY_WEIGHTS)
-
-    check_integer(file, weights, "num_bits", 8)
-    group_size = -1
-    if weights.get("strategy") != "channel":
-        check_integer(file, weights, "group_size", 2**20)
-        group_size = weights["group_size"]
-    return Grid(weights["num_bits"], group_size, weights.get("symmetric") is not False)
-
-HF_ONLY_QUANTIZED = {"quant_method": ("compressed-tensors",), "format": ("pack-quantized",),
-                     "kv_cache_scheme": (None,), "transform_config": ({},),
-                     "sparsity_config": ({},)}
-HF_ONLY_GROUP = {"format": ("pack-quantized",), "input_activations": (None,),
-                 "output_activations": (None,)}
-HF_ONLY_WEIGHTS = {"type": ("int",), "dynamic": (False,), "strategy": ("group", "channel"),
-                   "symmetric": (True, False)}
-
 def without_nulls(settings):
     return {name: value for name, value in settings.items() if value is not None}
 
@@ -278,34 +239,6 @@ def read_hf_tensors(folder, model, stored):
         yield here, tensor
         if here == "embed.weight" and model.config.tied:
             yield "head.weight", tensor
-
-def read_packed_linears(folder, model, grid, stored):
-    """Put packed linears into the model's blocks, where the folder has them. Their tensors are
-    taken out of `stored`."""
-    for name, linear in model.linears():
-        prefix = hf_name(name)
-        if f"{prefix}.weight" in stored:               # this one is not quantized
-            continue
-        O, C = linear.weight.shape
-        if group_width(C, grid.group_size) is None:
-            raise UsageError(f"{folder}: group_size {grid.group_size} does not divide the {C} "
-                             f"input channels of {prefix}")
-
-        parts = {}
-        for part, (shape, dtypes) in shapes(grid, O, C).items():
-            full = f"{prefix}.{part}"
-            if full not in stored:
-                raise UsageError(f"{folder}: no file has the tensor {full}")
-            tensor = stored.pop(full)()
-            if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-                raise UsageError(f"{folder}: {full} is {tuple(tensor.shape)} {tensor.dtype}, "
-                                 f"config.json asks for {shape} of {dtypes[0]}; compressed-tensors "
-                                 "before 0.18 wrote others")
-            check_weights([(full, tensor)], folder)
-            parts[part] = tensor
-        if parts["weight_shape"].tolist() != [O, C]:
-            raise UsageError(f"{folder}: {prefix}.weight_shape is not {O} x {C}")
-        model.set_submodule(name, packed_linear(grid, C, parts))
 
 def hf_head_is_tied(folder, stored):
     """Is the head the embedding, as config.json says? Where both are stored with other values it is

@@ -3,6 +3,7 @@
 `read_hf_tokenizer` reads a folder into a spec, plain values that a checkpoint keeps, and
 `HFTokenizer` is what nanobit.tokenizer.make_tokenizer makes of the spec. The ids of the special
 tokens stand in other files of the folder, here in one and there in another: `read_special_ids`.
+The way out is `hf_texts`, which also says our own byte-pair encoding as a tokenizer.json.
 """
 import json
 import math
@@ -10,7 +11,7 @@ import pathlib
 
 from model import UsageError
 from nanobit.hf import first_line, need_package, read_hf_config, read_hf_json, shown
-from nanobit.tokenizer import WORDS_CUT, Tokenizer, spans
+from nanobit.tokenizer import END, PATTERN, WORDS_CUT, Tokenizer, spans
 
 HF_TEXTS = (  # what a folder says about its tokenizer and generation; an export copies it
     "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -19,12 +20,17 @@ HF_TEXTS = (  # what a folder says about its tokenizer and generation; an export
 def read_hf_tokenizer(folder):
     """The spec of a folder's tokenizer, plain values: tokenizer.json's text, the special ids (`end`
     stands after a document, `ends` are all that end one), and the texts that an export copies."""
+    # Our own, of an exported checkpoint, is what it was in the checkpoint.
+    path = pathlib.Path(folder, "tokenizer.json")
+    own = own_tokens(read_hf_text(path))
+    if own is not None and len(own) + 1 == read_hf_config(folder).vocab_size:
+        return own
+
     # The files. A missing tokenizer.json is reported by its name.
     texts = {}
     for pattern in HF_TEXTS:
         for file in sorted(pathlib.Path(folder).glob(pattern)):
             texts[file.relative_to(folder).as_posix()] = read_hf_text(file)
-    path = pathlib.Path(folder, "tokenizer.json")
 
     # 0 holds the place of the special ids, which only the tokenizer can check.
     spec = {"tokenizer.json": read_hf_text(path), "end": 0, "start": 0,
@@ -93,6 +99,89 @@ def read_hf_text(path):
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+
+# ---- The way out --------------------------------------------------------------------------------
+
+def hf_texts(spec):
+    """{name: text} of the files that say a spec's tokenizer to transformers; {} for tiktoken's own
+    encodings, whose patterns the package tokenizers reads otherwise."""
+    if isinstance(spec, str):
+        return {}
+    if isinstance(spec, list):
+        end = len(spec)
+        spec = {"tokenizer.json": own_tokenizer_json(spec), "end": end, "start": end,
+                "n_vocab": end + 1}
+    texts = default_hf_texts(HFTokenizer(spec)) | spec.get("texts", {})    # older specs have none
+    return texts | {"tokenizer.json": spec["tokenizer.json"]}
+
+# PATTERN as the package reads it. Its \w lacks the two characters that join others.
+OWN_PATTERN = PATTERN.replace(r"[^\W\d_]", r"(?:[^\W\d_]|[\u200c\u200d])")
+OWN_PATTERN = OWN_PATTERN.replace(r"[^\w\s]", r"[^\w\s\u200c\u200d]")
+
+def own_tokenizer_json(tokens):
+    """A tokenizer.json that gives the ids of our own encoding. tokens: latin-1 strings in order of
+    rank, as a checkpoint keeps what `train_bpe` found, the 256 bytes first."""
+    words = {"type": "Split", "pattern": {"Regex": OWN_PATTERN}, "behavior": "Isolated",
+             "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": False}
+
+    # tiktoken merges the two neighbours that make the token of the lowest rank; the package has a
+    # list of pairs. It is always the same pair that makes a token: before it, only that token's own
+    # bytes were merged, as they are by themselves.
+    ranks = {token.encode("latin-1"): i for i, token in enumerate(tokens)}
+    letters = byte_letters()
+    shown_as = {token: "".join(letters[b] for b in token) for token in ranks}
+    merges = []
+    for token in list(ranks)[256:]:
+        left, right = last_pair(token, ranks)
+        merges.append(f"{shown_as[left]} {shown_as[right]}")
+
+    end = {"id": len(tokens), "content": END, "single_word": False, "lstrip": False,
+           "rstrip": False, "normalized": False, "special": True}
+    return json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [end],
+        "normalizer": None, "post_processor": None, "decoder": byte_level,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, byte_level]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "fuse_unk": False, "byte_fallback": False,
+                  "vocab": {shown_as[token]: i for token, i in ranks.items()},
+                  "merges": merges}})
+
+def byte_letters():
+    """The printable character that stands for each of the 256 bytes in a tokenizer.json: itself,
+    where it is one of latin-1's, else one from 256 on."""
+    letters = []
+    spare = 256
+    for b in range(256):
+        if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b:
+            letters.append(chr(b))
+        else:
+            letters.append(chr(spare))
+            spare += 1
+    return letters
+
+def last_pair(token, ranks):
+    """The two parts that the last merge of a token's bytes puts together."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        made = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+        i = made.index(min(made))                      # the first of the lowest rank
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+def own_tokens(text):
+    """The tokens of which own_tokenizer_json makes just this text; None where there are none."""
+    values = {letter: chr(b) for b, letter in enumerate(byte_letters())}
+    try:
+        content = json.loads(text)
+        if content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] != OWN_PATTERN:
+            return None
+        tokens = ["".join(values[letter] for letter in token) for token in content["model"]["vocab"]]
+        return tokens if own_tokenizer_json(tokens) == text else None
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None                                    # another project's
 
 class HFTokenizer(Tokenizer):
     """A Hugging Face folder's tokenizer."""

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from model import UsageError, rope_tables
-from nanobit.compressed import holds
+from nanobit.compressed import holds, rounded_activations
 from nanobit.gguf_tokenizer import add_tokenizer
 from nanobit.ranks import progress
 from quantizers import PackedAffine, PackedQuest, PackedVQ, QuantLinear, code_offset
@@ -47,9 +47,9 @@ HALF_MAX = torch.finfo(torch.float16).max              # 65504
 
 def obstacle(model):
     """What the format cannot hold of a model, in words; None where it holds everything."""
-    bits = min(model.config.a_bits, model.config.kv_bits)
-    if bits < 16:
-        return f"activations are quantized to {bits} bits"
+    rounded = rounded_activations(model)
+    if rounded:
+        return rounded
     for name, linear in model.linears():
         problem = misfit(linear) if isinstance(linear, QuantLinear) else None
         if problem:
@@ -62,8 +62,6 @@ def misfit(linear):
         return "has codebooks"
     if isinstance(linear, PackedQuest) and linear.spec["rotate"]:
         return "has QuEST's rotation of its inputs, which llama.cpp does not do"
-    if linear.a_bits < 16:
-        return f"has inputs quantized to {linear.a_bits} bits"
     C = linear.in_features
     width = group_inputs(linear)
     if width % 32:
@@ -257,8 +255,8 @@ def rotary_order(rows, heads):
 # ---- The file -----------------------------------------------------------------------------------
 
 def write(path, name, model, checkpoint):
-    """Write a model without an `obstacle` to a path -> [lines to tell people: what the linears are
-    stored as comes first, then what was rounded].
+    """Write a model without an `obstacle` to a path -> (how the weights are stored, in words,
+    [what else to know]).
 
     name: of the model, for people. checkpoint: what load_checkpoint returned beside the model.
     """
@@ -291,7 +289,10 @@ def write(path, name, model, checkpoint):
         f.write(bytes(-f.tell() % writer.data_alignment))
         f.flush()
         os.fsync(f.fileno())                           # on the disk before it gets its name
-    return [in_words(tensors), *roundings(tensors), *notes]
+    notes = roundings(tensors) + notes
+    if model.config.rope_scaling:
+        notes.append("transformers reads GGUF without rope_freqs, Llama 3.1's scaling of positions")
+    return in_words(tensors), notes
 
 def need_gguf():
     try:
@@ -346,7 +347,7 @@ def roundings(tensors):
             continue
         exact = scales(t.source)
         d = exact.half().float()                       # (O, G)
-        change = ((d - exact) / exact).abs().max()
+        change = ((d - exact) / exact).nan_to_num(0).abs().max()           # 0 / 0 is no change
         scale_change = max(scale_change, float(change))
         if t.kind == "Q4_1":
             exact = -t.source.zero_point.float() * d
@@ -354,9 +355,9 @@ def roundings(tensors):
             minimum_change = max(minimum_change, float(change))
     lines = []
     if scale_change:
-        lines.append("note: GGUF's scales are float16, and some of these are not: they change by "
+        lines.append("GGUF's scales are float16, and some of these are not: they change by "
                      f"up to {100 * scale_change:.2g} %")
     if minimum_change:
-        lines.append("note: Q4_1's minima are float16: they are off by up to "
+        lines.append("Q4_1's minima are float16: they are off by up to "
                      f"{100 * minimum_change:.2g} % of a step")
     return lines

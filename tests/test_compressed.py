@@ -2,6 +2,7 @@
 
 transformers has to load each exported folder with nothing but its path, and to give the packed
 model's logits in float32; compressed-tensors' own unpacking has to give the packed file's codes.
+QuEST's rotated inputs come from the lines in the folder's README.md, which are run as they stand.
 Read back, a folder is the packed model bit for bit, and one that compressed-tensors wrote gives its
 logits. Skipped where the packages are not installed.
 """
@@ -10,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 
 import pytest
 import torch
@@ -62,6 +64,8 @@ def close(got, want, tolerance=1e-4):
 def stored(folder):
     with safetensors.safe_open(f"{folder}/model.safetensors", "pt") as f:
         return {name: f.get_tensor(name) for name in f.keys()}
+
+SHORT = "--model base.pt --data text.txt --seq-len 32 --batch-size 2 --accumulate 1 --device cpu "
 
 @torch.no_grad()
 def check_folder(folder, m):
@@ -123,9 +127,74 @@ def test_flipping_top_bits_adds_half_to_every_signed_code(bits):
     flipped = pack(q, bits) ^ nanobit.compressed.top_bits(bits, 37)
     assert torch.equal(unpack(flipped, bits, 37).int(), (q + half).int())
 
-# ---- A file that a command trained ------------------------------------------------------------
+# ---- QuEST ------------------------------------------------------------------------------------
 
-SHORT = "--model base.pt --data text.txt --seq-len 32 --batch-size 2 --accumulate 1 --device cpu "
+def quest_model(bits, grid="uniform", n_hidden=56, step=None, rotated=True):
+    """One block, whose inputs are rotated in blocks of 8, the largest power of two that divides 40,
+    and of as many of n_hidden."""
+    m = LLaMA(LlamaConfig(257, 1, 40, 2, 1, n_hidden, 32)).eval()
+    return m.replace_linears(lambda _, linear: QuantLinear.quest(
+        linear.weight.detach(), bits, 16, grid, rotated, step))
+
+def run_card(folder):
+    """The model that the Python lines in a folder's README.md load."""
+    _, code = pathlib.Path(folder, "README.md").read_text().split("```python\n")
+    names = {}
+    exec(code.split("```")[0], names)
+    return names["model"].eval()
+
+QUEST = {
+    "1 bit": (1,), "1.58 bits": (1.58,), "2 bits": (2,), "3 bits": (3,),
+    "4 bits, blocks of 8 and 128": (4, "uniform", 256), "5 bits, blocks of 8 and 1":
+    (5, "uniform", 57), "6 bits": (6,), "7 bits": (7,), "fp4": (4, "fp4"), "sparse": (3, "sparse")}
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", QUEST)
+def test_rotated_linears_give_the_packed_models_logits_with_the_lines_of_the_card(capsys, what):
+    m = quest_model(*QUEST[what])
+    save(m)
+    status, out, err = call(capsys, "model.py export m.pt dir")
+    assert status == 0 and "--format compressed" in out and err == ""
+    assert "apply_transform_config" in out
+    x = ids(m, 2, 24)
+    want = m(x)[0]
+    close(run_card("dir")(x).logits, want)
+
+    # transformers alone leaves the rotation out. When it no longer does, the lines have to go.
+    alone = transformers.AutoModelForCausalLM.from_pretrained("dir")(x).logits
+    assert (alone - want).norm() > 0.1 * want.norm()
+
+    # The integers are the levels, twice where they end in 1/2.
+    tensors = stored("dir")
+    for name, linear in m.linears():
+        prefix = hf_name(name)
+        levels = linear.levels(torch.float32)
+        factor = 1 if what in ("1.58 bits", "fp4") else 2
+        bits = {"1.58 bits": 2, "fp4": 5, "sparse": 4}.get(what) or int(what[0]) + 1
+        codes = unpack_from_int32(tensors[f"{prefix}.weight_packed"], bits, levels.shape)
+        assert torch.equal(codes.float(), factor * levels)
+        assert torch.equal(factor * tensors[f"{prefix}.weight_scale"], linear.scale)
+
+    # Read back, it is the model itself, where its levels are evenly spaced.
+    if what not in ("fp4", "sparse"):
+        check_reading("dir", m)
+        return
+    with pytest.raises(UsageError, match="QuEST levels.*--format dense"):
+        LLaMA.from_pretrained("dir")
+
+@torch.no_grad()
+@pytest.mark.parametrize("step", [None, torch.tensor(0.1)])             # the latter as LSQ has it
+def test_linears_that_are_not_rotated_need_nothing_but_transformers(capsys, step):
+    m = quest_model(3, step=step, rotated=False)
+    save(m)
+    status, out, err = call(capsys, "model.py export m.pt dir")
+    assert status == 0 and "--format compressed" in out and "transform" not in out + err
+    x = ids(m, 2, 24)
+    want = m(x)[0]
+    close(transformers.AutoModelForCausalLM.from_pretrained("dir")(x).logits, want)
+    close(LLaMA.from_pretrained("dir")(x)[0], want)
+
+# ---- A file that a command trained ------------------------------------------------------------
 
 def test_a_tweaked_file_becomes_a_folder_that_says_what_it_is(work, capsys):
     random_base(work, 1)
@@ -172,16 +241,12 @@ def test_floats_take_16_bits_where_these_hold_them(capsys):
         x = ids(m, 2, 24)
         close(loaded(x).logits, m(x)[0])
 
-def affine(bits=4, a_bits=16, group_size=-1, zero_point=None):
+def affine(bits=4, a_bits=16, group_size=-1, zero_point=None, symmetric=False):
     def quantize(name, linear):
-        q, scale, z = rtn(linear.weight.detach(), bits, group_size, mse=False)
+        q, scale, z = rtn(linear.weight.detach(), bits, group_size, symmetric, mse=False)
         z = z if zero_point is None else z.fill_(zero_point)
         return QuantLinear.affine(q, scale, z, bits, group_size, a_bits)
     return quantize
-
-def vector(_, linear):
-    O, C = linear.weight.shape
-    return QuantLinear.vq(torch.zeros(O, C // 8, 1).int(), torch.randn(1, 4, 8), torch.ones(O))
 
 def of_two_grids(name, linear):
     return affine(3 if "w_down" in name else 4)(name, linear)
@@ -190,9 +255,10 @@ OTHERS = {
     "dense": (lambda name, linear: linear, "no linear is packed"),
     "one dense": (lambda name, linear: linear if "wq" in name else affine()(name, linear),
                   "blocks.0.attn.wq is not packed"),
-    "QuEST": (lambda name, linear: QuantLinear.quest(linear.weight.detach(), 4, 16),
-              "blocks.0.attn.wq has QuEST's grid"),
-    "codebooks": (vector, "blocks.0.attn.wq has codebooks"),
+    "QuEST W4A4": (lambda name, linear: QuantLinear.quest(linear.weight.detach(), 4, 4),
+                   "the inputs of blocks.0.attn.wq are quantized to 4 bits"),
+    "QuEST, 8 bits": (lambda name, linear: QuantLinear.quest(linear.weight.detach(), 8, 16),
+                      "blocks.0.attn.wq has codes of 8 bits, which take 9 here"),
     "activations": (affine(a_bits=8), "the inputs of blocks.0.attn.wq are quantized to 8 bits"),
     "zero point": (affine(2, zero_point=4), "blocks.0.attn.wq has a zero point above"),
     "two grids": (of_two_grids, "blocks.0.mlp.w_down has other bits or groups"),
@@ -246,7 +312,7 @@ def test_an_export_is_whole_or_not_there(capsys, monkeypatch):
 def test_rows_that_fill_words_are_in_memory_once():
     m = LLaMA(LlamaConfig(257, 1, 64, 2, 2, 96, 32)).replace_linears(affine(3))
     before = {name: linear.packed.data_ptr() for name, linear in m.linears()}
-    tensors, _ = nanobit.compressed.compress(m)
+    tensors, _ = nanobit.compressed.take_apart(m, nanobit.compressed.compressed_linear)
     for name, place in before.items():
         words = tensors[f"{name}.weight_packed"]
         assert words.data_ptr() == place and words.dtype == torch.int32
@@ -254,18 +320,13 @@ def test_rows_that_fill_words_are_in_memory_once():
 # ---- Reading ----------------------------------------------------------------------------------
 
 @torch.no_grad()
-@pytest.mark.parametrize("bits, symmetric, strategy", [
-    (3, True, {"strategy": "group", "group_size": 16}), (4, False, {"strategy": "channel"}),
-    (3, False, {"strategy": "group", "group_size": 8}), (8, True, {"strategy": "channel"})])
-def test_a_folder_that_compressed_tensors_wrote_gives_its_logits(bits, symmetric, strategy):
+def write_theirs(theirs, folder, bits, symmetric, strategy, x=None):
+    """Quantize transformers' model with compressed-tensors, and write it -> its logits of x."""
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy}
     config = quantization.QuantizationConfig.model_validate({
         "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
         "quantization_status": "initialized",
         "config_groups": {"a": {"targets": ["Linear"], "weights": weights}}})
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=257, hidden_size=48, intermediate_size=80, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2)).eval()
     quantization.apply_quantization_config(theirs, config)
 
     # Their own scales and zero points, of the range of each group.
@@ -279,16 +340,27 @@ def test_a_folder_that_compressed_tensors_wrote_gives_its_logits(bits, symmetric
             if not symmetric:
                 linear.weight_zero_point.data = zero_point
             linear.quantization_status = quantization.QuantizationStatus.FROZEN
-    x = torch.randint(257, (2, 24))
-    want = theirs(x).logits
+    want = None if x is None else theirs(x).logits
     compressor = ModelCompressor.from_pretrained_model(theirs)
     compressor.compress_model(theirs)
-    theirs.save_pretrained("dir")
-    compressor.update_config("dir")
+    theirs.save_pretrained(folder)
+    compressor.update_config(folder)
+    return want
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits, symmetric, strategy", [
+    (3, True, {"strategy": "group", "group_size": 16}), (4, False, {"strategy": "channel"}),
+    (3, False, {"strategy": "group", "group_size": 8}), (8, True, {"strategy": "channel"})])
+def test_a_folder_that_compressed_tensors_wrote_gives_its_logits(bits, symmetric, strategy):
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=257, hidden_size=48, intermediate_size=80, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2)).eval()
+    x = torch.randint(257, (2, 24))
+    want = write_theirs(theirs, "dir", bits, symmetric, strategy, x)
 
     ours = LLaMA.from_pretrained("dir")
     assert {nanobit.compressed.Grid.of(q) for _, q in ours.linears()} == {
-        (bits, strategy.get("group_size", -1), symmetric)}
+        (bits, strategy.get("group_size", -1), symmetric, False)}
     close(ours(x)[0], want)
 
 def edit(**changes):
@@ -350,7 +422,7 @@ def test_a_folder_of_another_kind_is_refused_by_what_it_has(capsys, what):
 
 @pytest.fixture
 def hf(work):
-    """A dense folder with a tokenizer, and as packed.pt and packed what RTN makes of it."""
+    """A dense folder with a tokenizer."""
     tokenizers = pytest.importorskip("tokenizers")
     t = tokenizers.Tokenizer(tokenizers.models.BPE())
     t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -365,17 +437,18 @@ def hf(work):
     pathlib.Path("hf/tokenizer.json").write_text(t.to_str())
     pathlib.Path("text.txt").write_text(TEXT)
 
+@pytest.mark.parametrize("kind", ["with zero points", "symmetric", "QuEST"])
+def test_a_folder_is_evaluated_compared_sampled_and_exported_as_its_file_is(hf, capsys, kind):
     m, content = nanobit.checkpoint.load_checkpoint("hf")
-    m.replace_linears(affine(3, group_size=16))
+    m.replace_linears({
+        "with zero points": affine(3, group_size=16), "symmetric": affine(3, symmetric=True),
+        "QuEST": lambda _, w: QuantLinear.quest(w.weight.detach(), 3, 16)}[kind])
     save(m, "packed.pt", tokenizer=content["tokenizer"])
-    return m
-
-def test_a_folder_is_evaluated_sampled_tweaked_and_exported_as_its_file_is(hf, capsys):
     assert call(capsys, "model.py export packed.pt packed")[0] == 0
     shown = []
     for path in ("packed.pt", "packed"):
-        status, out, err = call(capsys, f"model.py eval {path} --data text.txt --seq-len 32 "
-                                        "--device cpu")
+        status, out, err = call(capsys, f"model.py eval {path} --against hf --data text.txt "
+                                        "--seq-len 32 --device cpu")
         assert status == 0, err
         shown.append(out.split("|", 1)[1])             # all but the method
         status, out, err = call(capsys, f"model.py sample {path} --tokens 8 --device cpu")
@@ -389,9 +462,43 @@ def test_a_folder_is_evaluated_sampled_tweaked_and_exported_as_its_file_is(hf, c
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
-    # Its norms are tweaked against the dense folder; a script that needs a dense model refuses it.
-    flags = "--data text.txt --seq-len 32 --batch-size 2 --accumulate 1 --device cpu --eval-every 0"
+    # A script that needs a dense model refuses it.
+    check_refused(call(capsys, f"lrqat.py --model packed {TWO_STEPS}"), "packed already")
+
+TWO_STEPS = ("--data text.txt --seq-len 32 --batch-size 2 --accumulate 1 --device cpu "
+             "--eval-every 0 --steps 2")
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("wrote", ["model.py export", "compressed-tensors"])
+def test_a_folders_norms_are_tweaked_against_the_dense_folder(hf, capsys, symmetric, wrote):
+    if wrote == "model.py export":
+        m, content = nanobit.checkpoint.load_checkpoint("hf")
+        save(m.replace_linears(affine(3, group_size=16, symmetric=symmetric)),
+             tokenizer=content["tokenizer"])
+        assert call(capsys, "model.py export m.pt packed")[0] == 0
+    else:
+        theirs = transformers.LlamaForCausalLM.from_pretrained("hf")
+        write_theirs(theirs, "packed", 3, symmetric, {"strategy": "group", "group_size": 16})
+        shutil.copy("hf/tokenizer.json", "packed")
+
+    # What is tweaked has the folder's own codes.
     status, out, err = call(capsys, "normtweak.py --model packed --teacher hf --calib data "
-                                    f"{flags} --steps 2")
+                                    + TWO_STEPS)
     assert status == 0, err
-    check_refused(call(capsys, f"lrqat.py --model packed {flags} --steps 2"), "packed already")
+    tweaked, _ = nanobit.checkpoint.load_checkpoint("out/packed-tweak-w3.pt")
+    for name, linear in LLaMA.from_pretrained("packed").linears():
+        for part, tensor in linear.state_dict().items():
+            assert torch.equal(tweaked.get_submodule(name).state_dict()[part], tensor)
+
+    # So is a folder compared with the dense one.
+    status, out, err = call(capsys, "model.py eval packed --against hf --data text.txt "
+                                    "--seq-len 32 --device cpu")
+    assert status == 0 and "KL" in out, err
+
+def test_rotated_linears_are_not_tweaked(hf, capsys):
+    m, content = nanobit.checkpoint.load_checkpoint("hf")
+    save(m.replace_linears(lambda _, w: QuantLinear.quest(w.weight.detach(), 3, 16)),
+         tokenizer=content["tokenizer"])
+    assert call(capsys, "model.py export m.pt packed")[0] == 0
+    check_refused(call(capsys, f"normtweak.py --model packed --teacher hf {TWO_STEPS}"),
+                  "no packed affine linears")

@@ -185,7 +185,7 @@ def test_llama_3s_scaling_of_positions_divides_the_frequencies(capsys):
     factor, low, high, length = 8.0, 1.0, 4.0, 64.0
     m = tiny(256, rope_scaling=(factor, low, high, length), rope_theta=500.0)
     save(m)
-    export(capsys)
+    assert "transformers reads GGUF without rope_freqs" in export(capsys)
     want = []
     for i in range(0, 128, 2):
         wave = 2 * math.pi * 500.0 ** (i / 128)
@@ -229,9 +229,10 @@ def large(_, linear):
 
 OTHERS = {  # what packs each linear, what the line says, and what else holds the model
     "QuEST": (lambda _, linear: QuantLinear.quest(linear.weight.detach(), 4, 16),
-              "blocks.0.attn.wq has QuEST's rotation", "--format dense"),
-    "codebooks": (vector, "blocks.0.attn.wq has codebooks", "--format dense"),
-    "activations": (affine(4, a_bits=8), "inputs quantized to 8 bits", "--format dense"),
+              "blocks.0.attn.wq has QuEST's rotation", "--format compressed"),
+    "codebooks": (vector, "blocks.0.attn.wq has codebooks", "--format aqlm"),
+    "activations": (affine(4, a_bits=8), "inputs of blocks.0.attn.wq are quantized to 8 bits",
+                    "--format dense"),
     "small groups": (affine(4, 16), "groups of 16 inputs", "--format compressed"),
     "wide integers": (wide, "integers -200 .. -200", "--format compressed"),
     "large scales": (large, "7e+04", "--format compressed"),
@@ -282,6 +283,7 @@ def test_a_folder_has_the_file_and_a_card(capsys):
     assert sorted(os.listdir("new/small")) == ["README.md", "model.gguf"]
     card = pathlib.Path("new/small/README.md").read_text()
     assert "# small\n" in card and "made by: lrqat.py --bits 4" in card and "Q4_0" in card
+    assert "from_pretrained('small', gguf_file='model.gguf')" in card
     assert "llama-cli -m small/model.gguf" in card
     (tensors, keys), (same, _) = read("new/small/model.gguf"), read()
     assert tensors.keys() == same.keys() and keys["general.name"] == "small"

@@ -1,0 +1,107 @@
+"""The model card of an exported folder, README.md: what the model is and does, how to load it.
+
+A run saves a checkpoint and then scores what it saved, so the file does not know its own loss. Its
+row in the results.jsonl beside it does: `result_row` finds it.
+"""
+import contextlib
+import os
+import shlex
+
+from model import UsageError
+from nanobit.runs import read_rows
+from quantizers import PackedVQ, QuantLinear, bits_per_weight
+
+def result_row(path, content):
+    """What the results.jsonl beside a checkpoint says of it; {} where that says nothing.
+
+    content: what load_checkpoint returned. A row is the file's if it has the command that wrote the
+    file. Where the command wrote several files, the row has an arm for the method of each.
+    """
+    command = content.get("command")
+    method = content.get("method")
+    file = os.path.join(os.path.dirname(path), "results.jsonl")
+    found = {}
+    if command is None or not os.path.isfile(file):
+        return found
+    with contextlib.suppress(UsageError):              # a card without losses is better than none
+        for row in read_rows(file):
+            if row.get("command") != command:
+                continue
+            arms = row.get("arms") or {}
+            if row.get("method") == method:
+                found = row
+            elif method in arms:
+                found = {"base_val_loss": row.get("base_val_loss")} | arms[method]
+    return found
+
+def facts(model, content):
+    """What is known of a checkpoint before it is converted: {name: text}. Older checkpoints have no
+    command, some have no settings."""
+    settings = content.get("settings", {})
+    base = settings.get("model")
+    if base is None and "size" in settings:
+        base = f"nanobit's own of --size {settings['size']}"
+    bpw, packed = bits_per_weight(model)
+    params = packed + sum(p.numel() for p in model.parameters())
+    known = {"base": base, "method": content.get("method"),
+             "parameters": f"{params:,}, of which {packed:,} are quantized"}
+
+    # Bits: of a code, of the whole, and of what is multiplied with it.
+    linears = [m for _, m in model.linears() if isinstance(m, QuantLinear)]
+    if linears:
+        codes = sorted({code_bits(linear) for linear in linears})
+        inputs = min(model.config.a_bits, model.config.kv_bits, *(m.a_bits for m in linears))
+        known["bits"] = (f"{' and '.join(map(str, codes))} per weight for the codes, {bpw:.3f} with "
+                         f"all that the checkpoint has; activations {inputs}")
+
+    # Losses, and the distance from the base.
+    row = content.get("row", {})
+    if row.get("val_loss") is not None:
+        known["validation loss"] = f"{row['val_loss']:.4f} nats per token"
+        if row.get("bits_per_byte") is not None:
+            known["validation loss"] += f", {row['bits_per_byte']:.4f} bits per byte"
+        if row.get("base_val_loss") is not None:
+            known["validation loss"] += f" (base: {row['base_val_loss']:.4f} nats)"
+    if row.get("kl") is not None:
+        known["distance from the base"] = (f"KL {row['kl']:.4f} nats per token, the same top token "
+                                           f"for {row['same_top']:.2f} %")
+    if known.get("validation loss") and "data" in settings:
+        known["text"] = settings["data"] or "the sources of Python's library"
+    known["made by"] = content.get("command")
+    return known
+
+def code_bits(linear):
+    """Bits of a packed linear's codes per weight."""
+    if isinstance(linear, PackedVQ):
+        M, _, g = linear.codebooks.shape
+        return linear.bits * M / g
+    return linear.bits
+
+def model_card(folder, known, weights, has_tokenizer):
+    """README.md of a folder. known: its `facts`; weights: what an export's conversion returned."""
+    name = os.path.basename(os.path.abspath(folder))
+    lines = ["---", "library_name: transformers", "---", f"# {name}", "",
+             "A LLaMA, written by nanobit.", ""]
+    for fact, value in (known | {"stored here": weights.text}).items():
+        if value is not None:
+            lines.append(f"- {fact}: {value}")
+
+    # How to load it.
+    source = repr(name)
+    if weights.file:
+        lines += ["", "```", f"llama-cli -m {name}/{weights.file}", "```"]
+        source += f", gguf_file={weights.file!r}"
+    packages = shlex.join(["transformers>=5", *weights.packages])
+    classes = ["AutoModelForCausalLM"]
+    loads = [f"model = AutoModelForCausalLM.from_pretrained({source})"]
+    if has_tokenizer:
+        classes.append("AutoTokenizer")
+        loads.append(f"tokenizer = AutoTokenizer.from_pretrained({name!r})")
+    lines += ["", "```", f"pip install {packages}", "```", "", "```python",
+              *weights.before, f"from transformers import {', '.join(classes)}", *loads,
+              *(line.format(name=name) for line in weights.after), "```"]
+    if weights.settings.get("torch_dtype") == "float32":
+        lines += ["", "Scales are float32, as trained. `dtype=torch.bfloat16` rounds them by up to "
+                      "0.4 %."]
+    text = "\n".join(lines) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()           # file names may be no text
