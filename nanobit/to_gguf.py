@@ -7,9 +7,10 @@ of a packed linear becomes the same product in a block, which holds integers and
     Q4_0     32 inputs   -8 .. 7        4.5
     Q8_0     32 inputs   -128 .. 127    8.5
     Q4_1     32 inputs   0 .. 15, and a float16 minimum m: weight = u * scale + m     5
-A layer gets the first of the three whose range its integers, zero points subtracted, lie in. Q4_1
-holds codes of up to 4 bits with zero points that Q4_0 cannot hold; m = -zero_point * scale is
-rounded to float16. A group of more inputs than a block repeats its scale in each of its blocks.
+A layer gets the first of the upper three that holds its integers, which are codes less their zero
+points. But codes of up to 4 bits that Q4_0 cannot hold, because of their zero points, become Q4_1,
+whose m = -zero_point * scale is rounded to float16: Q8_0 would take almost twice the space. A group
+of more inputs than a block repeats its scale in each of its blocks.
 
   1. `obstacle` says what does not fit.
   2. `plan` chooses the kind of each tensor, which the head of the file has to say.
@@ -68,13 +69,16 @@ def misfit(linear):
         what = f"{C} inputs per row" if width == C else f"groups of {width} inputs"
         return f"has {what}, no multiple of a block's 32"
 
-    # The scales are float16 there, and so are the minima, up to 15 of them.
+    # The scales are float16 there, and so are Q4_1's minima, zero_point times as large.
+    zero_point = 0
+    if isinstance(linear, PackedAffine) and linear.zero_point is not None:
+        zero_point = int(linear.zero_point.max())
     largest = float(scales(linear).abs().max())
-    if largest * (15 if may_be_q4_1(linear) else 1) > HALF_MAX:
+    if largest * (max(1, zero_point) if may_be_q4_1(linear) else 1) > HALF_MAX:
         return f"has a scale of {largest:.3g}, too large for float16, which ends at {HALF_MAX:.0f}"
 
-    # Only wide codes can leave the range of Q8_0.
-    if linear.bits >= 8:
+    # Only wide codes and high zero points can leave the range of Q8_0.
+    if not may_be_q4_1(linear) and (linear.bits >= 8 or zero_point > 128):
         low, high = extremes(integers(linear))
         if low < -128 or high > 127:
             return f"has integers {low} .. {high}, and Q8_0 holds -128 .. 127"
@@ -85,13 +89,14 @@ def group_inputs(linear):
     return linear.in_features // linear.scale.size(1)
 
 def integers(linear):
-    """int16 (O, C): times `scales`, a packed linear's weight."""
+    """(O, C): times `scales`, a packed linear's weight."""
+    dtype = torch.int16 if linear.bits <= 8 else torch.int32
     if isinstance(linear, PackedQuest):
         q = linear.levels(torch.float32) * levels_factor(linear)
-        return q.to(torch.int16)
-    q = linear.codes().to(torch.int16)
+        return q.to(dtype)
+    q = linear.codes().to(dtype)
     if linear.zero_point is not None:
-        zero_point = linear.zero_point.to(torch.int16)
+        zero_point = linear.zero_point.to(dtype)
         q -= zero_point.repeat_interleave(group_inputs(linear), dim=1)
     return q
 

@@ -163,6 +163,15 @@ def test_a_dense_model_keeps_its_floats_in_as_few_bits_as_hold_them(capsys):
     assert kind == "BF16" and torch.equal(w, m.embed.weight)
     assert tensors["blk.0.attn_norm.weight"][0] == "F32"
 
+@pytest.mark.parametrize("bits, code, zero_point, kind", [
+    (3, 5, 200, "Q4_1"), (8, 255, 128, "Q8_0"), (8, 0, 128, "Q8_0"), (9, -128, None, "Q8_0"),
+    (4, 7, 15, "Q4_0"), (4, 6, 15, "Q4_1"), (4, 15, 8, "Q4_0"), (4, 15, 7, "Q4_1")])
+def test_the_ends_of_the_ranges(capsys, bits, code, zero_point, kind):
+    m = tiny()
+    save(m.replace_linears(constant(bits, code, zero_point)))
+    export(capsys)
+    check_file(m, {kind})                              # these minima are float16
+
 def test_heads_that_do_not_divide_the_width(capsys):
     m = tiny(64, head_dim=48)
     save(m.replace_linears(affine(4)))
@@ -219,9 +228,12 @@ def vector(_, linear):
     codes = torch.zeros(len(w), w.size(1) // 4, 1, dtype=torch.int64)
     return QuantLinear.vq(codes, torch.ones(1, 16, 4), torch.ones(len(w)))
 
-def wide(_, linear):
-    q = torch.zeros(linear.weight.shape)
-    return QuantLinear.affine(q, torch.ones(len(q), 1), torch.full((len(q), 1), 200), 8)
+def constant(bits, code, zero_point):
+    def quantize(_, linear):
+        q = torch.full(linear.weight.shape, code)
+        zeros = None if zero_point is None else torch.full((len(q), 1), zero_point)
+        return QuantLinear.affine(q, torch.ones(len(q), 1), zeros, bits)
+    return quantize
 
 def large(_, linear):
     q = torch.zeros(linear.weight.shape)
@@ -234,7 +246,9 @@ OTHERS = {  # what packs each linear, what the line says, and what else holds th
     "activations": (affine(4, a_bits=8), "inputs of blocks.0.attn.wq are quantized to 8 bits",
                     "--format dense"),
     "small groups": (affine(4, 16), "groups of 16 inputs", "--format compressed"),
-    "wide integers": (wide, "integers -200 .. -200", "--format compressed"),
+    "wide integers": (constant(8, 0, 200), "integers -200 .. -200", "--format compressed"),
+    "high zero points": (constant(5, 3, 200), "integers -197 .. -197", "--format dense"),
+    "wide codes": (constant(16, 60000, 1), "integers 59999 .. 59999", "--format dense"),
     "large scales": (large, "7e+04", "--format compressed"),
 }
 
