@@ -90,16 +90,20 @@ def model_card(folder, known, weights, has_tokenizer):
             lines.append(f"- {fact}: {value}")
 
     # How to load it.
+    source = repr(name)
+    if weights.file:
+        lines += ["", "```", f"llama-cli -m {name}/{weights.file}", "```"]
+        source += f", gguf_file={weights.file!r}"
     packages = shlex.join(["transformers>=5", *weights.packages])
     classes = ["AutoModelForCausalLM"]
-    loads = [f"model = AutoModelForCausalLM.from_pretrained({name!r})"]
+    loads = [f"model = AutoModelForCausalLM.from_pretrained({source})"]
     if has_tokenizer:
         classes.append("AutoTokenizer")
         loads.append(f"tokenizer = AutoTokenizer.from_pretrained({name!r})")
     lines += ["", "```", f"pip install {packages}", "```", "", "```python",
               *weights.before, f"from transformers import {', '.join(classes)}", *loads,
               *(line.format(name=name) for line in weights.after), "```"]
-    if weights.settings["torch_dtype"] == "float32":
+    if weights.settings.get("torch_dtype") == "float32":
         lines += ["", "It has float32 numbers, as trained. `dtype=torch.bfloat16` rounds them by up "
                       "to 0.4 %."]
     text = "\n".join(lines) + "\n"

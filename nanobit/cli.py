@@ -25,7 +25,7 @@ from nanobit.card import result_row
 from nanobit.checkpoint import SAVED, load_checkpoint
 from nanobit.compare import check_same_tokens, compare, show_comparison
 from nanobit.compressed import rounded_activations
-from nanobit.export import FORMATS, choose_format, write_hf
+from nanobit.export import FORMATS, choose_format
 from nanobit.generate import prepare, sample_text
 from nanobit.ranks import join_ranks, put, rank, say, show_every_letter, take_gpu, world_size
 from nanobit.runs import (check_numbers, header, keep_model, load_training_data, new_model,
@@ -124,13 +124,16 @@ def sample_checkpoint(argv):
     say(text)
 
 def export_checkpoint(argv):
-    p = Parser(prog="model.py export", description="Write a checkpoint as a Hugging Face folder.")
+    p = Parser(prog="model.py export", description="Write a checkpoint for other tools: "
+               "a Hugging Face folder, or llama.cpp's GGUF.")
     p.add_argument("checkpoint", help="a .pt file, dense or packed, or a Hugging Face folder")
-    p.add_argument("folder", help="to write, new or empty")
+    p.add_argument("folder", help="to write, new or empty; with --format gguf a name that ends in "
+                   ".gguf is a new file's")
     p.add_argument("--format", choices=tuple(FORMATS),
                    help="compressed: affine linears and QuEST's as they are, for "
-                        "compressed-tensors; aqlm: codebooks as they are; dense: all weights in "
-                        "bfloat16 (default: the packed one that fits, else dense)")
+                        "compressed-tensors; aqlm: codebooks as they are; gguf: integers as they "
+                        "are, for llama.cpp; dense: all weights in bfloat16 (default: the packed "
+                        "one of the others that fits, else dense)")
     args = p.parse_args(argv)
     model, content = load_checkpoint(args.checkpoint)
     content.pop("model", None)                         # or it would hold what is taken apart
@@ -144,12 +147,13 @@ def export_checkpoint(argv):
     if rounded:
         say(f"note: {rounded}, which no format can say: in {args.folder} all activations are "
             f"floats, and its logits differ from those of {args.checkpoint}")
-    if isinstance(content["tokenizer"], str):
+    if isinstance(content["tokenizer"], str) and chosen != "gguf":
         say(f"note: no tokenizer.json: {args.checkpoint} has tiktoken's {content['tokenizer']}, "
             "which tiktoken alone encodes as it was trained")
 
     # Write it, and say which format it is.
-    weights = write_hf(args.folder, model, content, FORMATS[chosen].convert)
+    form = FORMATS[chosen]
+    weights = form.write(args.folder, model, content, form.convert)
     why = f", because {problem}" if chosen == "dense" and content["linears"] and problem else ""
     say(f"wrote {args.folder} (--format {chosen}{why}): {model.config.n_layer} blocks, "
         f"{weights.text}")

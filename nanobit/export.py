@@ -1,15 +1,16 @@
-"""Hugging Face folders out: a model that other tools load, or nothing at all.
+"""Models out, for other tools: Hugging Face folders and GGUF files, whole or not at all.
 
 `choose_format` says in which of FORMATS the linears go: as the packed codes that they are, or all
 weights spelled out in bfloat16. `write_hf` gathers tensors, config, tokenizer files and a model
-card, all of which it checks before it writes. `new_folder` makes the folder appear whole or not at
-all.
+card, all of which it checks before it writes; `write_gguf` has to_gguf.py write llama.cpp's file.
+`new_folder` and `new_file` make what is written appear whole or not at all.
 """
 import contextlib
 import json
 import os
 import pathlib
 import shutil
+import sys
 from typing import Callable, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from model import UsageError
 from nanobit import aqlm_format
 from nanobit import compressed as pack_quantized
+from nanobit import to_gguf
 from nanobit.card import facts, model_card
 from nanobit.checkpoint import check_weights
 from nanobit.hf import (HF_SIZES, LLAMA3_ROPE, first_line, hf_name, leaves_folder, need_package,
@@ -34,6 +36,7 @@ class Weights(NamedTuple):
     before: tuple = ()           # lines of Python that loading it takes, before and after the usual
     after: tuple = ()
     note: str = ""               # what to know about them
+    file: str = ""               # the GGUF file that has them
 
 @torch.no_grad()
 def write_hf(folder, model, content, convert):
@@ -64,6 +67,24 @@ def write_hf(folder, model, content, convert):
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
         save_file(weights.tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    return weights
+
+@torch.no_grad()
+def write_gguf(target, model, content, convert):
+    """The model as GGUF -> its Weights: a new file where target ends in .gguf, or else model.gguf
+    in a new folder with a card. The other arguments are those of write_hf."""
+    name = os.path.basename(os.path.abspath(target)).removesuffix(".gguf")
+    if str(target).endswith(".gguf"):
+        with new_file(target) as path:
+            text, notes = convert(path, name, model, content)
+            return Weights({}, {}, text, note="\nnote: ".join(notes))
+
+    with new_folder(target) as folder:
+        text, notes = convert(folder / "model.gguf", name, model, content)
+        weights = Weights({}, {}, text, packages=("gguf>=0.19", "accelerate"),
+                          note="\nnote: ".join(notes), file="model.gguf")
+        card = model_card(target, facts(model, content), weights, has_tokenizer=False)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return weights
 
 # ---- Formats ------------------------------------------------------------------------------------
@@ -137,15 +158,19 @@ def taken_apart(model, parts_of, config, text):
 
 class Format(NamedTuple):
     """One way to write the linears."""
-    convert: Callable            # model -> Weights
+    convert: Callable            # what `write` calls; of write_hf: model -> Weights
     obstacle: Callable           # model -> what it cannot hold of it, in words, or None
     holds: str                   # what it can hold, in words
+    write: Callable = write_hf   # (where, model, content, convert) -> Weights
 
 FORMATS = {
     "compressed": Format(compressed, pack_quantized.obstacle,
                          "affine codes of 1 to 8 bits (of normtweak.py, lrqat.py, pvtune.py "
                          "--scheme affine) and QuEST's of 1 to 7, with float activations"),
     "aqlm": Format(aqlm, aqlm_format.obstacle, "codebooks (of pvtune.py)"),
+    "gguf": Format(to_gguf.write, to_gguf.obstacle,
+                   "integers of up to 8 bits in rows or groups of a multiple of 32 inputs, with "
+                   "float activations", write_gguf),
     "dense": Format(dense, lambda model: None, "every model"),
 }
 
@@ -187,7 +212,7 @@ def hf_config(c, tokenizer):
         "rope_scaling": scaling, "sliding_window": None, "bos_token_id": start,
         "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
-# ---- A folder, whole or not at all --------------------------------------------------------------
+# ---- Whole or not at all ------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def new_folder(folder):
@@ -221,12 +246,41 @@ def new_folder(folder):
                 moved.append(target / part.name)
             temporary.rmdir()
         done = True
-    except (OSError, need_package("safetensors").SafetensorError) as e:
-        raise UsageError(f"cannot write {folder}: {getattr(e, 'strerror', None) or first_line(e)}; "
-                         "give a new folder where there is space") from None
+    except write_errors() as e:
+        raise cannot_write(folder, e) from None
     finally:
         if not done:                                   # also after Ctrl-C
             remove([*moved, temporary], parents)
+
+@contextlib.contextmanager
+def new_file(path):
+    """The same for a file: what the block writes to the temporary path becomes `path`."""
+    target = pathlib.Path(os.path.realpath(path))
+    if os.path.lexists(target):
+        raise UsageError(f"cannot write {path}: it is there; give a new name")
+    parents = [p for p in target.parents if not p.exists()]
+    temporary = pathlib.Path(f"{target}.{os.getpid()}.tmp")
+    done = False
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, target)
+        done = True
+    except write_errors() as e:
+        raise cannot_write(path, e) from None
+    finally:
+        if not done:                                   # also after Ctrl-C
+            remove([temporary], parents)
+
+def write_errors():
+    """The classes of what a disk raises that is full or cannot be written. safetensors has its own;
+    a GGUF file does not need that package."""
+    library = sys.modules.get("safetensors")
+    return (OSError, library.SafetensorError) if library else (OSError,)
+
+def cannot_write(path, e):
+    reason = getattr(e, "strerror", None) or first_line(e)
+    return UsageError(f"cannot write {path}: {reason}; give a new place where there is space")
 
 def remove(paths, parents):
     """Take away files and folders that may not be there, and the parents made for them."""

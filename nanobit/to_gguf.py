@@ -1,0 +1,368 @@
+"""A model as one file of llama.cpp's format, GGUF, its blocks made of the trained integers.
+
+The usual way to such a file rounds dense weights anew, and loses what a quantizer has learned. Here
+    weight = q * scale,   q an integer
+of a packed linear becomes the same product in a block, which holds integers and a float16 scale:
+    TQ2_0   256 inputs   -1 .. 1        2.06 bits per weight
+    Q4_0     32 inputs   -8 .. 7        4.5
+    Q8_0     32 inputs   -128 .. 127    8.5
+    Q4_1     32 inputs   0 .. 15, and a float16 minimum m: weight = u * scale + m     5
+A layer gets the first of the upper three that holds its integers, which are codes less their zero
+points. But codes of up to 4 bits that Q4_0 cannot hold, because of their zero points, become Q4_1,
+whose m = -zero_point * scale is rounded to float16: Q8_0 would take almost twice the space. A group
+of more inputs than a block repeats its scale in each of its blocks.
+
+  1. `obstacle` says what does not fit.
+  2. `plan` chooses the kind of each tensor, which the head of the file has to say.
+  3. `write` writes metadata, tokenizer (gguf_tokenizer.py) and tensors, one at a time.
+
+Shapes: O output channels, C input channels, G groups, as in quantizers.py; B blocks of a row.
+"""
+import importlib
+import os
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from model import UsageError, rope_tables
+from nanobit.compressed import holds, rounded_activations
+from nanobit.gguf_tokenizer import add_tokenizer
+from nanobit.ranks import progress
+from quantizers import PackedAffine, PackedQuest, PackedVQ, QuantLinear, code_offset
+
+class Kind(NamedTuple):
+    """One of GGUF's kinds of blocks, or of floats."""
+    width: int                   # inputs in a block
+    nbytes: int                  # of a block
+    low: int = 0                 # the integers that it holds
+    high: int = 0
+
+KINDS = {"TQ2_0": Kind(256, 66, -1, 1), "Q4_0": Kind(32, 18, -8, 7), "Q4_1": Kind(32, 20, 0, 15),
+         "Q8_0": Kind(32, 34, -128, 127), "F32": Kind(1, 4), "F16": Kind(1, 2), "BF16": Kind(1, 2)}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+HALF_MAX = torch.finfo(torch.float16).max              # 65504
+
+# ---- What fits ----------------------------------------------------------------------------------
+
+def obstacle(model):
+    """What the format cannot hold of a model, in words; None where it holds everything."""
+    rounded = rounded_activations(model)
+    if rounded:
+        return rounded
+    for name, linear in model.linears():
+        problem = misfit(linear) if isinstance(linear, QuantLinear) else None
+        if problem:
+            return f"{name} {problem}"
+    return None
+
+def misfit(linear):
+    """Why no block holds a packed linear, in words after its name; None where one does."""
+    if isinstance(linear, PackedVQ):
+        return "has codebooks"
+    if isinstance(linear, PackedQuest) and linear.spec["rotate"]:
+        return "has QuEST's rotation of its inputs, which llama.cpp does not do"
+    C = linear.in_features
+    width = group_inputs(linear)
+    if width % 32:
+        what = f"{C} inputs per row" if width == C else f"groups of {width} inputs"
+        return f"has {what}, no multiple of a block's 32"
+
+    # The scales are float16 there, and so are Q4_1's minima, zero_point times as large.
+    zero_point = 0
+    if isinstance(linear, PackedAffine) and linear.zero_point is not None:
+        zero_point = int(linear.zero_point.max())
+    largest = float(scales(linear).abs().max())
+    if largest * (max(1, zero_point) if may_be_q4_1(linear) else 1) > HALF_MAX:
+        return f"has a scale of {largest:.3g}, too large for float16, which ends at {HALF_MAX:.0f}"
+
+    # Only wide codes and high zero points can leave the range of Q8_0.
+    if not may_be_q4_1(linear) and (linear.bits >= 8 or zero_point > 128):
+        low, high = extremes(integers(linear))
+        if low < -128 or high > 127:
+            return f"has integers {low} .. {high}, and Q8_0 holds -128 .. 127"
+    return None
+
+def group_inputs(linear):
+    """How many inputs of a packed linear share one scale."""
+    return linear.in_features // linear.scale.size(1)
+
+def integers(linear):
+    """(O, C): times `scales`, a packed linear's weight."""
+    dtype = torch.int16 if linear.bits <= 8 else torch.int32
+    if isinstance(linear, PackedQuest):
+        q = linear.levels(torch.float32) * levels_factor(linear)
+        return q.to(dtype)
+    q = linear.codes().to(dtype)
+    if linear.zero_point is not None:
+        zero_point = linear.zero_point.to(dtype)
+        q -= zero_point.repeat_interleave(group_inputs(linear), dim=1)
+    return q
+
+def scales(linear):
+    """float32 (O, G) of a packed linear's `integers`."""
+    if isinstance(linear, PackedQuest):
+        scale = linear.scale.float() / levels_factor(linear)
+        return scale.expand(len(linear.packed), 1)
+    return linear.scale.float()
+
+def levels_factor(linear):
+    """QuEST's levels are half a step off the integers, and so odd multiples of half a step; or
+    they are integers themselves."""
+    return 2 if code_offset(linear.bits, linear.spec["grid"]) else 1
+
+def extremes(q):
+    return int(q.min()), int(q.max())
+
+# ---- The plan -----------------------------------------------------------------------------------
+
+class Stored(NamedTuple):
+    """How one tensor is stored."""
+    name: str                    # there
+    source: object               # a packed linear, or a tensor of floats
+    kind: str                    # of KINDS
+    shape: tuple
+    heads: int                   # above 0: the rows are those of so many heads, to be reordered
+
+    def nbytes(self):
+        kind = KINDS[self.kind]
+        return int(np.prod(self.shape)) // kind.width * kind.nbytes
+
+def plan(model, tick):
+    """[Stored] of a model without an `obstacle`. tick(): called after each."""
+    c = model.config
+    stored = []
+    for name, source in sources(model):
+        heads = 0
+        if name.endswith("attn.wq.weight"):
+            heads = c.n_head
+        elif name.endswith("attn.wk.weight"):
+            heads = c.n_kv_head
+        if isinstance(source, QuantLinear):
+            kind = choose(source)
+            shape = (len(source.packed), source.in_features)
+        else:
+            # llama.cpp wants norms in float32.
+            kind = float_kind(source) if source.dim() == 2 else "F32"
+            shape = tuple(source.shape)
+        stored.append(Stored(gguf_name(name), source, kind, shape, heads))
+        tick()
+    return stored
+
+def float_kind(tensor):
+    """The narrowest floats that hold a tensor as it is. float16 first: llama.cpp rounds the inputs
+    of a product to the weight's kind, and bfloat16 has three bits less."""
+    if holds(torch.float16, tensor):
+        return "F16"
+    return "BF16" if holds(torch.bfloat16, tensor) else "F32"
+
+def sources(model):
+    """[(our name, a packed linear or a tensor)] of all that the file holds. A head that is the
+    embedding comes once, under the latter's name."""
+    found = [(f"{name}.weight", m) for name, m in model.named_modules()
+             if isinstance(m, QuantLinear)]
+    found += [(name, p.data) for name, p in model.named_parameters()]
+    if model.config.rope_scaling:
+        found.append(("rope_freqs.weight", rope_divisors(model.config)))
+    return found
+
+GGUF_PARTS = {  # the parts of a weight's name here and there
+    "embed": "token_embd", "blocks": "blk", "norm": "output_norm", "head": "output",
+    "mlp_norm": "ffn_norm", "wq": "attn_q", "wk": "attn_k", "wv": "attn_v", "wo": "attn_output",
+    "w_gate": "ffn_gate", "w_up": "ffn_up", "w_down": "ffn_down"}
+
+def gguf_name(name):
+    """blocks.3.attn.wq.weight -> blk.3.attn_q.weight"""
+    parts = [part for part in name.split(".") if part not in ("attn", "mlp")]
+    return ".".join(GGUF_PARTS.get(part, part) for part in parts)
+
+def rope_divisors(c):
+    """What Llama 3.1's scaling divides each of the rotary frequencies by, (hs/2,)."""
+    # In the second row of the tables, at position 1, the angles are the frequencies themselves.
+    # The cosine of a small one is nearly 1, so that the angle comes from sine and cosine.
+    plain, scaled = [], []
+    for scaling, angles in (((), plain), (c.rope_scaling, scaled)):
+        cos, sin = rope_tables(2, c.head_dim, c.rope_theta, "cpu", scaling)
+        angles.append(torch.atan2(sin[1], cos[1])[:c.head_dim // 2])
+    return plain[0] / scaled[0]
+
+def choose(linear):
+    """The name of the smallest blocks that hold a packed linear's integers."""
+    low, high = extremes(integers(linear))
+    width = group_inputs(linear)
+    for name in ("TQ2_0", "Q4_0", "Q4_1", "Q8_0"):
+        kind = KINDS[name]
+        inside = kind.low <= low and high <= kind.high
+        if name == "Q4_1":
+            inside = may_be_q4_1(linear)
+        if inside and width % kind.width == 0:
+            return name
+    raise AssertionError("obstacle() has let through what does not fit")
+
+def may_be_q4_1(linear):
+    """Has a packed linear unsigned codes that Q4_1 holds?"""
+    return (isinstance(linear, PackedAffine) and linear.zero_point is not None
+            and linear.bits <= 4)
+
+# ---- Blocks -------------------------------------------------------------------------------------
+
+def content(stored):
+    """The bytes of a tensor as the file has them, uint8 (O, bytes per row) or (bytes,)."""
+    if isinstance(stored.source, QuantLinear):
+        rows = blocks(stored.source, stored.kind)
+    else:
+        rows = stored.source.detach().to(FLOATS[stored.kind]).contiguous().view(torch.uint8)
+    return rotary_order(rows, stored.heads) if stored.heads else rows
+
+def blocks(linear, kind):
+    """A packed linear's blocks of a kind, uint8 (O, B * bytes of a block)."""
+    q = integers(linear)
+    O = len(q)
+    width = KINDS[kind].width
+
+    # The scale of each block, in two bytes.
+    repeats = group_inputs(linear) // width
+    d = scales(linear).half().repeat_interleave(repeats, dim=1).unsqueeze(-1)       # (O, B, 1)
+    parts = [d.view(torch.uint8)]
+
+    if kind == "Q8_0":
+        parts.append(q.to(torch.int8).view(torch.uint8).view(O, -1, width))
+    elif kind == "Q4_0":
+        parts.append(nibbles((q + 8).view(O, -1, width)))
+    elif kind == "Q4_1":
+        m = minima(linear).repeat_interleave(repeats, dim=1).unsqueeze(-1)
+        parts.append(m.view(torch.uint8))
+        parts.append(nibbles(linear.codes().view(O, -1, width)))
+    else:
+        # TQ2_0: 128 integers in 32 bytes. The first 32 of them are the lowest bits of each byte.
+        u = (q + 1).to(torch.uint8).view(O, -1, 2, 4, 32)
+        body = u[..., 0, :] | u[..., 1, :] << 2 | u[..., 2, :] << 4 | u[..., 3, :] << 6
+        parts.insert(0, body.flatten(2))                                   # before the scale
+    return torch.cat(parts, dim=-1).flatten(1)
+
+def nibbles(u):
+    """Integers 0..15 (O, B, 32) -> uint8 (O, B, 16): byte k holds the k-th, and above it the
+    (k + 16)-th."""
+    u = u.to(torch.uint8)
+    return u[..., :16] | u[..., 16:] << 4
+
+def minima(linear):
+    """Q4_1's m for each group, float16 (O, G)."""
+    return (-linear.zero_point.float() * scales(linear).half().float()).half()
+
+def rotary_order(rows, heads):
+    """The rows (O, n) of wq or wk as llama.cpp turns them. Rotary positions turn pairs of channels
+    of a head: here the i-th of the first half with the i-th of the second, there neighbours."""
+    O, n = rows.shape
+    return rows.view(heads, 2, -1, n).transpose(1, 2).reshape(O, n)
+
+# ---- The file -----------------------------------------------------------------------------------
+
+def write(path, name, model, checkpoint):
+    """Write a model without an `obstacle` to a path -> (how the weights are stored, in words,
+    [what else to know]).
+
+    name: of the model, for people. checkpoint: what load_checkpoint returned beside the model.
+    """
+    # The tokenizer comes first, as it may be refused.
+    gguf = need_gguf()
+    writer = gguf.GGUFWriter(path, "llama")
+    notes = add_tokenizer(writer, checkpoint["tokenizer"], model.config.vocab_size)
+
+    # The head of the file: metadata, and of each tensor its name, shape, kind and place.
+    steps = iter(progress(range(2 * len(sources(model))), "gguf: tensors read and then written,"))
+    tensors = plan(model, lambda: next(steps))
+    add_model(writer, name, model.config, tensors)
+    for t in tensors:
+        writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.nbytes(),
+                               gguf.GGMLQuantizationType[t.kind])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+    # The tensors, each made when its turn comes. Our own `write`, as numpy's tofile, which the
+    # writer uses, does not say why it fails on a full disk.
+    with open(path, "ab") as f:
+        for t in tensors:
+            f.write(bytes(-f.tell() % writer.data_alignment))
+            f.write(content(t).numpy())
+            next(steps)
+        f.write(bytes(-f.tell() % writer.data_alignment))
+        f.flush()
+        os.fsync(f.fileno())                           # on the disk before it gets its name
+    notes = roundings(tensors) + notes
+    if model.config.rope_scaling:
+        notes.append("transformers reads GGUF without rope_freqs, Llama 3.1's scaling of positions")
+    return in_words(tensors), notes
+
+def need_gguf():
+    try:
+        return importlib.import_module("gguf")
+    except ImportError:
+        raise UsageError("--format gguf needs one more package: pip install gguf") from None
+
+def add_model(writer, name, c, tensors):
+    """The metadata of a LlamaConfig."""
+    gguf = need_gguf()
+    main = main_kind(tensors)
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if main == "F32" else f"MOSTLY_{main}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_context_length(c.seq_len)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_block_count(c.n_layer)
+    writer.add_feed_forward_length(c.n_hidden)
+    writer.add_head_count(c.n_head)
+    writer.add_head_count_kv(c.n_kv_head)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+
+def main_kind(tensors):
+    """The kind of most of the blocks' weights."""
+    sizes = {}
+    for t in tensors:
+        if t.name.startswith("blk.") and len(t.shape) == 2:
+            sizes[t.kind] = sizes.get(t.kind, 0) + t.nbytes()
+    return max(sizes, key=sizes.get)
+
+def in_words(tensors):
+    """How the weights are stored, for people."""
+    linears = [t for t in tensors if isinstance(t.source, QuantLinear)]
+    rest = sorted({t.kind for t in tensors if t not in linears})
+    if not linears:
+        return f"all weights as {' and '.join(rest)}"
+    kinds = sorted({t.kind for t in linears})
+    bits = 8 * sum(t.nbytes() for t in linears) / sum(int(np.prod(t.shape)) for t in linears)
+    return (f"linears as {' and '.join(kinds)}, {bits:.3f} bits per weight, of the trained "
+            f"integers; the rest as {' and '.join(rest)}")
+
+def roundings(tensors):
+    """[a line for each thing that the file holds rounded]"""
+    scale_change = minimum_change = 0.0
+    for t in tensors:
+        if not isinstance(t.source, QuantLinear):
+            continue
+        exact = scales(t.source)
+        d = exact.half().float()                       # (O, G)
+        change = ((d - exact) / exact).nan_to_num(0).abs().max()           # 0 / 0 is no change
+        scale_change = max(scale_change, float(change))
+        if t.kind == "Q4_1":
+            exact = -t.source.zero_point.float() * d
+            change = ((minima(t.source).float() - exact).abs() / d).nan_to_num(0).max()
+            minimum_change = max(minimum_change, float(change))
+    lines = []
+    if scale_change:
+        lines.append("GGUF's scales are float16, and some of these are not: they change by "
+                     f"up to {100 * scale_change:.2g} %")
+    if minimum_change:
+        lines.append("Q4_1's minima are float16: they are off by up to "
+                     f"{100 * minimum_change:.2g} % of a step")
+    return lines
