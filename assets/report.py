@@ -79,7 +79,7 @@ def methods(rows):
     for r in rows:
         if "arms" not in r:
             base = r.get("base_val_loss")              # None: trained from scratch
-            name = SCRATCH[r["method"]]
+            name = SCRATCH.get(r["method"], r["method"])
             if r["method"] != "dense":
                 name += f" W{r['w_bits']}A{r['a_bits']}" + ", from scratch" * (base is None)
             keep = {k: r[k] for k in ("val_loss", "bits_per_byte", "bpw", "seconds", "peak_bytes")}
