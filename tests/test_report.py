@@ -1,6 +1,5 @@
-"""assets/report.py: means, deviations and differences against numpy's, the README's tables against
+"""assets/report.py: means, deviations and differences against numpy's, the pages' tables against
 what it prints from the committed rows, and these rows against what the scripts write today."""
-import importlib.util
 import io
 import json
 import pathlib
@@ -20,13 +19,11 @@ import normtweak
 import pvtune
 import quest
 import time_lrqat_memory
-from conftest import random_base
+from conftest import load_report, random_base
 from nanobit.runs import read_rows
 
 ROOT = pathlib.Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("report", ROOT / "assets" / "report.py")
-report = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(report)
+report = load_report()
 
 def row(method, seed, loss, **more):
     return {"method": method, "seed": seed, "val_loss": loss, "val_ppl": loss and np.exp(loss),
@@ -99,22 +96,28 @@ def test_a_narrow_terminal_shows_the_table(tmp_path, monkeypatch):
     nanobit.cli.run(report.main)
     assert b"3.500 \\xb1 0.000" in raw.getvalue()
 
-def test_the_readmes_tables_of_results_are_what_the_committed_rows_give(capsys, monkeypatch):
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+def test_tables_of_results_are_what_the_committed_rows_give(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)       # no figures: they are large
     report.main()
 
-    # The lines below a table's head; the README may have them in an order of its own.
+    # The lines below a table's head; a page may have them in an order of its own.
     def lines_of(text):
         tables = re.findall(r"\|.*\n\|[- |]+\n((?:\|.*\n)+)", text)
         return [sorted(re.sub(r"\s+", " ", line) for line in t.splitlines()) for t in tables]
 
     printed = lines_of(capsys.readouterr().out)
-    readme = (ROOT / "README.md").read_text()
-    checked = lines_of("".join(re.findall(r"<!-- assets/report.py -->\n\n((?:\|.*\n)+\n)", readme)))
-    assert len(checked) == readme.count("<!-- assets/report.py -->") >= 2
-    for table in checked:
-        assert table in printed, table
+    mark = "<!-- assets/report.py -->"
+    for page in PAGES:
+        text = page.read_text()
+        checked = lines_of("".join(re.findall(rf"{mark}\n\n((?:\|.*\n)+\n)", text)))
+        assert len(checked) == text.count(mark), page
+        for table in checked:
+            assert table in printed, (page, table)
+    marked = {page.name for page in PAGES if mark in page.read_text()}
+    assert marked >= {"README.md", "results.md", "quest.md", "lrqat.md"}
 
 # ---- The committed rows -------------------------------------------------------------------------
 
