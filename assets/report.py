@@ -65,7 +65,7 @@ def print_table(table):
 ARMS = {("normtweak", "rtn"): "RTN", ("normtweak", "rtn-tweak"): "RTN + tweak",
         ("normtweak", "gptq"): "GPTQ", ("normtweak", "gptq-tweak"): "GPTQ + tweak",
         ("lrqat", "LR-QAT"): "LR-QAT", ("lrqat", "full QAT (LSQ)"): "full QAT",
-        ("lrqat", "dense, longer"): "dense, trained on",
+        ("lrqat", "dense, longer"): "dense, longer",
         ("pvtune", "as fitted"): "codebooks, as fitted", ("pvtune", "P only"): "codebooks, P only",
         ("pvtune", "STE"): "codebooks, STE", ("pvtune", "PV"): "codebooks, PV",
         ("pvtune-affine", "PV"): "PV, affine grid"}

@@ -52,11 +52,11 @@ def test_arms_of_a_run_become_lines_beside_runs_from_scratch(capsys):
     rows.append(row("pvtune", 0, 3.2, scheme="affine", base_val_loss=3.0, arms={
         "as fitted": arm(9.0, 2.1), "PV": arm(3.2, 2.3)}))
     found = report.methods(rows)
-    assert set(found) == {(16, "dense"), (16, "dense, trained on"), (2, "LR-QAT"),
+    assert set(found) == {(16, "dense"), (16, "dense, longer"), (2, "LR-QAT"),
                           (2, "PV, affine grid"), (2, "QuEST W2A2, from scratch")}
     report.print_methods(found)
     lines = capsys.readouterr().out.strip().splitlines()
-    assert lines[2].startswith("| 16 | dense, trained on | 16.00 | 2 | 2.9000 ± 0.0000 | -0.1000")
+    assert lines[2].startswith("| 16 | dense, longer | 16.00 | 2 | 2.9000 ± 0.0000 | -0.1000")
     assert lines[4] == ("| 2 | LR-QAT | 2.25 | 2 | 3.2000 ± 0.1414 | +0.2000 ± 0.1414 | 1.6000 "
                         "| 1 | 2.0 |")
     assert "| 2 | QuEST W2A2, from scratch | 2.10 | 1 | 3.5000 | +0.5000 | 1.7500 |" in lines[-1]
