@@ -131,7 +131,8 @@ def print_short(found):
     """Print methods as lines and bits as columns: the loss above dense in nats per token, and in
     brackets the KL divergence from the dense model where the rows have one."""
     widths = sorted({bits for bits, _ in found if bits < 16}, reverse=True)
-    print_head("method", "what trains", *(f"{bits:g} bit{'s' * (bits > 1)}" for bits in widths))
+    kl = " (KL)" if any(r.get("kl") is not None for runs in found.values() for r in runs) else ""
+    print_head("method", "what trains", *(f"{bits:g} bit{'s' * (bits > 1)}{kl}" for bits in widths))
     for label, trains, name in SHORT:
         cells = [short_cell(found.get((bits, name.format(bits)), [])) for bits in widths]
         if any(cells):

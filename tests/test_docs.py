@@ -179,4 +179,4 @@ def test_the_notebooks_cells_run_one_after_the_other(small, capsys, monkeypatch)
         command = cell.removeprefix("!cd .. && python ").replace("assets/report.py", "report.py")
         status, out, err = call(capsys, command)
         assert status == 0, (cell, err)
-    assert "| GPTQ + tweak |" in out and "| quest |" in out
+    assert "| GPTQ + tweak |" in out and "| QuEST W4A4, from scratch |" in out

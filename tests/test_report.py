@@ -61,6 +61,19 @@ def test_arms_of_a_run_become_lines_beside_runs_from_scratch(capsys):
                         "| 1 | 2.0 |")
     assert "| 2 | QuEST W2A2, from scratch | 2.10 | 1 | 3.5000 | +0.5000 | 1.7500 |" in lines[-1]
 
+def test_the_short_table_has_bits_as_columns_and_kl_in_brackets(capsys):
+    found = {(16, "dense"): [{"gap": None}], (4, "GPTQ"): [{"gap": 0.0}, {"gap": -0.0006}],
+             (2, "GPTQ"): [{"gap": 0.25}], (2, "QuEST W2A2"): [{"gap": 1.0}]}
+    report.print_short(found)
+    assert capsys.readouterr().out.strip().splitlines() == [
+        "| method | what trains | 4 bits | 2 bits |", "|---|---|---|---|",
+        "| GPTQ | nothing | 0.000 | 0.250 |",
+        "| QuEST: activations too | everything | – | 1.000 |"]
+    report.print_short({(1, "RTN"): [{"gap": 0.1, "kl": 0.2}, {"gap": 0.2, "kl": 0.4}]})
+    assert capsys.readouterr().out.strip().splitlines()[0::2] == [
+        "| method | what trains | 1 bit (KL) |",
+        "| round to nearest (RTN) | nothing | 0.150 (0.300) |"]
+
 def test_a_file_of_the_users_own_runs_is_enough(tmp_path, monkeypatch, capsys):
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in (row("quest", 0, 3.5), row("ste", 0, 4))))
