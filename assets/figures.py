@@ -9,6 +9,7 @@ figure reads the same on a dark page. Needs matplotlib.
 import collections
 import math
 import statistics
+from typing import NamedTuple
 
 # The four methods, each in one color in every figure. What they are compared with is grey.
 QUEST, LR_QAT, PV, TWEAK = "#0b6e4f", "#2f6fb5", "#c8323f", "#d98200"
@@ -55,14 +56,16 @@ def label_ends(ax, ends, x, gap):
         ax.annotate(label, (x, 10 ** place), color=color, fontsize=9.5, va="center",
                     annotation_clip=False)
 
-class Line:
-    """How a method looks: its label, color and marker. Baselines are thin."""
+class Line(NamedTuple):
+    """How a method looks."""
+    label: str
+    color: str
+    marker: str = "o"
+    thin: bool = False                 # a baseline
 
-    def __init__(self, label, color, marker="o", thin=False):
-        self.label = label
-        self.color = color
-        self.marker = marker
-        self.width = 1.0 if thin else 2.0
+    @property
+    def width(self):
+        return 1.0 if self.thin else 2.0
 
 # By the names that `methods` of report.py gives; QuEST's, which says its bits, is cut short.
 METHODS = {
@@ -102,7 +105,7 @@ def draw_methods(found, path, model):
         bpw, gaps = zip(*sorted(points[name]))
         drawn = [max(gap, FLOOR) for gap in gaps]
         ax.plot(bpw, drawn, color=line.color, lw=line.width, marker=line.marker, ms=5,
-                zorder=2 if line.width < 2 else 3)
+                zorder=2 if line.thin else 3)
 
         # An open marker: no loss that could be drawn on a logarithmic axis.
         for x, gap in zip(bpw, gaps):

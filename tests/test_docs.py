@@ -59,7 +59,7 @@ def commands_of(page):
 
 def add_the_readmes_method(monkeypatch):
     """Add to quest.py what the README calls a method of your own -> its name."""
-    name, line = re.search(r'`"(\w+)": (Quantizer\(.*?)`', PAGES["README.md"]).groups()
+    name, line = re.search(r' "(\w+)": (Quantizer\(.*\)),\n', PAGES["README.md"]).groups()
     monkeypatch.setitem(quest.QUANTIZERS, name, eval(line, vars(quest)))
     return name
 
