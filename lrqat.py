@@ -3,6 +3,7 @@
     python lrqat.py --bits 2              # every arm on the tiny base; one table; 3 minutes
     python lrqat.py --bits 2 --smoke      # every line of it in a few seconds
     python lrqat.py --bits 2 --arm full   # one arm alone, packed: here full QAT
+    python lrqat.py --bits 2 --teacher none    # learn from the text, not from the dense base
     python model.py eval out/lrqat-w2.pt  # the merged, packed result
     torchrun --standalone --nproc_per_node=2 lrqat.py --bits 2  # the same arms on 2 GPUs
 
@@ -33,9 +34,10 @@ The symbols:
 
 The printed words:
   learn      parameters that learn
-  recovered  the share of the loss between RTN and dense training of the same length that
-             an arm wins back; with --arm no dense model is trained to compare with, and no
-             share is printed
+  recovered  the share of the loss between RTN and the dense model, trained as long by the
+             same loss, that an arm wins back. A base that learns from itself stays what it
+             is, so this is "dense". Learning from the text it is "dense, longer": with --arm
+             that is not trained, and no share is printed
   flipped    the share of the integers Q that A B changed
 
 Paper: LR-QAT, Bondarenko et al. 2024 (arXiv 2406.06385).
@@ -62,6 +64,7 @@ import torch.nn.functional as F
 from model import UsageError
 from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.data import batch
+from nanobit.distill import WithTeacher, add_teacher, open_teacher
 from nanobit.ranks import say
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header,
                           keep_model, load_base, score, show, show_distance, through_the_file)
@@ -602,6 +605,9 @@ def main():
     base, data = load_base(args)
     check_shapes(base, args)
     keep_model(args, path + ".pt")
+    base_path = args.model or os.path.join(args.out, "base.pt")
+    teacher = open_teacher(args, base, base_path, data)
+    control = "dense" if teacher is base else "longer"
     header(f"{name} | phi {args.phi}, rank {args.rank}", args, base, data)
 
     # One grid for each linear, on which every arm that rounds starts; GPTQ finds its own.
@@ -611,9 +617,9 @@ def main():
 
     # Every arm starts from the base and sees the same tokens.
     rows = {}
-    for key in arms_to_run(args):
-        model, rows[key], result = run_arm(key, base, data, grids, args, path)
-    print_table(rows, len(data.val) - 1)
+    for key in arms_to_run(args, control):
+        model, rows[key], result = run_arm(key, base, teacher, data, grids, args, path)
+    print_table(rows, control, len(data.val) - 1)
 
     # The last arm is packed, and what its file holds is reported.
     pack_result(args, model, base, data, path + ".pt", rows, rows[key]["val_loss"], result)
@@ -627,15 +633,16 @@ def run_name(args):
         name += f"-{args.arm}"
     return name
 
-def arms_to_run(args):
-    """The keys of the arms; with --arm that one, and the two that need no training."""
+def arms_to_run(args, control):
+    """The keys of the arms; with --arm that one, and the two that need no training. Where the
+    base as it is serves as the control, it is not trained any longer."""
     if args.arm:
         return ["dense", "rtn", args.arm]
-    return list(ARMS)
+    return [key for key in ARMS if key != "longer" or control == "longer"]
 
-def run_arm(key, base, data, grids, args, path):
+def run_arm(key, base, teacher, data, grids, args, path):
     """Convert a copy of the base into an arm, train and score it -> (model, its row, what
-    `train` returned)."""
+    `train` returned). teacher: None to learn from the text."""
     arm = ARMS[key]
 
     # The seed is set again, so that an arm gives the same result alone as in the table.
@@ -652,7 +659,8 @@ def run_arm(key, base, data, grids, args, path):
     if learn:
         say(f"--- {arm.label}: {learn} parameters learn")
         state = f"{path}-arm{list(ARMS).index(key)}.state"
-        result = train_arm(model, data, args, state, lambda: status(model),
+        learner = WithTeacher(model, teacher) if teacher else model
+        result = train_arm(learner, data, args, state, lambda: status(model),
                            arm_optimizer(model, args.lr))
         seconds += result["seconds"]
 
@@ -665,22 +673,22 @@ def run_arm(key, base, data, grids, args, path):
     say(f"{arm.label} | {show(scores)}")
     return model, row, result
 
-def recovered(row, rows):
-    """Percent of the loss between RTN and dense training of the same length that the row's
-    arm wins back; NaN where there is no such training, or no such loss."""
-    if "longer" not in rows:
+def recovered(row, rows, control):
+    """Percent of the loss between RTN and the control, the dense model trained as long, that
+    the row's arm wins back; NaN where the control was not trained, or nothing is lost."""
+    if control not in rows:
         return math.nan
     worst = rows["rtn"]["val_loss"]
-    lost = worst - rows["longer"]["val_loss"]
+    lost = worst - rows[control]["val_loss"]
     if lost == 0:
         return math.nan
     return 100 * (worst - row["val_loss"]) / lost
 
-def print_table(rows, tokens):
+def print_table(rows, control, tokens):
     say(f"\n{tokens:>7} val tokens     |   learn | val loss |     KL | same top | recovered | "
         "seconds")
     for key, row in rows.items():
-        percent = recovered(row, rows)
+        percent = recovered(row, rows, control)
         share = f"{percent:8.1f}%" if math.isfinite(percent) else "        -"
         say(f"{ARMS[key].label:22} | {row['learn']:7d} | {row['val_loss']:8.4f} | "
             f"{show_distance(row)} | {share} | {row['seconds']:7.1f}")
@@ -712,7 +720,7 @@ def pack_result(args, model, base, data, path, rows, live, result):
             row["bpw"] = bpw
     finish(args, "lrqat", model, scores, result, w_bits=args.bits, a_bits=args.a_bits,
            kv_bits=args.kv_bits, group_size=args.group_size, arm=args.arm or "lr-qat",
-           phi=args.phi, rank=args.rank, init=args.init, lr=args.lr,
+           phi=args.phi, rank=args.rank, init=args.init, lr=args.lr, teacher=args.teacher,
            base_val_loss=rows["dense"]["val_loss"], integers_differ=differ,
            packed_minus_live=scores["loss"] - live,
            arms={ARMS[key].label: row for key, row in rows.items()})
@@ -738,6 +746,7 @@ def parse_args(argv=None):
     add("--a-bits", type=number(int, 2, 16), default=16,
         help="of activations, a grid a token; 16: not quantized (default: 16)")
     add("--kv-bits", type=number(int, 2, 16), help="of keys and values (default: --a-bits)")
+    add_teacher(p, "the dense base itself")
     add_flags(p)
 
     # --lr is the rate of A and B; windows of length 0 are as long as the base's own.

@@ -17,6 +17,8 @@ The idea:
   3. Before the next block, train this block's two norm weights by Adam, one pass, so that mean
      and variance of every channel match the float block's on the same input. Codes and scales do
      not move, and the norms stay float32: the result is as small and as fast as before.
+  4. Ours: a quarter of the windows is held out, and decides at which of three rates, or whether
+     at all, a block is tweaked.
 
 The symbols:
   gamma      a norm's weight, (C,): all that is ever trained
@@ -39,9 +41,11 @@ Where ours differs from the paper: first tokens are frequent tokens, the paper's
 frequent languages; the learning rate is larger, since the windows are fewer and shorter; GPTQ
 rounds from left to right unless --act-order is given; SmoothQuant measures
 max|x| of each channel on the quantized stream, not on the float model's; calibration runs in
-float32; --solver closed is not in the paper.
+float32; held-out windows choose a rate for each block, or leave it as it was, unless --keep-all is
+given; --solver closed is not in the paper.
 """
 import copy
+import functools
 import os
 import time
 from typing import NamedTuple
@@ -55,10 +59,10 @@ from model import UsageError
 from nanobit.checkpoint import load_checkpoint
 from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.data import batch
-from nanobit.generate import Chooser, decode
 from nanobit.ranks import progress, say
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
                           load_base, score, through_the_file)
+from nanobit.selftext import own_text
 from nanobit.train import kl_loss
 from quantizers import (QuantLinear, bits_per_weight, collect_hessians, dequantize,
                         fake_quant_tokens, full_float32, gptq, output_error, rtn)
@@ -169,6 +173,7 @@ class BlockLoss(NamedTuple):
     """The mean channel loss of one block, before and after its tweak."""
     before: float
     after: float
+    kept: bool                           # False: its norms are as they were
 
 @full_float32()                                        # no TF32
 @torch.no_grad()
@@ -206,20 +211,79 @@ def compress(student, teacher, ids, args, host=None, tweak=True):
         before = mean_loss(targets, outputs)
 
         # Tweak, and compute the next block's inputs again, now with the final norms.
+        kept = False
         if tweak:
-            if args.solver == "adam":
-                tweak_by_adam(block, windows, targets, tables, LOSSES[args.loss],
-                              block_rate(args.lr, i, L))
+            tweaks = possible_tweaks(float_block, tables, args, i, L)
+            if args.keep_all:
+                tweaks[0](block, windows, targets)
+                kept = True
             else:
-                tweak_by_least_squares(block, float_block, windows, tables)
+                kept = best_tweak(block, windows, targets, tables, tweaks)
             outputs = [block(x, *tables) for x in windows]
-        losses.append(BlockLoss(before, mean_loss(targets, outputs)))
+        losses.append(BlockLoss(before, mean_loss(targets, outputs), kept))
         windows = outputs
 
         # Keep the codes and let go of the floats.
         swap(block, FrozenLinear, lambda linear: linear.packed)
         student.blocks[i] = block
     return losses
+
+# Ours, not the paper's: does a tweak stay, and at which rate? The loss that it lowers cannot say:
+# it sees the channels' statistics alone and falls in almost every block, also where the outputs
+# end further from the float block's than they were.
+
+HELD_OUT = 4                  # every so many windows, one is held out to decide by
+RATES = (1 / 3, 1, 3)         # of --lr: the steps in which people search a rate
+
+def possible_tweaks(float_block, tables, args, i, L):
+    """Functions of (block, windows, targets), each a tweak of block i of L. With --keep-all there
+    is one, at --lr itself."""
+    if args.solver == "closed":
+        def solve(block, windows, targets):
+            tweak_by_least_squares(block, float_block, windows, tables)
+        return [solve]
+
+    tweaks = []
+    for factor in (1,) if args.keep_all else RATES:
+        rate = block_rate(factor * args.lr, i, L)
+        tweaks.append(functools.partial(tweak_by_adam, tables=tables, loss=LOSSES[args.loss],
+                                        lr=rate))
+    return tweaks
+
+def best_tweak(block, windows, targets, tables, tweaks):
+    """Apply the tweak after which the block is closest to the float one, on windows that it did not
+    see; or none of them. Returns whether one was applied."""
+    # The last quarter of the windows decides. They are the model's own text like the others: text
+    # of the splits dev and val has no part in it.
+    n = len(windows) - max(1, len(windows) // HELD_OUT)
+    def error():
+        return output_distance(block, windows[n:], targets[n:], tables)
+
+    # Every tweak begins with the norms as they were. NaN is not below any error: a tweak that blew
+    # up is not kept.
+    gammas = [block.attn_norm.weight, block.mlp_norm.weight]
+    before = [gamma.clone() for gamma in gammas]
+    best = before
+    least = error()
+    for tweak in tweaks:
+        tweak(block, windows[:n], targets[:n])
+        found = error()
+        if found < least:
+            best = [gamma.clone() for gamma in gammas]
+            least = found
+        restore(gammas, before)
+    restore(gammas, best)
+    return best is not before
+
+def output_distance(block, windows, targets, tables):
+    """The mean square of a block's outputs minus the targets: unlike the channel loss, it is zero
+    only where every output is right."""
+    total = sum(F.mse_loss(block(x, *tables), f) for x, f in zip(windows, targets))
+    return (total / len(windows)).item()
+
+def restore(gammas, values):
+    for gamma, value in zip(gammas, values):
+        gamma.copy_(value)
 
 def arm_name(host, tweak):
     """What a host, with or without the tweak, is called in tables and file names."""
@@ -297,31 +361,31 @@ def quantize_block(block, windows, tables, args, host, label):
 # ---- The calibration text ---------------------------------------------------------------------
 # The model knows best which inputs it will meet: what it writes has the distribution that
 # it was trained on. It starts from one token, goes on greedily for a few, so that the
-# beginning makes sense, and is then sampled, so that windows differ.
+# beginning makes sense, and is then sampled, so that windows differ (nanobit/selftext.py).
 
 START_SHARE = 0.9             # first tokens: the most frequent ones, this share of the text
-GREEDY = 4                    # tokens after the first that are the most likely ones
-TOP_K = 50                    # the rest are sampled from so many most likely ones
+LONGEST = 256                 # tokens of a window, where no --seq-len says otherwise
 
 def calibration(model, data, args):
     """Token ids (N, T) of --calib. The validation split is never touched."""
     n_windows = args.steps * args.batch_size
+    length = args.calib_len or min(args.seq_len, LONGEST)
 
     # Training text.
     if args.calib == "data":
-        inputs, _ = batch(data.train, 0, n_windows, args.seq_len, args.seed, args.device)
+        inputs, _ = batch(data.train, 0, n_windows, length, args.seed, args.device)
         return inputs
 
     # Random tokens.
     generator = torch.Generator(args.device).manual_seed(args.seed)
     draw = dict(generator=generator, device=args.device)
     if args.calib == "random":
-        return torch.randint(data.tokenizer.n_vocab, (n_windows, args.seq_len), **draw)
+        return torch.randint(data.tokenizer.n_vocab, (n_windows, length), **draw)
 
     # The model's own text. It starts from frequent tokens, each as likely as the other.
     allowed = frequent_tokens(data).to(args.device)
     starts = allowed[torch.randint(len(allowed), (n_windows, 1), **draw)]  # (N, 1)
-    return write_text(model, starts, args.seq_len, data.tokenizer.eot_token, generator)
+    return own_text(model, starts, length, data.tokenizer.eot_token, generator)
 
 def frequent_tokens(data):
     """The fewest ids, without END, that make up START_SHARE of the training text. (The paper
@@ -333,46 +397,6 @@ def frequent_tokens(data):
     order = np.argsort(-counts, kind="stable")
     n = np.searchsorted(counts[order].cumsum(), START_SHARE * counts.sum()) + 1
     return torch.from_numpy(order[:n])
-
-def write_text(model, starts, length, end, generator):
-    """The model's own text after each of the first tokens (N, 1) -> ids (N, length)."""
-    # So many windows at once that the cache of keys and values holds 2^14 tokens at most.
-    at_once = max(1, 2**14 // length)
-    texts = []
-    for ids in starts.split(at_once):
-        writer = Writer(model, len(ids), end, generator)
-        tokens = decode(model, ids, length - 1, writer)
-
-        # decode yields one tensor, over which it writes the next token: copy each.
-        text = [ids]
-        for _ in progress(range(length - 1), "calibration: token"):
-            text.append(next(tokens).clone())                          # (N, 1)
-        texts.append(torch.cat(text, dim=1))
-    return torch.cat(texts)                                            # (N, T)
-
-class Writer(Chooser):
-    """The GREEDY likeliest tokens, then samples. END is never chosen, so that all windows
-    have full length.
-
-    Chooser takes the token with the largest p / noise, and calls draw before each. With
-    exponential noise that is a sample by p. The noise starts as all ones: while it is not
-    drawn, the token is the most likely one.
-    """
-
-    def __init__(self, model, batch, end, generator):
-        super().__init__(model, batch, 1.0, TOP_K, generator)
-        self.end = end
-        self.written = 0
-
-    def draw(self):
-        self.written += 1
-        if self.written > GREEDY:
-            super().draw()
-
-    def __call__(self, logits):
-        logits = logits.float().clone()                                # (N, vocab)
-        logits[:, self.end] = -torch.inf
-        return super().__call__(logits)
 
 # ---- Other losses (--loss) --------------------------------------------------------------------
 # Equal outputs have a gradient of exactly zero in each of them. So a block that rounding left
@@ -486,9 +510,11 @@ def main():
         seconds = time.perf_counter() - start
         bpw, _ = bits_per_weight(model)
         model, scores = through_the_file(arm.path, model, args, data, arm.name, teacher)
+        kept = kept_row(losses) if arm.tweak else {}
+        tweak = "tweak kept in {kept} of {blocks} blocks | ".format(**kept) if arm.tweak else ""
         say(f"{arm.name} | val loss {scores['loss']:.4f} | same top token "
-            f"{scores['same_top']:.2f}% | {seconds:.1f} s | saved {arm.path}")
-        rows[arm.name] = arm_row(scores, bpw, seconds)
+            f"{scores['same_top']:.2f}% | {tweak}{seconds:.1f} s | saved {arm.path}")
+        rows[arm.name] = arm_row(scores, bpw, seconds, **kept)
         table.append(table_row(arm.name, scores, rows[arm.name], losses))
 
     # The table, and the result row. The row's own numbers are those of the last arm, the
@@ -498,7 +524,8 @@ def main():
     finish(args, "normtweak", model, scores, {"tokens": ids.numel(), "seconds": seconds},
            w_bits=args.bits, a_bits=args.a_bits, group_size=args.group_size,
            base_val_loss=base["loss"], symmetric=args.symmetric, act_order=args.act_order,
-           solver=args.solver, loss=args.loss, calib=args.calib, lr=args.lr, arms=rows)
+           solver=args.solver, loss=args.loss, calib=args.calib, lr=args.lr,
+           keep_all=args.keep_all, **kept, arms=rows)
 
 def load_models(args):
     """(student, teacher, data); without --teacher the student is None."""
@@ -557,6 +584,10 @@ def chosen_arms(args, student):
             arms.append(Arm(host, tweak, name, path))
     return arms
 
+def kept_row(losses):
+    """What a row of results keeps of the choice: in how many blocks the tweak stayed."""
+    return {"kept": sum(loss.kept for loss in losses), "blocks": len(losses)}
+
 def show_calibration(ids, seconds, model, data, args):
     """What the calibration text is, how it begins, and whether it may be too short."""
     text = data.tokenizer.decode(ids[0, :32].tolist())
@@ -599,6 +630,8 @@ def parse_args(argv=None):
         help="SmoothQuant's alpha, with --a-bits 8 or 4 (default: 0.5)")
     add("--loss", choices=tuple(LOSSES), default="paper", help="what the tweak lowers: paper "
         "(channel means and variances), code (the authors' form), mse, kl (default: paper)")
+    add("--keep-all", action="store_true", help="the paper's rule: every tweak stays, at --lr "
+        "itself (default: held-out windows choose among a third of --lr, --lr, 3 --lr and none)")
     add("--solver", choices=("adam", "closed"), default="adam",
         help="closed: least squares instead of --loss and --lr (default: adam)")
     add("--calib", choices=("self", "data", "random"), default="self",
@@ -612,6 +645,7 @@ def parse_args(argv=None):
     # the model's own. The paper takes 128 windows of 2048 tokens, and searches lr from 1e-5.
     p.set_defaults(batch_size=1, accumulate=1, lr=3e-3, seq_len=0)
     args = p.parse_args(argv)
+    args.calib_len = args.seq_len                      # 0: see `calibration`
     if args.steps is None:
         args.steps = 4 if args.smoke else 64
     args = resolve(args)
@@ -628,6 +662,8 @@ def check_args(args):
         # The codes -1 and 0 stand for -2 max|w| and 0: no weight is nearer to the first.
         raise UsageError("--bits 1 --symmetric rounds every weight to 0; leave --symmetric out, or "
                          "use --bits 2")
+    if args.steps == 1 and not args.keep_all:
+        raise UsageError("--steps 1 leaves no window to choose by; give 2 or more, or --keep-all")
     if args.teacher and not args.model:
         raise UsageError(f"--teacher {args.teacher} needs the packed checkpoint as --model")
     if args.resume and (args.model or os.path.exists(os.path.join(args.out, "base.pt"))):

@@ -36,7 +36,8 @@ The symbols:
 Printed in a line: codes, the groups whose code changed in this step / how many may; trust, the
 largest share of its trust region that a weight used (above 100 % where the last change crossed
 its border). In the table: recovered, how much of the fit's loss increase the arm removes;
-changed, changes over all groups; budget, changes over those that were allowed.
+changed, changes over all groups; budget, changes over those that were allowed. Below it: what
+the V half adds to P only.
 
 Paper: PV-Tuning, Malinovskii et al. 2024 (arXiv 2405.14852); of the fit, AQLM (2401.06118).
 Code: github.com/Vahe1994/AQLM.
@@ -48,8 +49,10 @@ Where ours differs from the official code (each again at its line):
     residual, is the default.
   - Stochastic rounding also works with two codebooks.
   - The search also works with three and more codebooks and a beam above 1.
+  - The code rate follows from the fit and the steps (default_code_lr); theirs is 3e-3 or 1e-2.
   - The learning rates fall to 0, gradients are clipped, all draws follow from --seed and the step.
-  - The fit is shorter. The default of --trust is 0.2.
+  - The fit is shorter, and takes the linears of several blocks at a time. The default of --trust
+    is 0.2.
   - Plain grids can be tuned too.
 """
 import copy
@@ -67,15 +70,17 @@ import torch.nn.functional as F
 from model import UsageError
 from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.data import batch
-from nanobit.ranks import from_rank_0, say, world_size
+from nanobit.distill import WithTeacher
+from nanobit.ranks import from_rank_0, Progress, say, world_size
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
                           load_base, score, show, show_distance, through_the_file)
-from nanobit.train import kl_loss, train_arm
+from nanobit.train import train_arm
 from quantizers import (EPS, QuantLinear, affine_codes, bits_per_weight, block_hessians, dequantize,
                         full_float32, gptq, output_error, rtn, unpack, vq_dequantize, vq_fit,
                         vq_search, vq_sum)
 
 EPS_ADAM = 1e-6                  # added after the root, as in the authors' code
+CODE_BETAS = (0.0, 0.95)         # of the step of R
 
 # ---- The method: one step for one layer -------------------------------------------------------
 # It asks two things of a representation: the weight that codes and values stand for, and the
@@ -131,7 +136,7 @@ def pv_step(G, codes, values, buffer, states, dequantize, nearest, lr, code_lr, 
     # the weight if it were free to go anywhere. G was taken before the P half, which moved W
     # but not the buffer. So R - W is this step, plus what earlier steps left, minus what this
     # P half changed.
-    R = buffer + lamb(buffer, G, states[-1], code_lr, (0.0, 0.95))
+    R = buffer + lamb(buffer, G, states[-1], code_lr, CODE_BETAS)
 
     # Why may only few codes move? A step is safe up to 1 / the loss's curvature along the
     # coordinates that change. Along all of them the curvature is so large that a safe step
@@ -433,7 +438,7 @@ class PVOptimizer(torch.optim.Optimizer):
         super().__init__([
             {"params": rest, "peak": args.lr, "betas": (0.9, 0.95)},
             {"params": forms, "peak": args.lr, "betas": (0.9, 0.95)},
-            {"params": dense, "peak": args.code_lr, "betas": (0.0, 0.95)},
+            {"params": dense, "peak": args.code_lr, "betas": CODE_BETAS},
         ], {})
 
         # What the V half does. The trust region is for the arms with a share tau. The others
@@ -553,6 +558,54 @@ class PVOptimizer(torch.optim.Optimizer):
         """Changed groups of all steps so far."""
         return sum(float(self.state[weights[0]].get("changed", 0)) for _, weights in self.stacks)
 
+# ---- The code rate: how far a run can take R --------------------------------------------------
+
+# So many times the way to the next code is what R may travel in a whole run. Chosen by dev loss.
+TRAVEL = 3
+
+def default_code_lr(forms, steps):
+    """The code_lr with which codes can change in a run of `steps` steps from these forms.
+
+    The buffer starts at the codes' own values, so R is half a step away from the border at which
+    a weight takes the next code. An optimizer step moves all of R by its rate times |R|: in units
+    of W's root mean square, a weight moves by about the rate. The rate falls to 0 over the run,
+    and so a weight whose gradient never changes sign travels
+
+        code_lr * reach(steps),  some 0.4 * steps * code_lr.
+
+    The way to the border, half_gap, is about 0.55 for a grid of 2 bits and half of it for each
+    bit more. Where the travel is shorter than this way, no code changes, whatever tau allows.
+    Gradients do change sign, so a weight needs more: the travel here is TRAVEL times the way. The
+    weights whose gradients always point the same way are then at the border after a sixth of the
+    steps, and the others come later or never.
+    """
+    way = torch.cat([half_gap(form).flatten() for form in forms]).median().item()
+    return float(f"{TRAVEL * way / reach(steps):.2g}")
+
+def reach(steps):
+    """The sum of a run's code rates where the first one is 1, with LAMB's short first steps."""
+    _, b2 = CODE_BETAS
+    total = 0.0
+    for t in range(steps):
+        total += PVOptimizer.schedule(t, steps, 1.0) * math.sqrt(1 - b2 ** (t + 1))
+    return total
+
+@torch.no_grad()
+def half_gap(form):
+    """Half the distance from a group's vector to the next that it could have, in units of the root
+    mean square of as many weights: (L, k), for k <= 4096 groups of each layer, evenly spread."""
+    W = form.dequantize()
+    L, n, _ = form.codes.shape
+    every = torch.arange(0, n, max(1, n // 4096), device=W.device)[:4096]
+    where = every.expand(L, -1)                                        # (L, k)
+    here = gather_groups(W.view(L, n, form.group_size), where)         # (L, k, g)
+
+    # The nearest codes of a vector that has codes are these; the runner-up is the next.
+    _, found = form.nearest(here, where, 2, torch.Generator().manual_seed(0))
+    distance = (found[:, :, 1] - here).norm(dim=2)                     # (L, k)
+    unit = W.square().mean((1, 2)).mul(form.group_size).sqrt()         # (L,)
+    return (distance / 2 / unit.clamp(min=EPS).unsqueeze(1))
+
 # ---- The student: dense weights for the gradient, codes for the result ------------------------
 
 class PVLinear(nn.Module):
@@ -566,23 +619,13 @@ class PVLinear(nn.Module):
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
-class Distilled(nn.Module):
-    """A student that learns from its teacher, as train, evaluate and PVOptimizer need it.
-
-    1. Its loss depends on whether gradients are on. While they are, it is the divergence from
-       the teacher; while they are off, as in `evaluate`, the student's own loss on the text.
-    2. The teacher is no submodule: it is not trained, not saved, and not sent to other ranks.
-    3. It takes the forms out of the student's linears and stacks those of one shape. forms[i]
-       stands for the linears layers[i], in their order.
-    """
+class Distilled(WithTeacher):
+    """A student that learns from its teacher, as PVOptimizer needs it: it takes the forms out of
+    the student's linears and stacks those of one shape. forms[i] stands for the linears layers[i],
+    in their order."""
 
     def __init__(self, student, teacher):
-        super().__init__()
-        self.student = student
-        self.teacher = [teacher]       # in a list, where nn.Module does not look for submodules
-        self.config = student.config   # train and checkpoints ask a model for these two
-        self.compile_parts = student.compile_parts
-
+        super().__init__(student, teacher)
         by_shape = {}
         for _, layer in student.linears():
             by_shape.setdefault(layer.weight.shape, []).append(layer)
@@ -591,23 +634,6 @@ class Distilled(nn.Module):
                                    for layers in self.layers)
         for _, layer in student.linears():
             layer.form = None
-
-    @property
-    def lean(self):
-        """Few logits at a time, as `evaluate` asks for: the student's own setting."""
-        return self.student.lean
-
-    @lean.setter
-    def lean(self, value):
-        self.student.lean = value
-
-    def forward(self, idx, targets):
-        if not torch.is_grad_enabled():
-            return self.student(idx, targets)
-        with torch.no_grad():
-            goal = self.teacher[0](idx)[0].float()                     # (B, T, vocab)
-        logits = self.student(idx)[0]
-        return logits, kl_loss(goal, logits.float())
 
     def pack(self):
         """A copy of the student with packed linears."""
@@ -637,48 +663,77 @@ def parse_scheme(text):
     return Scheme(M, B, g)
 
 WINDOWS = 64                     # of --seq-len tokens, to fit on
+TOGETHER = 2**24                 # weights of codebooks that are fitted at a time
 
 @full_float32()
 @torch.no_grad()
 def fit(model, data, args):
-    """Compress the linears in place. Each block is fitted to inputs that pass through the
-    compressed blocks before it."""
-    generator = torch.Generator().manual_seed(args.seed)
+    """Compress the linears in place, on inputs that pass through the compressed blocks before."""
     idx, _ = batch(data.train, 0, WINDOWS, args.seq_len, args.seed, args.device)
-    for i, block in enumerate(block_hessians(model, idx), 1):
-        losses = []
+
+    # Grids are fitted block by block. Ours: codebooks are fitted for several blocks at a time,
+    # since a search is thousands of small steps, each of which then serves more linears. These
+    # blocks see inputs that have passed through the dense ones among them.
+    together = 1
+    if args.scheme != "affine":
+        weights = sum(m.weight.numel() for _, m in model.linears())
+        together = max(1, TOGETHER * model.config.n_layer // weights)
+
+    todo = Progress(len(model.linears()), "fitting linear")
+    for linears in block_hessians(model, idx, together):
         # hessian (C, C) is E[x x^T] over the linear's inputs x. It gives the squared error of the
         # outputs that a change of the weight causes.
-        for name, linear, hessian in block:
-            # A stack of this one layer. Distilled joins those of one shape.
-            if args.scheme == "affine":
-                form = fit_grid(name, linear, hessian, args)
-            else:
-                form = fit_codebooks(linear, hessian, args, generator)
-            lost = output_error(linear.weight, form.dequantize()[0], hessian)
-            model.set_submodule(name, PVLinear(form))
-            losses.append(f"{name.rsplit('.', 1)[1]} {100 * lost:.1f}")
-        say(f"block {i}/{model.config.n_layer} | {args.scheme} | % of output lost "
-            + " | ".join(losses))
+        by_shape = {}
+        for name, linear, hessian in linears:
+            by_shape.setdefault(linear.weight.shape, []).append((name, linear.weight, hessian))
+        lost = {}                                      # name -> share of the output that is lost
+        for same in by_shape.values():
+            forms = fit_grids(same, args) if args.scheme == "affine" else fit_codebooks(same, args)
+            for (name, weight, hessian), form in zip(same, forms):
+                lost[name] = output_error(weight, form.dequantize()[0], hessian)
+                model.set_submodule(name, PVLinear(form))
+            todo.add(len(same))
+        show_losses(lost, model, args)
     return model
 
-def fit_codebooks(linear, hessian, args, generator):
-    """Codebooks of one layer, by AQLM."""
+def show_losses(lost, model, args):
+    """A line for each block of {name: share of its output's energy that the fit lost}."""
+    blocks = {}
+    for name in [name for name, _ in model.linears() if name in lost]:
+        number = int(name.split(".")[1]) + 1
+        text = f"{name.rsplit('.', 1)[1]} {100 * lost[name]:.1f}"
+        blocks.setdefault(number, []).append(text)
+    for number, losses in blocks.items():
+        say(f"block {number}/{model.config.n_layer} | {args.scheme} | % of output lost "
+            + " | ".join(losses))
+
+def fit_codebooks(linears, args):
+    """Codebooks by AQLM: [(name, weight (O, C), hessian (C, C))] of one shape -> a form of each.
+
+    All draws follow from the seed, and are the same for all of these linears: so none of them
+    depends on which others are fitted with it.
+    """
     # Ours: up to 4 times 19 Adam steps at a rate of 1 % of the tensor's root mean square, and a
     # search after every 19. Theirs: up to 100 times 100 steps at a rate of 1e-4.
     steps = 5 if args.smoke else 19
-    scheme = parse_scheme(args.scheme)
+    generator = torch.Generator().manual_seed(args.seed)
+    weights = torch.stack([weight for _, weight, _ in linears])
+    hessians = torch.stack([hessian for _, _, hessian in linears])
     with torch.enable_grad():
-        codes, codebooks, scales = vq_fit(linear.weight, hessian, *scheme, steps=steps,
-                                          generator=generator)
-    return Codebooks(codes[None], codebooks[None], scales[None])
+        fitted = vq_fit(weights, hessians, *parse_scheme(args.scheme), steps=steps,
+                        generator=generator)
+    codes, codebooks, scales = [x.split(1) for x in fitted]            # stacks of one
+    return [Codebooks(*parts) for parts in zip(codes, codebooks, scales)]
 
-def fit_grid(name, linear, hessian, args):
-    """The Grid of one layer, by GPTQ."""
+def fit_grids(linears, args):
+    """Grids by GPTQ, as fit_codebooks."""
     fix = "try another --data, or a longer --seq-len"
-    with definite_hessian(name, WINDOWS * args.seq_len, fix):
-        q, scale, zero_point = gptq(linear.weight, hessian, args.bits, args.group_size)
-    return Grid(q[None], scale[None], zero_point[None], args.bits)
+    forms = []
+    for name, weight, hessian in linears:
+        with definite_hessian(name, WINDOWS * args.seq_len, fix):
+            q, scale, zero_point = gptq(weight, hessian, args.bits, args.group_size)
+        forms.append(Grid(q[None], scale[None], zero_point[None], args.bits))
+    return forms
 
 # ---- Plain grids ------------------------------------------------------------------------------
 # Ours: the official code tunes codebooks alone. A grid's scales learn; its zero points stay.
@@ -891,8 +946,14 @@ def main():
     fitted = fit(copy.deepcopy(base), data, args).requires_grad_(True)
     fit_seconds = time.perf_counter() - start
 
-    # Its bits. Of a copy, because Distilled takes the forms away.
-    bpw, _ = bits_per_weight(Distilled(copy.deepcopy(fitted), base).pack())
+    # Its bits and, where none is given, the code rate. Of a copy, because Distilled takes the
+    # forms away.
+    trial = Distilled(copy.deepcopy(fitted), base)
+    bpw, _ = bits_per_weight(trial.pack())
+    if args.code_lr is None:
+        args.code_lr = default_code_lr(trial.forms, args.steps)
+        say(f"--code-lr {args.code_lr:g} from half a step to the next code and {args.steps} steps")
+    del trial
 
     # What the arms are compared with.
     rows = {}
@@ -915,6 +976,8 @@ def main():
         rows[label] = score_arm(label, model.student, bpw, seconds, data, args, base)
         if optimizer.fraction:
             rows[label] |= share_of_changes(optimizer, args.steps)
+            if "P only" in rows:
+                rows[label]["minus_p"] = rows[label]["val_loss"] - rows["P only"]["val_loss"]
     print_table(rows, len(data.val) - 1)
 
     # The last arm is the result of the run.
@@ -967,14 +1030,19 @@ def print_table(rows, tokens):
     fitted = rows["as fitted"]["val_loss"]
     lost = (fitted - dense) or math.nan                # nothing lost: nan % recovered
     say(f"\n{tokens:>7} val tokens     | val loss |     KL | same top | recovered |   bpw | "
-        "changed | budget | seconds")
+        "changed |  budget | seconds")
     for label, row in rows.items():
         recovered = (fitted - row["val_loss"]) / lost
-        codes = "      - |      -"
+        codes = "      - |       -"
         if "changed" in row:
-            codes = f"{100 * row['changed']:6.1f}% | {100 * row['budget']:5.1f}%"
+            codes = f"{100 * row['changed']:6.2f}% | {100 * row['budget']:6.2f}%"
         say(f"{label:22} | {row['val_loss']:8.4f} | {show_distance(row)} | "
             f"{100 * recovered:8.1f}% | {row['bpw']:5.2f} | {codes} | {row['seconds']:7.1f}")
+
+    # What the V half adds to the P half, which does most of the work in every arm.
+    own = [f"{label} {row['minus_p']:+.4f}" for label, row in rows.items() if "minus_p" in row]
+    if own:
+        say(f"the V half's own part, val loss minus that of P only: {', '.join(own)} nats/token")
     say("")
 
 def report(args, data, model, base, variant, result, rows, bpw, path):
@@ -1046,8 +1114,9 @@ def parse_args(argv=None):
     p.add_argument("--trust", type=number(float, 1e-9), default=0.2,   # ours; theirs: 0.01 or none
                    help="largest change of a weight by new codes, relative to its norm, in one "
                    "step (default: 0.2)")
-    p.add_argument("--code-lr", type=number(float, 1e-9, 10), default=0.1,
-                   help="of the virtual dense weight, relative to its norm (default: 0.1)")
+    p.add_argument("--code-lr", type=number(float, 1e-9, 10),
+                   help="of the virtual dense weight, relative to its norm (default: from the fit "
+                   "and --steps, see default_code_lr)")
     p.add_argument("--demo", action="store_true",
                    help="only show the exact theory on tiny problems")
     add_flags(p)

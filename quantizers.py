@@ -504,24 +504,34 @@ def collect_hessians(block, names, windows, tables, a_bits=16):
     return found
 
 @torch.no_grad()
-def block_hessians(model, idx):
+def block_hessians(model, idx, together=1):
     """Yield, block by block, [(name, linear, E[x x^T] (C, C))] of its linears, for ids (N, T).
 
     Replace a block's linears before asking for the next block: its inputs are the outputs of the
-    block as it then is. Every block runs twice on every window. model: a LLaMA of model.py, whose
-    linears are the modules of a block with a name like wq or w_up.
+    block as it then is. together: yield so many blocks at a time; only what comes before them all
+    is then replaced. Every block runs twice on every window, and with together > 1 most of them
+    three times. model: a LLaMA of model.py, whose linears are the modules of a block with a name
+    like wq or w_up.
     """
     tables = model.rope(idx)
     windows = model.embed(idx).to(model.dtype).split(16)               # (B, T, C) each
-    for i, block in enumerate(model.blocks):
-        linears = {name: m for name, m in block.named_modules()
-                   if name.rsplit(".", 1)[-1].startswith("w")}
-        found = collect_hessians(block, list(linears), windows, tables)
-        yield [(f"blocks.{i}.{name}", linear, found[name].hessian)
-               for name, linear in linears.items()]
+    for first in range(0, len(model.blocks), together):
+        blocks = model.blocks[first:first + together]
+        passed = windows
+        result = []
+        for i, block in enumerate(blocks, first):
+            linears = {name: m for name, m in block.named_modules()
+                       if name.rsplit(".", 1)[-1].startswith("w")}
+            found = collect_hessians(block, list(linears), passed, tables)
+            result += [(f"blocks.{i}.{name}", linear, found[name].hessian)
+                       for name, linear in linears.items()]
+            if i + 1 < first + len(blocks):
+                passed = [block(x, *tables) for x in passed]
+        yield result
 
-        # The caller has quantized the linears: now the block's outputs, for the next.
-        windows = [block(x, *tables) for x in windows]
+        # The caller has quantized the linears: now their blocks' outputs, for the next.
+        for block in blocks:
+            windows = [block(x, *tables) for x in windows]
 
 # ---- Vector quantization: additive codebooks (AQLM) -----------------------------------------
 # g neighbouring inputs of a row share M codes, one into each of M codebooks of K = 2^B vectors:
@@ -549,32 +559,45 @@ def vq_dequantize(codes, codebooks, scales):
 def kmeans(x, k, iterations=100, generator=None):
     """Lloyd's algorithm from k random points: x (n, g) -> centroids (k, g), the nearest (n,).
 
-    A cluster without points keeps its centroid. generator: of the CPU, as everywhere here.
+    Also for L sets of points at once, arguments and result with L in front. All start from the
+    points of the same k indices, and each ends where it would end alone. A cluster without points
+    keeps its centroid. generator: of the CPU, as everywhere here.
     """
-    if k > len(x):
-        raise ValueError(f"{k} centroids need as many points; there are {len(x)}")
+    if x.dim() == 2:
+        centroids, owner = kmeans(x[None], k, iterations, generator)
+        return centroids[0], owner[0]
+    L, n, g = x.shape
+    if k > n:
+        raise ValueError(f"{k} centroids need as many points; there are {n}")
 
     def nearest(centroids):
-        """The nearest centroid of every point (n,). |x|^2 is the same for all, and left out."""
+        """The nearest centroid of every point (L, n). |x|^2 is the same for all, and left out."""
+        squares = centroids.square().sum(2).unsqueeze(1)               # (L, 1, k)
         owners = []
-        for part in x.split(max(1, SCORES // k)):
-            distance = torch.addmm(centroids.square().sum(1), part, centroids.t(), alpha=-2)
-            owners.append(distance.min(1).indices)
-        return torch.cat(owners)
+        for part in x.split(max(1, SCORES // (L * k)), 1):
+            distance = torch.baddbmm(squares, part, centroids.mT, alpha=-2)
+            owners.append(distance.min(2).indices)
+        return torch.cat(owners, 1)
 
-    start = torch.randperm(len(x), generator=generator)[:k]
-    centroids = x[start.to(x.device)]
+    start = torch.randperm(n, generator=generator)[:k]
+    centroids = x[:, start.to(x.device)]
+    counted = torch.cat((x, x.new_ones(L, n, 1)), 2)   # the sums of the ones are counts
+    moves = torch.ones(L, 1, 1, dtype=torch.bool, device=x.device)
     for i in range(iterations):
         # Every point goes to the nearest centroid, and every centroid to the mean of its points.
-        owner = nearest(centroids)
-        total = torch.zeros_like(centroids).index_add_(0, owner, x)
-        count = owner.bincount(minlength=k).unsqueeze(1)               # (k, 1)
+        total = sum_by_code(nearest(centroids), counted, k)            # (L, k, g + 1)
+        count = total[..., g:]
         before = centroids
-        centroids = torch.where(count > 0, total / count.clamp(min=1), before)
+        mean = total[..., :g] / count.clamp(min=1)
+        centroids = torch.where(moves & (count > 0), mean, before)
 
-        # Asking whether they still move waits for a GPU, so it is asked now and then only.
-        if i % 10 == 9 and torch.allclose(centroids, before, rtol=1e-6, atol=1e-8):
-            break
+        # Asking whether they still move waits for a GPU, so it is asked now and then only. A set
+        # whose centroids stand still is finished.
+        if i % 10 == 9:
+            stand = torch.isclose(centroids, before, rtol=1e-6, atol=1e-8)
+            moves = moves & ~stand.all(2, keepdim=True).all(1, keepdim=True)
+            if not moves.any():
+                break
     return centroids, nearest(centroids)
 
 @full_float32()
@@ -637,7 +660,8 @@ def vq_search_xtx(w, hessian, codes, codebooks, scales, beam=1, generator=None):
     e = w_hat - w is the row's error and H = E[x x^T] (AQLM's X^T X).
 
     Groups and codebooks in random order, all rows at once -> codes (O, J, M), loss (O,), which
-    never grows.
+    never grows. Also for a stack of L linears of one shape, arguments and results with L in front;
+    the orders are then the same for all.
 
     A change of one group by d changes the loss by 2 d (e H) + d H_gg d, with the group's parts of
     e H and of H. Here d is new - old, two codewords times the row's scale. With `here` for the
@@ -645,37 +669,52 @@ def vq_search_xtx(w, hessian, codes, codebooks, scales, beam=1, generator=None):
         old H_gg old - 2 here old               the same for all codewords
       + 2 (here - old H_gg) new + new H_gg new
     """
-    M, K, g = codebooks.shape
-    O = len(w)
-    s = scales.view(-1, 1, 1)
-    rows = torch.arange(O, device=w.device).unsqueeze(1)
-    q = codes.unsqueeze(1)                                             # (O, b, J, M)
-    error = vq_dequantize(codes, codebooks, scales) - w                # (O, C)
-    slope = (error @ hessian).unsqueeze(1)                             # (O, b, C)
-    loss = (slope[:, 0] * error).sum(-1, keepdim=True)                 # (O, b)
+    if w.dim() == 2:
+        stack = (w[None], hessian[None], codes[None], codebooks[None], scales[None])
+        codes, loss = vq_search_xtx(*stack, beam, generator)
+        return codes[0], loss[0]
+    L, M, K, g = codebooks.shape
+    O, J = codes.shape[1:3]
+    s = scales.view(L, O, 1, 1)
+    q = codes.unsqueeze(2).clone()                                     # (L, O, b, J, M)
+    error = vq_dequantize(codes, codebooks, scales) - w                # (L, O, C)
+    slope = (error @ hessian).unsqueeze(2)                             # (L, O, b, C)
+    loss = (slope[:, :, 0] * error).sum(-1, keepdim=True)              # (L, O, b)
 
-    for j in torch.randperm(codes.size(1), generator=generator).tolist():
+    def scaled(m, code):
+        """The codewords (L, O, b, g) of codebook m, times the scales of their rows."""
+        return s * look_up(codebooks[:, m], code.flatten(1)).view(L, O, -1, g)
+
+    for j in torch.randperm(J, generator=generator).tolist():
         part = slice(j * g, j * g + g)
-        h = hessian[part, part]                                        # H_gg (g, g)
+        rows = hessian[:, part]                                        # (L, g, C)
+        h = rows[..., part]                                            # H_gg (L, g, g)
         for m in torch.randperm(M, generator=generator).tolist():
-            # The loss (O, b, K) of every hypothesis with every codeword in this place.
-            codebook = codebooks[m]                                    # (K, g)
-            old = s * codebook[q[:, :, j, m]]                          # (O, b, g)
-            here = slope[..., part]                                    # (O, b, g)
-            fixed = ((old @ h - 2 * here) * old).sum(-1) + loss        # (O, b)
-            cross = (2 * s * (here - old @ h)) @ codebook.t()          # (O, b, K)
-            square = s**2 * ((codebook @ h) * codebook).sum(1)         # (O, 1, K)
-            total = ((cross + square) + fixed.unsqueeze(-1)).flatten(1)  # (O, b K)
+            # The loss (L, O, b, K) of every hypothesis with every codeword in this place.
+            codebook = codebooks[:, m]                                 # (L, K, g)
+            old = scaled(m, q[..., j, m])                              # (L, O, b, g)
+            here = slope[..., part]                                    # (L, O, b, g)
+            old_h = (old.flatten(1, 2) @ h).view(old.shape)
+            fixed = ((old_h - 2 * here) * old).sum(-1) + loss          # (L, O, b)
+            cross = (2 * s * (here - old_h)).flatten(1, 2) @ codebook.mT
+            square = ((codebook @ h) * codebook).sum(2)                # (L, K)
+            total = cross.view(L, O, -1, K) + s**2 * square.view(L, 1, 1, K)
+            total = (total + fixed.unsqueeze(-1)).flatten(2)           # (L, O, b K)
 
-            # The best pairs of a hypothesis and a codeword are the next hypotheses.
-            index = _lowest(total, beam)                               # (O, b')
-            loss = total.gather(1, index)
-            parent, code = index // K, index % K
-            q = q[rows, parent]
-            q[:, :, j, m] = code
-            moved = s * codebook[code] - old[rows, parent]             # (O, b', g)
-            slope = slope[rows, parent] + moved @ hessian[part]
-    return q[:, 0], loss[:, 0]                         # the best hypothesis comes first
+            # The best pairs of a hypothesis and a codeword are the next hypotheses. Where there
+            # is one of them, it is its own successor.
+            index = _lowest(total, beam)                               # (L, O, b')
+            loss = total.gather(2, index)
+            if beam > 1:
+                parent = (index // K).unsqueeze(-1)                    # (L, O, b', 1)
+                q = q.gather(2, parent.unsqueeze(-1).expand(-1, -1, -1, J, M))
+                old = old.gather(2, parent.expand(-1, -1, -1, g))
+                slope = slope.gather(2, parent.expand(-1, -1, -1, slope.size(3)))
+            code = index % K
+            q[..., j, m] = code
+            moved = scaled(m, code) - old                              # (L, O, b', g)
+            slope.flatten(1, 2).baddbmm_(moved.flatten(1, 2), rows)    # in place: slope is large
+    return q[:, :, 0], loss[..., 0]                    # the best hypothesis comes first
 
 @full_float32()
 def vq_fit(w, hessian, num_codebooks, bits, group_size, rounds=4, steps=19, generator=None):
@@ -685,39 +724,59 @@ def vq_fit(w, hessian, num_codebooks, bits, group_size, rounds=4, steps=19, gene
     steps on codebooks and scales and a pass of vq_search_xtx, until a round lowers the loss by less
     than 1 %. Adam's betas are AQLM's. 4 rounds of 19 steps are what fits into the time of a quick
     run; AQLM takes up to 100 rounds of 100 steps, at a rate of 1e-4.
+
+    Also for a stack of L linears of one shape, arguments and results with L in front. Each gets
+    what it would get alone with a generator in the same state; all together take far less time on
+    a GPU, which would otherwise wait for many small operations.
     """
+    if w.dim() == 2:
+        fitted = vq_fit(w[None], hessian[None], num_codebooks, bits, group_size, rounds, steps,
+                        generator)
+        return tuple(x[0] for x in fitted)
+
     # The start. Rows get length 1, so that the codewords serve all; each codebook is made for what
     # those before it left.
     w = w.detach().float()
-    scales = torch.linalg.vector_norm(w, dim=1) + 1e-9                 # whole rows
-    rest = (w / scales.unsqueeze(1)).reshape(-1, group_size)           # (O J, g)
+    L, O, C = w.shape
+    scales = torch.linalg.vector_norm(w, dim=2) + 1e-9                 # (L, O), of whole rows
+    rest = (w / scales.unsqueeze(2)).view(L, -1, group_size)           # (L, O J, g)
     centroids = []
     owners = []
     for _ in range(num_codebooks):
         c, owner = kmeans(rest, 2**bits, generator=generator)
-        rest = rest - c[owner]
+        rest = rest - look_up(c, owner)
         centroids.append(c)
         owners.append(owner)
-    codebooks = torch.stack(centroids)                                 # (M, K, g)
-    codes = torch.stack(owners, 1).view(len(w), -1, num_codebooks)     # (O, J, M)
+    codebooks = torch.stack(centroids, 1)                              # (L, M, K, g)
+    codes = torch.stack(owners, 2).view(L, O, -1, num_codebooks)       # (L, O, J, M)
 
     # The unit of H changes no minimum. Inputs that were all zero ask for nothing: H stays zero.
-    size = hessian.diagonal().mean()
+    size = hessian.diagonal(dim1=1, dim2=2).mean(1).view(L, 1, 1)
     h = hessian.to(w) / torch.where(size > 0, size, 1.0)
 
-    # An Adam step is about as long as its rate: 1 % of the tensor's root mean square.
-    groups = []
-    for p in (codebooks.requires_grad_(), scales.requires_grad_()):
-        groups.append({"params": [p], "lr": 0.01 * p.detach().square().mean().sqrt().item()})
-    adam = torch.optim.Adam(groups, betas=(0.0, 0.95), amsgrad=True)
+    # What is learned is a change of each tensor, in units of its root mean square: an Adam step is
+    # about as long as its rate, 1 % of that.
+    def unit(x):
+        return x.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (x.dim() - 1))
 
-    best = math.inf
+    change = [torch.zeros_like(codebooks, requires_grad=True),
+              torch.zeros_like(scales, requires_grad=True)]
+    units = unit(codebooks), unit(scales)
+    start = codebooks, scales
+    adam = torch.optim.Adam(change, lr=0.01, betas=(0.0, 0.95), amsgrad=True)
+
+    def values():
+        """Codebooks and scales with their changes so far."""
+        return [x + u * c for x, u, c in zip(start, units, change)]
+
+    best = w.new_full((L,), math.inf)
+    goes_on = torch.ones_like(best, dtype=torch.bool)
     for _ in range(rounds):
         for _ in range(steps):
             # Half of the gradient of <(w_hat - w) H, w_hat - w> by w_hat is (w_hat - w) H. Written
             # out, it costs one product with H; autograd would take two. Adam's step does not depend
             # on the factor.
-            w_hat = vq_dequantize(codes, codebooks, scales)
+            w_hat = vq_dequantize(codes, *values())
             slope = (w_hat.detach() - w) @ h
             adam.zero_grad()
             w_hat.backward(slope)
@@ -726,12 +785,21 @@ def vq_fit(w, hessian, num_codebooks, bits, group_size, rounds=4, steps=19, gene
         # A search comes last: codes that were best for the codebooks before Adam moved them are
         # not the best for those that it leaves.
         with torch.no_grad():
-            codes, losses = vq_search_xtx(w, h, codes, codebooks, scales, generator=generator)
-        loss = losses.sum()
-        if loss > 0.99 * best:                         # the last round's state is kept even so
-            break
+            new_codebooks, new_scales = values()
+            new_codes, losses = vq_search_xtx(w, h, codes, new_codebooks, new_scales,
+                                              generator=generator)
+
+        # Those that had ended keep what they had. The others end with this round where it won
+        # less than 1 %, and keep its result even so.
+        codes = torch.where(goes_on.view(L, 1, 1, 1), new_codes, codes)
+        codebooks = torch.where(goes_on.view(L, 1, 1, 1), new_codebooks, codebooks)
+        scales = torch.where(goes_on.view(L, 1), new_scales, scales)
+        loss = losses.sum(1)                                           # (L,)
+        goes_on = goes_on & ~(loss > 0.99 * best)
         best = loss
-    return codes, codebooks.detach(), scales.detach()
+        if not goes_on.any():
+            break
+    return codes, codebooks, scales
 
 # ---- Packing: bits only, lossless -----------------------------------------------------------
 
@@ -1036,30 +1104,39 @@ def look_up(codebook, codes):
     return _LookUp.apply(codes, codebook)
 
 class _LookUp(torch.autograd.Function):
-    """look_up with a backward pass of its own. On a CPU it adds up in a fixed order. On a GPU it is
-    a product with one-hot codes for small codebooks, K <= 64: thousands of atomic additions into so
-    few rows would wait for each other. For larger ones it is the atomic additions."""
+    """look_up with a backward pass of its own, sum_by_code."""
 
     @staticmethod
     def forward(ctx, codes, codebook):
         L, K, _ = codebook.shape
         rows = codes + K * torch.arange(L, device=codes.device).unsqueeze(1)
-        ctx.save_for_backward(rows)
-        ctx.shape = codebook.shape
+        ctx.save_for_backward(codes)
+        ctx.K = K
         return F.embedding(rows, codebook.flatten(0, 1))
 
     @staticmethod
     def backward(ctx, grad):
-        rows, = ctx.saved_tensors
-        L, K, g = ctx.shape
-        if not grad.is_cuda or K > 64:
-            total = grad.new_zeros(L * K, g).index_add_(0, rows.flatten(), grad.flatten(0, 1))
-            return None, total.view(L, K, g)
+        codes, = ctx.saved_tensors
+        return None, sum_by_code(codes, grad, ctx.K)
 
-        # Each linear's rows in up to 512 parts, or the sum would run on few cores.
-        parts = L * math.gcd(rows.size(1), 512)
-        one_hot = rows.unsqueeze(2) % K == torch.arange(K, device=rows.device)
-        one_hot = one_hot.to(grad.dtype).view(parts, -1, K)
-        with full_float32():
-            total = one_hot.mT @ grad.reshape(parts, -1, g)            # (parts, K, g)
-        return None, total.view(L, -1, K, g).sum(1)
+def sum_by_code(codes, x, K):
+    """For each of L linears the sums of the vectors x (L, n, g) that have the same code: codes
+    (L, n) of 0..K-1 -> (L, K, g).
+
+    On a CPU it adds up in a fixed order. On a GPU it is a product with one-hot codes where K <= 64:
+    thousands of atomic additions into so few rows would wait for each other. For more it is the
+    atomic additions.
+    """
+    L, n, g = x.shape
+    if not x.is_cuda or K > 64:
+        rows = codes + K * torch.arange(L, device=codes.device).unsqueeze(1)
+        total = x.new_zeros(L * K, g).index_add_(0, rows.flatten(), x.flatten(0, 1))
+        return total.view(L, K, g)
+
+    # Each linear's vectors in up to 512 parts, or the sum would run on few cores.
+    parts = L * math.gcd(n, 512)
+    one_hot = codes.unsqueeze(2) == torch.arange(K, device=codes.device)
+    one_hot = one_hot.to(x.dtype).view(parts, -1, K)
+    with full_float32():
+        total = one_hot.mT @ x.reshape(parts, -1, g)                   # (parts, K, g)
+    return total.view(L, -1, K, g).sum(1)

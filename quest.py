@@ -3,6 +3,7 @@
     python quest.py --bits 4                    # tiny preset: train, evaluate, pack, write text
     python quest.py --bits 4 --smoke            # every line of it in a few seconds
     python quest.py --bits 16                   # the dense control: same data, same schedule
+    python quest.py --bits 4 --model out/base.pt         # learn to be like a dense model
     python model.py sample out/quest-w4a4.pt    # use the packed result
     python assets/law.py out/results.jsonl      # the scaling law of many such runs
     torchrun --standalone --nproc_per_node=8 quest.py --size 800M --bits 4 --fsdp     # 8 GPUs
@@ -51,6 +52,7 @@ from model import UsageError
 from nanobit.checkpoint import tensor_bytes
 from nanobit.cli import add_flags, Parser, resolve, run
 from nanobit.data import batch
+from nanobit.distill import WithTeacher, add_teacher, frozen_copy, open_teacher
 from nanobit.generate import sample_text
 from nanobit.ranks import say, whole
 from nanobit.runs import (header, keep_model, load_training_data, new_model, record, show,
@@ -432,38 +434,46 @@ def main():
     model = new_model(args, data)
     keep_model(args, path)                             # refuses to write over --model
     check_shapes(model, args)
-    base = evaluate(model, data.val, args.seq_len)["loss"] if args.model else None
+
+    # The dense --model stays as the base of comparison. By default the quantized one learns from
+    # it. The dense control learns from the text: from itself there is nothing to learn.
+    base = frozen_copy(model) if args.model else None
+    own_teacher = args.model if args.bits < 16 else None
+    teacher = open_teacher(args, base or model, own_teacher, data)
     if args.bits < 16:
         kind = LsqLinear if args.quantizer == "lsq" else QuestLinear
         model.replace_linears(lambda name, linear: kind(linear.weight, args.bits, args.a_bits,
                                                         args.grid, args.quantizer))
     header(f"{name} | W{args.bits:g}A{args.a_bits:g}", args, model, data)
 
-    # Train.
+    # Train. The learner is the model itself, or beside its teacher.
+    learner = WithTeacher(model, teacher) if teacher else model
     x, _ = batch(data.train, 0, min(args.batch_size, 8), args.seq_len, args.seed, args.device)
     if args.quantizer == "lsq":
         lsq_calibrate(model, x)
-    result = train(model, data, args, f"{path}.state", lambda: trust_status(model, x[:2]))
+    result = train(learner, data, args, f"{path}.state", lambda: trust_status(learner, x[:2]))
 
     # Evaluate it as it was trained.
-    scores = evaluate(model.eval(), data.val, args.seq_len, data.tokenizer)
+    scores = evaluate(learner.eval(), data.val, args.seq_len, data.tokenizer)
     params = sum(p.numel() for p in model.parameters())
     linear = sum(m.weight.numel() for _, m in model.linears())
     say(f"trained | {show(scores)} | {len(data.val) - 1} tokens, after "
         f"{result['tokens'] / linear:.3g} training tokens per parameter of the linears")
 
     # Pack it, and report what the file holds, beside the levels that training multiplied with.
-    live = levels_in_use(model, x[:1]) if args.bits < 16 else []
+    live = levels_in_use(learner, x[:1]) if args.bits < 16 else []
     report(args, model, data, path, scores, live, result, base, params)
 
 def report(args, model, data, path, scores, live, result, base, params):
     """Pack, save, load again, evaluate and sample what was loaded; print the result row. scores
-    and live: of the model as it was trained, its losses and the levels that it multiplies with."""
+    and live: of the model as it was trained, its losses and the levels that it multiplies with.
+    base: the dense --model, with which the result is compared; None if it began at random."""
     linear = sum(m.weight.numel() for _, m in model.linears())
     if args.bits < 16:
         model.replace_linears(lambda name, linear: linear.packed())
     method = args.quantizer if args.bits < 16 else "dense"
-    model, reloaded = through_the_file(path, model, args, data, method)
+    model, reloaded = through_the_file(path, model, args, data, method, base)
+    base_loss = reloaded["loss"] - reloaded["loss_gap"] if base else None
 
     # Do the file's integers equal those of training?
     bpw, weights = bits_per_weight(model)
@@ -477,7 +487,8 @@ def report(args, model, data, path, scores, live, result, base, params):
     # Record the row before printing, so that a later failure cannot lose it.
     row = record(args, method, model, reloaded, result,
                  w_bits=args.bits, a_bits=args.a_bits, grid=args.grid, size=args.size, lr=args.lr,
-                 linear_params=linear, base_val_loss=base, curve=curve(result["losses"]),
+                 teacher=args.teacher, linear_params=linear, base_val_loss=base_loss,
+                 curve=curve(result["losses"]),
                  integers_differ=differ, packed_minus_live=reloaded["loss"] - scores["loss"])
     say(f"packed  | {show(reloaded)} | {count}loss differs by "
         f"{abs(reloaded['loss'] - scores['loss']):.1e}")
@@ -523,6 +534,7 @@ def parse_args(argv=None):
                    "grid), ste (no mask), lsq (learned step) (default: quest)")
     p.add_argument("--grid", choices=("uniform", "fp4", "sparse"), default="uniform",
                    help="fp4: E2M1 levels; sparse: keep 2 of 4 pairs of weights (default: uniform)")
+    add_teacher(p, "the dense --model, if one is given; of random weights none")
     add_flags(p, fsdp=True)
     args = p.parse_args(argv)
     args.a_bits = args.a_bits or args.bits

@@ -78,14 +78,15 @@ def methods(rows):
     found = collections.defaultdict(dict)
     for r in rows:
         if "arms" not in r:
-            base = r.get("base_val_loss")              # None: trained from scratch
+            base = r.get("base_val_loss")              # of the --model that it began with
             name = SCRATCH.get(r["method"], r["method"])
             if r["method"] != "dense":
-                name += f" W{r['w_bits']}A{r['a_bits']}" + ", from scratch" * (base is None)
+                start = "from scratch" if base is None else "from the dense model"
+                name += f" W{r['w_bits']}A{r['a_bits']}, {start}"
             keep = {k: r[k] for k in ("val_loss", "bits_per_byte", "bpw", "seconds", "peak_bytes")}
             keep["kl"] = r.get("kl")
-            base = dense.get(r["seed"]) if base is None else base
-            gap = None if base is None else r["val_loss"] - base
+            control = dense.get(r["seed"]) if base is None else base
+            gap = None if control is None else r["val_loss"] - control
             found[r["w_bits"], name][r["seed"]] = keep | {"gap": gap}
             continue
         affine = r["method"] == "pvtune" and r["scheme"] == "affine"
@@ -124,7 +125,7 @@ SHORT = (("round to nearest (RTN)", "nothing", "RTN"),
          ("PV-Tuning, plain grid", "codes, scales, norms, embedding, head", "PV, affine grid"),
          ("PV-Tuning, codebooks", "codes, codebooks, scales, norms, embedding, head",
           "codebooks, PV"),
-         ("QuEST: activations too", "everything", "QuEST W{0}A{0}"),
+         ("QuEST: activations too", "everything", "QuEST W{0}A{0}, from the dense model"),
          ("QuEST, from scratch: activations too", "everything", "QuEST W{0}A{0}, from scratch"))
 
 def print_short(found):
@@ -186,7 +187,10 @@ def print_tweaks(rows):
         pairs = collections.defaultdict(dict)
         for row in setup:
             grid = "symmetric" if row["symmetric"] else "asymmetric"
-            tweak = row["calib"], row["solver"], row["loss"], row["lr"]
+            # Rows without the field were measured before there was a choice: all tweaks stayed.
+            keep_all = row.get("keep_all", True)
+            kept = "all" if keep_all else "by held-out windows"
+            tweak = row["calib"], row["solver"], row["loss"], row["lr"], kept
             for host in ("rtn", "gptq", "packed"):
                 if host + "-tweak" in row["arms"]:
                     key = row["w_bits"], row["a_bits"], host, grid, *tweak
@@ -194,7 +198,7 @@ def print_tweaks(rows):
                     pairs[key][row["seed"]] = losses
 
         print_head("W bits", "A bits", "host", "grid", "calibration", "solver", "loss", "lr",
-                   "seeds", "without", "with", "difference")
+                   "kept", "seeds", "without", "with", "difference")
         for key, seeds in sorted(pairs.items(), key=lambda item: item[0]):
             without, tweaked = (statistics.mean(losses) for losses in zip(*seeds.values()))
             print_line(*key, len(seeds), f"{without:.4f}", f"{tweaked:.4f}",
@@ -202,15 +206,18 @@ def print_tweaks(rows):
 
 def print_lrqat(rows):
     """Print what lrqat.py's rows say: its arms, and the variants of LR-QAT. Runs on other bases or
-    tokens, or with other groups or activations, have tables of their own."""
-    rows = [row for row in rows if row["method"] == "lrqat"]
-    for setup in split(rows, "base_val_loss", "tokens", "group_size", "a_bits", "kv_bits").values():
+    tokens, by another loss, or with other groups or activations, have tables of their own."""
+    rows = [row | {"taught": row.get("teacher", "none") != "none"} for row in rows
+            if row["method"] == "lrqat"]
+    for setup in split(rows, "base_val_loss", "tokens", "group_size", "a_bits", "kv_bits",
+                       "taught").values():
         print_arms(setup)
         print_variants(setup)
 
 def print_arms(rows):
     """Print every arm of lrqat.py at the rate with the least mean loss on the dev split.
-    Recovered: the share of the loss between RTN and the longer dense training."""
+    Recovered: the share of the loss between RTN and the dense model, trained as long by the same
+    loss. A base that is its own teacher stays what it is, and no row has it trained longer."""
     # What the rows say of an arm, by bits, arm, rate and seed. Dense arms have no bits, and what
     # does not train has no rate.
     runs = collections.defaultdict(dict)
@@ -230,13 +237,17 @@ def print_arms(rows):
             best[bits, arm] = dev, rate, list(seeds.values())
     losses = {key: [r["val_loss"] for r in seeds] for key, (_, _, seeds) in best.items()}
 
+    control = (16, "dense, longer")
+    if control not in losses and rows[0]["taught"]:
+        control = (16, "dense")
+
     print_head("bits", "arm", "rate", "seeds", "val loss", "recovered", "flipped")
     for (bits, arm), (_, rate, seeds) in sorted(best.items(), key=lambda item: item[0]):
         recovered = flipped = ""
-        if bits < 16 and (16, "dense, longer") in losses:
-            rtn, longer, loss = (statistics.mean(losses[key]) for key in (
-                (bits, "RTN"), (16, "dense, longer"), (bits, arm)))
-            recovered = f"{100 * (rtn - loss) / (rtn - longer):.0f} %"
+        if bits < 16 and control in losses:
+            rtn, dense, loss = (statistics.mean(losses[key]) for key in (
+                (bits, "RTN"), control, (bits, arm)))
+            recovered = f"{100 * (rtn - loss) / (rtn - dense):.0f} %"
         if "flipped" in seeds[0]:
             flipped = f"{100 * statistics.mean(r['flipped'] for r in seeds):.1f} %"
         print_line(bits, arm, rate, len(seeds), with_std(losses[bits, arm]), recovered, flipped)

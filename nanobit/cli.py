@@ -22,7 +22,7 @@ except ImportError:                                    # Windows: no peak memory
 
 from model import PRESETS, UsageError
 from nanobit.checkpoint import SAVED, load_checkpoint
-from nanobit.compare import compare, show_comparison
+from nanobit.compare import check_same_tokens, compare, show_comparison
 from nanobit.compressed import obstacle
 from nanobit.export import compressed, dense, write_hf
 from nanobit.generate import prepare, sample_text
@@ -95,15 +95,9 @@ def eval_checkpoint(argv):
 def open_against(args, model, content):
     """The model of --against. Raises UsageError where it does not predict the same tokens."""
     base, base_content = open_model(args, args.against, dense=False)
-    fix = f"give the model that {args.checkpoint} was made from"
-    theirs = base.config.vocab_size
-    ours = model.config.vocab_size
-    if theirs != ours:
-        raise UsageError(f"--against {args.against} predicts {theirs} tokens, and "
-                         f"{args.checkpoint} {ours}: they cannot be compared; {fix}")
-    if base_content["tokenizer"] != content["tokenizer"]:
-        raise UsageError(f"--against {args.against} has another tokenizer of {theirs} tokens than "
-                         f"{args.checkpoint}: they cannot be compared; {fix}")
+    fix = f"they cannot be compared; give the model that {args.checkpoint} was made from"
+    check_same_tokens(model, content["tokenizer"], args.checkpoint, base,
+                      base_content["tokenizer"], f"--against {args.against}", fix)
     return base
 
 def sample_checkpoint(argv):

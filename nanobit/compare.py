@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from model import UsageError
 from nanobit.ranks import progress
 from nanobit.train import ValWindows, scores_of
 
@@ -101,6 +102,17 @@ def compare(base, model, tokens, seq_len, tokenizer=None, batch_size=None):
     # One Differences of the whole text.
     whole = Differences(*torch.cat(found, dim=1))
     return scores_of(total, tokens, tokenizer) | statistics(whole, seq_len)
+
+def check_same_tokens(model, tokenizer, name, other, other_tokenizer, other_name, fix):
+    """Raise UsageError where two models do not predict the same tokens: `name` and `other_name` are
+    what the sentence calls them, and `fix` is its end."""
+    ours = model.config.vocab_size
+    theirs = other.config.vocab_size
+    if theirs != ours:
+        raise UsageError(f"{other_name} predicts {theirs} tokens, and {name} {ours}: {fix}")
+    if other_tokenizer != tokenizer:
+        raise UsageError(f"{other_name} has another tokenizer of {theirs} tokens than {name}: "
+                         f"{fix}")
 
 def show_comparison(scores, path):
     """The lines that `model.py eval --against` prints below the loss."""

@@ -161,13 +161,27 @@ def show_every_letter():
         if hasattr(stream, "reconfigure"):             # None where there is no terminal
             stream.reconfigure(errors="backslashreplace")
 
+class Progress:
+    """Every 10 s says how much of n things is done, and how long the others will take."""
+
+    def __init__(self, n, label):
+        self.n = n
+        self.label = label
+        self.done = 0
+        self.start = self.last = time.perf_counter()
+
+    def add(self, count):
+        """So many more are done."""
+        self.done += count
+        now = time.perf_counter()
+        if self.done < self.n and now - self.last > 10:
+            self.last = now
+            eta = (now - self.start) / self.done * (self.n - self.done)
+            say(f"{self.label} {self.done}/{self.n} | eta {eta:.0f}s")
+
 def progress(items, label):
     """Yield the items; every 10 s say how far it is and how long it will take."""
-    start = last = time.perf_counter()
-    n = len(items)
-    for i, item in enumerate(items, 1):
+    todo = Progress(len(items), label)
+    for item in items:
         yield item
-        if i < n and time.perf_counter() - last > 10:
-            last = time.perf_counter()
-            eta = (last - start) / i * (n - i)
-            say(f"{label} {i}/{n} | eta {eta:.0f}s")
+        todo.add(1)

@@ -810,7 +810,7 @@ def own_cache(tmp_path, monkeypatch):
 def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, capsys):
     data = random_base(tmp_path, 2)
     flags = ("--bits 2 --group-size 16 --rank 4 --init svd --a-bits 8 --kv-bits 4 --steps 3 "
-             "--batch-size 4 --seq-len 32 --device cpu")
+             "--batch-size 4 --seq-len 32 --device cpu --teacher none")
     command, rows = f"lrqat.py {flags} --model {tmp_path}/base.pt --out {tmp_path}", []
     for more in ("", " --resume"):
         _, out, _ = call(capsys, command + more)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import model as trunk
 import nanobit.checkpoint
 import nanobit.data
+import nanobit.selftext
 import nanobit.train
 import normtweak as nt
 import quantizers
@@ -45,7 +46,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def options(tmp_path):
-    common = ["--out", str(tmp_path), "--steps", "8", "--seq-len", "24"]
+    """Flags of a run by the paper's rule, which keeps every tweak."""
+    common = ["--out", str(tmp_path), "--steps", "8", "--seq-len", "24", "--keep-all"]
     return lambda *argv: nt.parse_args([*common, *argv])
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def check_against_the_plain_loop(teacher, ids, args, host, plain_host, loss="pap
             gamma = getattr(want, norm).weight
             assert torch.equal(getattr(block, norm).weight, gamma)
             moved += not torch.equal(gamma, getattr(start, norm).weight)
-    assert moved == 6 and all(before != after for before, after in losses)
+    assert moved == 6 and all(loss.before != loss.after for loss in losses)
     return plain
 
 GRIDS = [f"--bits {bits}" for bits in range(1, 9)]
@@ -229,7 +231,7 @@ def test_first_step_is_the_learning_rate_and_all_steps_are_bounded(teacher, ids,
 @pytest.mark.parametrize("loss", nt.LOSSES)
 def test_a_model_that_is_not_quantized_does_not_move(teacher, ids, options, loss):
     model, losses = compress(teacher, ids, options("--loss", loss, "--lr", "0.1"), host=None)
-    assert not different(model, teacher) and losses == [(0.0, 0.0)] * 3
+    assert not different(model, teacher) and losses == [(0.0, 0.0, True)] * 3
 
 @pytest.mark.parametrize("host", ["rtn", "gptq"])
 def test_without_a_learning_rate_the_host_is_reproduced(teacher, ids, options, host):
@@ -259,9 +261,9 @@ def test_exactly_two_vectors_a_block_change(teacher, ids, options, solver):
 def test_teacher_sees_the_quantized_stream_and_the_final_norms_make_the_next_input(
         teacher, ids, options, monkeypatch):
     seen, tweak = [], nt.tweak_by_adam
-    def spy(block, windows, targets, rope, *rest):
-        tweak(block, windows, targets, rope, *rest)
-        seen.append((copy.deepcopy(block), windows, targets, rope))
+    def spy(block, windows, targets, tables, **rest):
+        tweak(block, windows, targets, tables, **rest)
+        seen.append((copy.deepcopy(block), windows, targets, tables))
     monkeypatch.setattr(nt, "tweak_by_adam", spy)
     compress(teacher, ids, options("--bits", "2", "--lr", "0.01"))
     float_stream = teacher.embed(ids).split(1)
@@ -278,12 +280,96 @@ def test_teacher_sees_the_quantized_stream_and_the_final_norms_make_the_next_inp
 @pytest.mark.parametrize("host", ["rtn", "gptq"])
 def test_channel_loss_of_every_block_falls_at_two_bits(teacher, ids, options, host):
     _, losses = compress(teacher, ids, options("--bits", "2", "--lr", "3e-3"), host)
-    assert all(after < before for before, after in losses), losses
+    assert all(loss.after < loss.before for loss in losses), losses
 
 def test_same_seed_same_norms_and_the_order_of_windows_matters(teacher, ids, options):
     args = options("--bits", "2")
     a, b, c = (compress(teacher, x, args)[0] for x in (ids, ids, ids.flip(0)))
     assert not different(a, b) and len(different(a, c)) == 6
+
+# ---- which tweaks stay ------------------------------------------------------------------------
+
+class Scale(torch.nn.Module):
+    """A block whose two norms' weights (1,) are all there is: it multiplies by both."""
+
+    def __init__(self):
+        super().__init__()
+        for name, _ in nt.NORMS:
+            self.add_module(name, torch.nn.Module())
+            getattr(self, name).weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x * self.attn_norm.weight * self.mlp_norm.weight
+
+def to(value, seen=None):
+    """A tweak that sets the first norm's weight, and notes what it was given."""
+    def tweak(block, windows, targets):
+        if seen is not None:
+            seen.append((block.attn_norm.weight.item(), windows, targets))
+        block.attn_norm.weight.fill_(value)
+    return tweak
+
+@pytest.mark.parametrize("goal, want", [(2.0, 2.1), (2.6, 3.0), (1.0, 1.0), (1.5, 1.0)])
+@torch.no_grad()
+def test_the_weight_whose_square_error_is_least_on_the_held_out_windows_stays(goal, want):
+    """By hand: targets are goal * x, so the error of a weight w is (w - goal)^2 mean x^2. Of 1 (no
+    tweak), 2.1 and 3 the nearest stays; of two that are equally near, no tweak."""
+    windows = [torch.randn(1, 5, 1) for _ in range(8)]
+    targets = [7.0 * x for x in windows[:6]]           # what the tweaks are trained on says 7
+    targets += [goal * x for x in windows[6:]]
+    block, seen = Scale(), []
+    tweaks = [to(3.0, seen), to(2.1 if goal != 1.5 else 2.0, seen), to(float("nan"), seen)]
+    kept = nt.best_tweak(block, windows, targets, (), tweaks)
+    assert block.attn_norm.weight.item() == pytest.approx(want)
+    assert block.mlp_norm.weight.item() == 1.0 and kept == (want != 1.0)
+    # Each of them began from the untouched norms, and saw the first three quarters alone.
+    assert [start for start, _, _ in seen] == [1.0] * 3
+    assert all(w == windows[:6] and t == targets[:6] for _, w, t in seen)
+
+@pytest.mark.parametrize("n, held_out", [(2, 1), (3, 1), (4, 1), (8, 2), (64, 16)])
+@torch.no_grad()
+def test_a_quarter_of_the_windows_is_held_out_and_at_least_one(n, held_out):
+    windows, seen = [torch.ones(1, 2, 1)] * n, []
+    nt.best_tweak(Scale(), windows, windows, (), [to(1.0, seen)])
+    assert len(seen[0][1]) == n - held_out
+
+def test_three_rates_are_tried_a_third_the_given_one_and_thrice(teacher, ids, options, monkeypatch):
+    rates = []
+    monkeypatch.setattr(nt, "tweak_by_adam", lambda *_, lr, **__: rates.append(lr))
+    args = options("--lr", "3e-3")
+    args.keep_all = False
+    _, losses = compress(teacher, ids, args)
+    assert rates[:3] == pytest.approx([1e-3, 3e-3, 9e-3]) and len(rates) == 9
+    assert not any(loss.kept for loss in losses)       # nothing moved
+
+@pytest.mark.parametrize("solver", ["adam", "closed"])
+@pytest.mark.parametrize("host", ["rtn", "gptq"])
+def test_what_is_kept_is_no_further_from_the_float_block_on_held_out_windows(
+        teacher, ids, options, host, solver):
+    """Measured here, block by block, with the untweaked block in the same place."""
+    args = options("--bits", "2", "--solver", solver, "--loss", "mse")
+    args.keep_all = False
+    model, losses = compress(teacher, ids, args, host)
+    x, tables = teacher.embed(ids), teacher.rope(ids)
+    for i, block in enumerate(model.blocks):
+        plain = copy.deepcopy(block)
+        plain.attn_norm = teacher.blocks[i].attn_norm
+        plain.mlp_norm = teacher.blocks[i].mlp_norm
+        target = teacher.blocks[i](x, *tables)
+        far, near = ((b(x, *tables) - target)[6:].square().mean() for b in (plain, block))
+        assert near < far if losses[i].kept else near == far
+        x = block(x, *tables)
+    assert any(loss.kept for loss in losses)
+
+def test_a_tweak_that_blows_up_leaves_the_hosts_model(teacher, ids, options):
+    """At a rate of 10 every norm ends far off: no block keeps its tweak."""
+    args = options("--bits", "3", "--lr", "10")
+    plain, _ = compress(teacher, ids, args, tweak=False)
+    args.keep_all = False
+    model, losses = compress(teacher, ids, args)
+    assert not different(model, plain) and not any(loss.kept for loss in losses)
+
+# ---- the closed form --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ridge", [0.0, 0.05])
 def test_closed_form_is_the_least_squares_solution(teacher, ids, options, in_float64, ridge):
@@ -468,10 +554,68 @@ def test_self_calibration_follows_the_rule(teacher, data, options, in_float64):
     logits = teacher(out)[0]
     logits[..., end] = -torch.inf
     rank = (logits[:, :-1] > logits[:, :-1].gather(-1, out[:, 1:, None])).sum(-1)  # 0: likeliest
-    assert (rank[:, :nt.GREEDY] == 0).all()
-    assert (rank < nt.TOP_K).all() and (rank[:, nt.GREEDY:] > 0).any()
+    assert (rank[:, :nanobit.selftext.GREEDY] == 0).all()
+    assert (rank < nanobit.selftext.TOP_K).all() and (rank[:, nanobit.selftext.GREEDY:] > 0).any()
     assert torch.equal(out, nt.calibration(teacher, train_only, args))
     assert not torch.equal(out, nt.calibration(teacher, train_only, options("--seed", "4")))
+
+def test_own_text_comes_from_the_cache_of_this_model_and_these_settings(
+        teacher, data, options, tmp_path, monkeypatch):
+    """It is written once for the same weights, wherever they lie, and anew for any other weight,
+    seed or size, and where the file is damaged or holds something else."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    written, write = [], nanobit.selftext.write_text
+    monkeypatch.setattr(nanobit.selftext, "write_text",
+                        lambda *args: written.append(1) or write(*args))
+    first = nt.calibration(teacher, data, options())
+    file, = (tmp_path / "nanobit").glob("*.npz")
+    again = nt.calibration(copy.deepcopy(teacher), data, options())
+    assert torch.equal(again, first) and again.dtype == torch.int64 and len(written) == 1
+
+    # Damaged in three ways.
+    for damage in (lambda: file.write_bytes(file.read_bytes()[:100]),
+                   lambda: np.savez(file, ids=np.full((8, 24), 300)),      # no such token
+                   lambda: np.savez(file, ids=np.zeros((8, 23), int))):
+        damage()
+        assert torch.equal(nt.calibration(teacher, data, options()), first)
+    assert len(written) == 4
+
+    # Another model, seed, number and length.
+    other = copy.deepcopy(teacher)
+    other.blocks[2].mlp.w_down.weight[3, 5] += 1e-3
+    nt.calibration(other, data, options())
+    for flags in (["--seed", "1"], ["--steps", "9"], ["--seq-len", "23"]):
+        nt.calibration(teacher, data, options(*flags))
+    assert len(written) == 8 and len(list((tmp_path / "nanobit").glob("*.npz"))) == 5
+
+def test_windows_at_once_fit_into_the_memory_and_one_eta_counts_all_parts(
+        teacher, data, options, monkeypatch):
+    """3 of 8 windows fit: parts of 3, 3 and 2, whose steps are counted as one."""
+    # keys and values of 24 tokens, 3 layers, 2 heads of 8 channels; four numbers for each of 300
+    # tokens of the vocabulary; all float32
+    each = 4 * (2 * 24 * 3 * 2 * 8 + 4 * 300)
+    for memory, windows in ((3 * each, 3), (4 * each - 1, 3), (1, 1)):
+        monkeypatch.setattr(nanobit.selftext, "CPU_MEMORY", memory)
+        assert nanobit.selftext.windows_at_once(teacher, 24) == windows
+    monkeypatch.setattr(nanobit.selftext, "CPU_MEMORY", 3 * each)
+    sizes, counts, decode = [], [], nanobit.selftext.decode
+    monkeypatch.setattr(nanobit.selftext, "decode", lambda model, ids, *rest:
+                        sizes.append(len(ids)) or decode(model, ids, *rest))
+    monkeypatch.setattr(nanobit.selftext, "progress",
+                        lambda items, label: counts.append(len(items)) or iter(items))
+    end = data.tokenizer.eot_token
+    starts = torch.arange(8)[:, None]
+    out = nanobit.selftext.write_text(teacher, starts, 24, end, torch.Generator().manual_seed(0))
+    assert sizes == [3, 3, 2] and counts == [3 * 23] and torch.equal(out[:, :1], starts)
+
+@pytest.mark.parametrize("flags, window, want", [([], 24, 24), ([], 4096, 256),
+                                                 (["--seq-len", "16"], 4096, 16),
+                                                 (["--seq-len", "400"], 4096, 400)])
+def test_calibration_windows_are_at_most_256_tokens_unless_a_length_is_given(
+        teacher, data, tmp_path, flags, window, want):
+    args = nt.parse_args(["--out", str(tmp_path), "--steps", "2", "--calib", "random", *flags])
+    args.seq_len = args.seq_len or min(window, 2048)   # as open_model fills it in
+    assert nt.calibration(teacher, data, args).shape == (2, want)
 
 def test_the_token_after_the_greedy_ones_is_the_first_that_is_drawn(teacher, data, options):
     """In 64 windows: greedy tokens are the likeliest in all of them, draws in few."""
@@ -519,6 +663,10 @@ def test_saved_checkpoints_evaluate_to_the_reported_loss(base, teacher, data, tm
     row = json.loads(out.splitlines()[-1])
     assert row == json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
     assert list(row["arms"]) == ["dense", "rtn", "rtn-tweak", "gptq", "gptq-tweak"]
+    for name in ("rtn-tweak", "gptq-tweak"):
+        found = re.search(rf"^{name} \|.* kept in (\d) of 3 blocks", out, re.M)
+        assert row["arms"][name]["kept"] == int(found[1]) and row["arms"][name]["blocks"] == 3
+    assert row["kept"] == row["arms"]["gptq-tweak"]["kept"] and "kept" not in row["arms"]["rtn"]
     assert row["base_val_loss"] == row["arms"]["dense"]["val_loss"]
     dense = nanobit.train.evaluate(teacher, data.val, 24)["loss"]
     assert row["base_val_loss"] == pytest.approx(dense, abs=1e-5) and row["tokens"] == 4 * 24

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import nanobit.checkpoint
 import nanobit.data
-import nanobit.train
+import nanobit.distill
 import pvtune
 from conftest import TrainingTextOnly, call, check_refused, double, random_base
 from model import LlamaConfig, LLaMA
@@ -436,7 +436,105 @@ def test_the_fit_draws_from_its_seed_and_reports_what_its_layers_lose(monkeypatc
     lost = (x @ (w_hat - w).t()).square().sum() / (x @ w.t()).square().sum()
     first = capsys.readouterr().out.splitlines()[0]
     assert float(first.split("wq ")[1].split()[0]) == pytest.approx(100 * lost.item(), abs=0.06)
-    assert set(draws) == {3} and len(draws) == 14
+    assert set(draws) == {3} and len(draws) == 4       # one stack for each shape
+
+def stacks(L=3, O=24, C=32):
+    """L linears of one shape, each with a Hessian of its own: w (L, O, C), H (L, C, C)."""
+    w = torch.randn(L, O, C, generator=seeded(3)) * torch.tensor([0.02, 1, 5]).view(L, 1, 1)
+    mix = torch.randn(L, C, C, generator=seeded(4))
+    return w, mix @ mix.mT / C
+
+def test_a_stack_is_fitted_as_its_linears_are_one_by_one():
+    """Also where one of them ends earlier than the others, and with more than one hypothesis."""
+    w, H = stacks()
+    ended = []
+    for rounds in (0, 1, 2, 4, 9):
+        fitted = vq_fit(w, H, 2, 3, 4, rounds, 6, generator=seeded(1))
+        for i in range(len(w)):
+            alone = vq_fit(w[i], H[i], 2, 3, 4, rounds, 6, generator=seeded(1))
+            for mine, theirs in zip(alone, fitted):
+                torch.testing.assert_close(mine, theirs[i], rtol=1e-5, atol=1e-6)
+            if rounds > 4:
+                before = vq_fit(w[i], H[i], 2, 3, 4, rounds - 1, 6, generator=seeded(1))
+                ended.append(all(map(torch.equal, alone, before)))
+    assert any(ended)                                  # some ended before the last round
+    for beam in (1, 3):
+        codes, loss = vq_search_xtx(w, H, *fitted, beam, seeded(2))
+        for i in range(len(w)):
+            alone = vq_search_xtx(w[i], H[i], *[x[i] for x in fitted], beam, seeded(2))
+            assert torch.equal(alone[0], codes[i])
+            torch.testing.assert_close(alone[1], loss[i], rtol=1e-4, atol=1e-5)
+
+def test_sets_of_points_have_the_centroids_that_they_have_alone():
+    """Two clusters that are found at once, and noise that moves much longer."""
+    far = torch.cat((torch.randn(30, 2, generator=seeded(1)) / 100,
+                     torch.randn(30, 2, generator=seeded(2)) / 100 + 9))
+    x = torch.stack((far, torch.randn(60, 2, generator=seeded(3)), far.flip(1)))
+    c, q = kmeans(x, 5, 200, seeded(4))
+    for i in range(3):
+        c_alone, q_alone = kmeans(x[i], 5, 200, seeded(4))
+        assert torch.equal(q_alone, q[i])
+        torch.testing.assert_close(c_alone, c[i])
+
+def test_codebooks_of_all_blocks_are_those_of_the_dense_models_inputs():
+    """Where the model is small enough, all blocks are one stack; each linear is what vq_fit makes
+    of its weight and of the inputs that it has in the dense model."""
+    _, teacher = copy.deepcopy(fitted(1, 0, False, False))
+    args, data = settings(scheme="1x3g4", smoke=False, seed=3), tokens()
+    idx = nanobit.data.batch(data.train, 0, 64, 32, 3, "cpu")[0]
+    seen = {}
+    for name, m in teacher.linears():
+        m.register_forward_hook(lambda m, x, y, name=name: seen.update({name: x[0]}))
+    student = pvtune.fit(copy.deepcopy(teacher), data, args)
+    teacher(idx)
+    dense = dict(teacher.linears())
+    for name, m in student.linears():
+        x = seen[name].flatten(0, 1)
+        alone = vq_fit(dense[name].weight, x.t() @ x / len(x), 1, 3, 4, generator=seeded(3))
+        torch.testing.assert_close(m.weight, vq_dequantize(*alone), rtol=1e-3, atol=1e-5)
+
+# ---- The code rate ------------------------------------------------------------------------------
+
+def test_half_the_gap_is_half_a_step_of_a_grid_and_half_the_way_to_the_next_codeword():
+    w = torch.randn(16, 64, generator=seeded())
+    q, scale, zero = rtn(w, 3, 16)
+    form = Grid(q[None], scale[None], zero[None], 3)
+    unit = dequantize(q, scale, zero, 16).square().mean().sqrt()
+    want = (scale / 2 / unit).repeat_interleave(16, 1).flatten()
+    torch.testing.assert_close(pvtune.half_gap(form)[0], want)
+
+    # One codebook: by brute force.
+    codes, codebooks, scales, _ = layer(O=6, C=16, M=1, K=8, g=4)
+    form = one(codes, codebooks, scales)
+    here = form.dequantize()[0].view(-1, 4)
+    vectors = codebooks[0] * scales.repeat_interleave(4).view(-1, 1, 1)          # (n, K, g)
+    apart = (vectors - here.unsqueeze(1)).norm(dim=2).sort(1).values[:, 1]
+    unit = here.square().mean().sqrt() * 2                                       # of 4 weights
+    torch.testing.assert_close(pvtune.half_gap(form)[0], apart / 2 / unit)
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("steps", [20, 150])
+def test_at_the_default_code_rate_a_steady_gradient_changes_codes_early_and_noise_hardly_any(
+        bits, steps):
+    """LAMB's own steps, from the codes' values, with gradients that keep or draw their signs."""
+    w = torch.randn(64, 64, generator=seeded())
+    q, scale, zero = rtn(w, bits, 16)
+    form = Grid(q[None], scale[None], zero[None], bits)
+    rate = pvtune.default_code_lr([form], steps)
+    steady = torch.randn(1, 64, 64, generator=seeded(1)).sign()
+    generator = seeded(2)
+    R, W, state = {}, form.dequantize().detach(), {"steady": {}, "noise": {}}
+    for kind in state:
+        R[kind] = W.clone()
+    half = scale.repeat_interleave(16, 1)[None] / 2
+    for t in range(steps):
+        lr = PVOptimizer.schedule(t, steps, rate)
+        drawn = torch.randn(1, 64, 64, generator=generator)
+        for kind, g in (("steady", steady), ("noise", drawn)):
+            R[kind] += pvtune.lamb_step(R[kind], g, state[kind], lr, (0.0, 0.95))
+        if t == steps // 2:
+            assert ((R["steady"] - W).abs() > half).float().mean() > 0.9
+    assert ((R["noise"] - W).abs() > half).float().mean() < 0.2
 
 @pytest.mark.slow
 def test_the_tables_rtn_is_the_one_that_comes_closest_in_stored_bits():
@@ -962,6 +1060,28 @@ def test_the_student_is_taught_by_the_divergence_from_its_teacher():
     backward = (own.exp() * (own - goal)).sum(-1).mean().item()
     assert loss == pytest.approx(forward, rel=1e-4) and abs(forward / backward - 1) > 0.1
 
+def test_a_student_is_taught_with_few_logits_of_both_at_a_time(monkeypatch):
+    """The same loss and gradients from parts as from the formula over all tokens at once."""
+    model, x = student(), torch.randint(64, (20, 31), generator=seeded())
+    goal = model.teacher[0](x)[0].log_softmax(-1).detach()
+    own = model.student(x)[0].log_softmax(-1)
+    whole = (goal.exp() * (goal - own)).sum(-1).mean()
+    whole.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    monkeypatch.setattr(nanobit.distill, "LOGITS", 300 * 64)
+    seen = []
+    for m in (model.student, model.teacher[0]):
+        m.head.register_forward_hook(lambda m, x, y: seen.append(y.shape[-2]))
+    loss = model(x, x)[1]
+    loss.backward()
+    assert set(seen) == {300, 20} and sum(seen) >= 2 * 620
+    torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-7)
+    got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == wanted.keys()
+    for name, grad in got.items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-3, atol=1e-6)
+
 def test_norms_embedding_and_head_learn_and_tied_ones_stay_tied():
     model, args = student(tied=True), settings()
     before = copy.deepcopy(model.state_dict())
@@ -1103,6 +1223,10 @@ def test_main_job_compares_packs_and_resumes(work, capsys, flags, name, arms):
         changes = row["arms"][arm]["changed"] * sum(n)
         assert changes == pytest.approx(round(changes), abs=0.01) and changes > 1
         assert row["arms"][arm]["budget"] == pytest.approx(changes / (4 * may[arm]), abs=1e-3)
+        if "P only" in arms:
+            own = row["arms"][arm]["val_loss"] - row["arms"]["P only"]["val_loss"]
+            assert row["arms"][arm]["minus_p"] == pytest.approx(own, abs=2e-6)
+            assert f"{arm} {row['arms'][arm]['minus_p']:+.4f}" in out
     m, _ = nanobit.checkpoint.load_checkpoint(str(work / f"{name}.pt"))
     data = nanobit.data.load_data(str(work / "text.txt"), "300", 32)
     assert abs(nanobit.train.evaluate(m, data.val, 32)["loss"] - row["val_loss"]) < 1e-6
@@ -1113,6 +1237,16 @@ def test_main_job_compares_packs_and_resumes(work, capsys, flags, name, arms):
     assert "resumed" in out and again["arms"]["PV"]["val_loss"] == row["arms"]["PV"]["val_loss"]
     other = nanobit.checkpoint.read_checkpoint(str(work / f"{name}.pt"))["model"]
     assert all(torch.equal(whole[k], other[k]) for k in whole)
+
+def test_three_arms_at_a_code_rate_of_their_own_are_the_default_of_a_grid_too(work, capsys):
+    flags = "--scheme affine --bits 3 --group-size 16 --steps 5 --batch-size 2 --seq-len 32"
+    _, out, row = script(work, capsys, flags)
+    assert list(row["arms"])[3:] == ["P only", "STE", "PV"]
+    assert 0 < row["code_lr"] < 10 and f"--code-lr {row['code_lr']:g} " in out
+    _, out, again = script(work, capsys, flags + " --resume")
+    assert out.count("resumed") == 3 and again["code_lr"] == row["code_lr"]
+    _, _, half = script(work, capsys, flags + f" --code-lr {row['code_lr'] / 2}")
+    assert half["code_lr"] == row["code_lr"] / 2
 
 def test_an_interrupted_run_goes_on_bit_for_bit(work, capsys, monkeypatch):
     flags = "--scheme 1x4g4 --variant pv --steps 6 --batch-size 4 --seq-len 32 --code-lr 0.5"

@@ -51,9 +51,13 @@ def test_arms_of_a_run_become_lines_beside_runs_from_scratch(capsys):
             "dense, longer": arm(2.9, 16.0), "GPTQ": arm(9.0, 2.1), "LR-QAT": arm(loss, 2.25)}))
     rows.append(row("pvtune", 0, 3.2, scheme="affine", base_val_loss=3.0, arms={
         "as fitted": arm(9.0, 2.1), "PV": arm(3.2, 2.3)}))
+    rows.append(row("quest", 0, 3.4, base_val_loss=3.3))
     found = report.methods(rows)
     assert set(found) == {(16, "dense"), (16, "dense, longer"), (2, "LR-QAT"),
-                          (2, "PV, affine grid"), (2, "QuEST W2A2, from scratch")}
+                          (2, "PV, affine grid"), (2, "QuEST W2A2, from scratch"),
+                          (2, "QuEST W2A2, from the dense model")}
+    (taught,) = found[2, "QuEST W2A2, from the dense model"]
+    assert taught["gap"] == pytest.approx(0.1)
     report.print_methods(found)
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[2].startswith("| 16 | dense, longer | 16.00 | 2 | 2.9000 ± 0.0000 | -0.1000")
@@ -63,7 +67,7 @@ def test_arms_of_a_run_become_lines_beside_runs_from_scratch(capsys):
 
 def test_the_short_table_has_bits_as_columns_and_kl_in_brackets(capsys):
     found = {(16, "dense"): [{"gap": None}], (4, "GPTQ"): [{"gap": 0.0}, {"gap": -0.0006}],
-             (2, "GPTQ"): [{"gap": 0.25}], (2, "QuEST W2A2"): [{"gap": 1.0}]}
+             (2, "GPTQ"): [{"gap": 0.25}], (2, "QuEST W2A2, from the dense model"): [{"gap": 1.0}]}
     report.print_short(found)
     assert capsys.readouterr().out.strip().splitlines() == [
         "| method | what trains | 4 bits | 2 bits |", "|---|---|---|---|",
@@ -267,6 +271,14 @@ def test_differences_are_paired_by_seed_and_rates_are_chosen_on_dev(capsys):
     out = capsys.readouterr().out
     assert "| 2 | LR-QAT | 0.2 | 2 | 3.2500 ± 0.0707 | 38 % | 25.0 % |" in out
     assert "| 2 | RTN |  | 2 | 4.0000 ± 0.0000 | 0 % |  |" in out
+
+    # By KL to the base the control is the base; the rows by the text keep their own table.
+    arms = {arm: found for arm, found in rows[-1]["arms"].items() if arm != "dense, longer"}
+    report.print_lrqat([*rows, rows[-1] | {"teacher": "out/base.pt", "arms": arms}])
+    text, taught = capsys.readouterr().out.split("| bits | arm |")[1:]
+    assert "| 2 | LR-QAT | 0.2 | 2 | 3.2500 ± 0.0707 | 38 % | 25.0 % |" in text
+    assert "| 2 | LR-QAT | 0.2 | 1 | 3.3000 | 70 % | 25.0 % |" in taught
+    assert "| 16 | dense |  | 1 | 3.0000 |  |  |" in taught
 
     # A rate that one seed alone tried is left out, and so are pairs across notes.
     pv = [(0, 0.1, 3.2), (1, 0.1, 3.5), (0, 0.5, 2.0)]
