@@ -1,7 +1,7 @@
 """Fit the scaling law of QuEST's paper to the dense and QuEST runs of a results.jsonl.
 
     python assets/law.py                           # the runs in out/results.jsonl
-    python assets/law.py assets/law.jsonl          # the README's runs; about a minute
+    python assets/law.py assets/law.jsonl          # the runs of docs/quest.md; a minute
 
 The law (section 4.2 of arXiv 2502.05003) says that fewer bits act like fewer parameters:
 

@@ -1,4 +1,4 @@
-"""The tables and the figures of the README from result rows.
+"""The tables and the figures of the README and of docs/ from result rows.
 
     python assets/report.py                        # the committed rows: tables and figures
     python assets/report.py out/results.jsonl      # the rows of your own runs
@@ -6,12 +6,14 @@
 Every script appends one JSON line a run to OUT/results.jsonl. Here the runs that differ by nothing
 but the seed become one line: mean and standard deviation over seeds, and the paired difference to
 the dense runs of the same seeds, size and tokens. Runs that compare several arms on one base hold
-them under "arms": with the runs from scratch of the same size they become one table of methods.
+them under "arms": with the runs from scratch of the same size they become one table of methods,
+and a short one, with a column for each number of bits.
 normtweak.jsonl, lrqat.jsonl and pvtune.jsonl hold such runs on the tiny base, also those that
 searched for rates on the dev split; lrqat.jsonl also what `tests/time_lrqat_memory.py` wrote.
 law.jsonl: the runs of the scaling law, which assets/law.py fits; kernels.jsonl: what
 `tests/time_kernels.py --out` wrote, whose tables tests/kernel_rows.py prints. Two fields of
-committed rows were written by hand: hardware and note. The figures need matplotlib.
+committed rows were written by hand: hardware and note. The figures, which assets/figures.py draws,
+need matplotlib.
 """
 import collections
 import pathlib
@@ -19,13 +21,12 @@ import statistics
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
+import figures
 from nanobit.cli import run                            # as the scripts end and write
 from nanobit.runs import read_rows
 from kernel_rows import (OTHERS, WEIGHTS, plot, print_asked, print_head, print_line,
                          print_speedups)
-COLORS = {"quest": "#0b6e4f", "trust": "#3a86c8", "clip": "#8d6cab", "lsq": "#d1495b",
-          "ste": "#e69f00"}
 
 def setting(row):
     """What identifies a run apart from its seed."""
@@ -67,7 +68,7 @@ def print_table(table):
 ARMS = {("normtweak", "rtn"): "RTN", ("normtweak", "rtn-tweak"): "RTN + tweak",
         ("normtweak", "gptq"): "GPTQ", ("normtweak", "gptq-tweak"): "GPTQ + tweak",
         ("lrqat", "LR-QAT"): "LR-QAT", ("lrqat", "full QAT (LSQ)"): "full QAT",
-        ("lrqat", "dense, longer"): "dense, trained on",
+        ("lrqat", "dense, longer"): "dense, longer",
         ("pvtune", "as fitted"): "codebooks, as fitted", ("pvtune", "P only"): "codebooks, P only",
         ("pvtune", "STE"): "codebooks, STE", ("pvtune", "PV"): "codebooks, PV",
         ("pvtune-affine", "PV"): "PV, affine grid"}
@@ -81,11 +82,12 @@ def methods(rows):
     for r in rows:
         if "arms" not in r:
             base = r.get("base_val_loss")              # of the --model that it began with
-            name = SCRATCH[r["method"]]
+            name = SCRATCH.get(r["method"], r["method"])
             if r["method"] != "dense":
                 start = "from scratch" if base is None else "from the dense model"
                 name += f" W{r['w_bits']}A{r['a_bits']}, {start}"
             keep = {k: r[k] for k in ("val_loss", "bits_per_byte", "bpw", "seconds", "peak_bytes")}
+            keep["kl"] = r.get("kl")
             control = dense.get(r["seed"]) if base is None else base
             gap = None if control is None else r["val_loss"] - control
             found[r["w_bits"], name][r["seed"]] = keep | {"gap": gap}
@@ -115,6 +117,38 @@ def print_methods(found):
                  f"{gaps[0]:+.4f}" if gaps else "")
               + f" | {average['bits_per_byte']:.4f} | {average['seconds']:.0f} | "
               + (f"{peak:.1f} |" if peak else "|"))
+
+# The short table: a line's label, what trains in it, and its name among the methods. QuEST's name
+# has bits of its own in every column.
+SHORT = (("round to nearest (RTN)", "nothing", "RTN"),
+         ("GPTQ", "nothing", "GPTQ"),
+         ("GPTQ + Norm Tweaking", "norms", "GPTQ + tweak"),
+         ("LR-QAT", "low-rank adapters, scales", "LR-QAT"),
+         ("full QAT (LSQ)", "all weights of the linears, scales", "full QAT"),
+         ("PV-Tuning, plain grid", "codes, scales, norms, embedding, head", "PV, affine grid"),
+         ("PV-Tuning, codebooks", "codes, codebooks, scales, norms, embedding, head",
+          "codebooks, PV"),
+         ("QuEST: activations too", "everything", "QuEST W{0}A{0}, from the dense model"),
+         ("QuEST, from scratch: activations too", "everything", "QuEST W{0}A{0}, from scratch"))
+
+def print_short(found):
+    """Print methods as lines and bits as columns: the loss above dense in nats per token, and in
+    brackets the KL divergence from the dense model where the rows have one."""
+    widths = sorted({bits for bits, _ in found if bits < 16}, reverse=True)
+    kl = " (KL)" if any(r.get("kl") is not None for runs in found.values() for r in runs) else ""
+    print_head("method", "what trains", *(f"{bits:g} bit{'s' * (bits > 1)}{kl}" for bits in widths))
+    for label, trains, name in SHORT:
+        cells = [short_cell(found.get((bits, name.format(bits)), [])) for bits in widths]
+        if any(cells):
+            print_line(label, trains, *(cell or "–" for cell in cells))
+
+def short_cell(runs):
+    gaps = [r["gap"] for r in runs if r["gap"] is not None]
+    if not gaps:
+        return ""
+    cell = f"{round(statistics.mean(gaps), 3) + 0:.3f}"                # + 0: no minus before 0
+    kls = [r["kl"] for r in runs if r.get("kl") is not None]
+    return f"{cell} ({statistics.mean(kls):.3f})" if kls else cell
 
 def print_law(rows):
     """Losses of the scaling law's runs: a line a size and token count, a column a precision."""
@@ -284,125 +318,11 @@ def print_pv(rows):
             print_line(setup[0]["scheme"], arm, *how, f"{found['bpw']:.2f}", len(seeds),
                        with_std(dev), with_std(loss), minus, changed, budget)
 
-def axes_of(width, height, columns=1):
-    """matplotlib's figure and axes at the width of a README."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, columns, figsize=(width, height), dpi=160, squeeze=False)
-    for ax in axes[0]:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.3)
-    return fig, axes[0]
-
-def save(fig, path):
-    fig.tight_layout()
-    fig.savefig(path)
-    print(f"drawn: {path}")
-
-def draw_methods(found, path):
-    """Loss above dense against bits a weight, a line a method; logarithmic above 0.01."""
-    styles = {"RTN": ("#999999", "s"), "GPTQ": ("#555555", "s"), "GPTQ + tweak": ("#000000", "x"),
-              "QuEST": ("#0b6e4f", "v"), "codebooks, as fitted": ("#f2a6b0", "D"),
-              "LR-QAT": ("#3a86c8", "o"), "full QAT": ("#8d6cab", "o"),
-              "PV, affine grid": ("#e69f00", "^"), "codebooks, PV": ("#d1495b", "D")}
-    lines = collections.defaultdict(list)
-    for (bits, name), runs in found.items():
-        name = "QuEST" if name == f"QuEST W{bits}A{bits}, from scratch" else name
-        if name in styles:
-            bpw = statistics.mean(r["bpw"] for r in runs)
-            lines[name].append((bpw, *mean_std([r["gap"] for r in runs])))
-    fig, (ax,) = axes_of(7.2, 5.0)
-    for name, (color, marker) in styles.items():
-        if lines[name]:
-            x, y, std = zip(*sorted(lines[name]))
-            label = "QuEST: activations too, from scratch" if name == "QuEST" else name
-            ax.errorbar(x, y, std, label=label, color=color, marker=marker, ms=5, lw=1.3,
-                        capsize=2.5)
-    ax.axhline(0, color="black", lw=0.8, ls=":")
-    ax.set_yscale("symlog", linthresh=0.01, linscale=0.6)
-    ticks = [0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5]
-    ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
-    ax.set_yticks([], minor=True)
-    ax.set_ylim(-0.002, 12)
-    ax.set_xlabel("bits a weight, with scales and codebooks")
-    ax.set_ylabel("validation loss above the dense model (nats/token)")
-    ax.legend(frameon=False, fontsize=8)
-    save(fig, path)
-
-def draw_curves(rows, path):
-    """Training loss over tokens at 2 bits: dense, QuEST, LSQ, straight-through."""
-    fig, (ax,) = axes_of(7.2, 3.8)
-    names = {"dense": "dense, 16 bits", "quest": "QuEST, 2 bits", "lsq": "LSQ, 2 bits",
-             "ste": "straight-through, 2 bits"}
-    for method, name in names.items():
-        runs = [r["curve"] for r in rows if r["method"] == method and r.get("curve")
-                and r["w_bits"] == r["a_bits"] and r["w_bits"] in (2, 16)]
-        if runs:
-            mean = [statistics.mean(part) for part in zip(*runs)]
-            tokens = rows[0]["tokens"] / 1e6
-            ax.plot([tokens * (i + 0.5) / len(mean) for i in range(len(mean))], mean, label=name,
-                    color=COLORS.get(method, "black"), lw=1.6 if method == "quest" else 1.1)
-    ax.set_ylim(None, ax.get_ylim()[0] + 0.3 * (ax.get_ylim()[1] - ax.get_ylim()[0]))
-    ax.set_xlabel("training tokens (millions)")
-    ax.set_ylabel("training loss (nats/token)")
-    ax.legend(frameon=False)
-    save(fig, path)
-
-def draw_quest(table, path):
-    """Loss over dense for QuEST and its baselines by bit-width."""
-    lines = collections.defaultdict(list)
-    for (size, tokens, method, grid, w, a, group), runs, loss, gap in table:
-        if size == "tiny" and grid == "uniform" and w == a and w < 16 and gap and method in COLORS:
-            lines[method].append((w, *gap))
-    fig, (ax,) = axes_of(7.2, 4.2)
-    names = {"quest": "QuEST", "trust": "QuEST without Hadamard", "clip": "clipped gradient",
-             "lsq": "LSQ, learned step", "ste": "straight-through"}
-    for i, (method, name) in enumerate(names.items()):
-        if lines[method]:
-            bits, gaps, stds = zip(*sorted(lines[method]))
-            places = [[1, 1.58, 2, 3, 4, 8].index(b) + 0.07 * (i - 2) for b in bits]
-            ax.errorbar(places, gaps, stds, label=name, color=COLORS[method], marker="o", ms=4,
-                        lw=1.4 if method == "quest" else 1.0, capsize=2.5)
-    ax.axhline(0, color="black", lw=0.8)
-    ax.set_xticks(range(6), ["1", "1.58", "2", "3", "4", "8"])
-    ax.set_xlabel("bits of weights and activations")
-    ax.set_ylabel("validation loss above the dense model (nats/token)")
-    ax.grid(axis="x", visible=False)
-    ax.legend(frameon=False)
-    save(fig, path)
-
-def draw_memory(rows, path):
-    """Where the memory of a 7B training step goes, by component, blocks computed again."""
-    parts = {"frozen weights": "#0b6e4f", "adapters": "#3a86c8", "gradients": "#e69f00",
-             "optimizer": "#d1495b", "activations": "#8d6cab", "temporaries": "#999999"}
-    rows = [r for r in rows if r["method"] == "lrqat-random" and r["size"] == "7B" and r["lean"]]
-    bars = {}
-    for arm in ("LR-QAT", "full QAT (LSQ)", "dense, longer"):
-        for row in rows:
-            name = {"LR-QAT": f"LR-QAT, phi {row['phi']}", "dense, longer": "dense training"}
-            if row["results"].get(arm):
-                bars[name.get(arm, arm)] = row["results"][arm]
-    fig, (ax,) = axes_of(7.2, 3.0)
-    left = [0.0] * len(bars)
-    for part, color in parts.items():
-        sizes = [found[part] / 2**30 for found in bars.values()]
-        ax.barh(list(bars), sizes, left=left, color=color, height=0.7,
-                label="weights that train" if part == "adapters" else part)
-        left = [a + b for a, b in zip(left, sizes)]
-    for (name, found), end in zip(bars.items(), left):
-        ax.text(end + 0.5, name, f"{found['peak'] / 2**30:.1f}", va="center", fontsize=8)
-    ax.axvline(8, color="black", lw=0.8, ls=":")
-    ax.invert_yaxis()
-    ax.set_xlim(0, 60)
-    ax.set_xlabel("GiB at the peak of a step, 1 x 1024 tokens; dotted: a card of 8 GB")
-    ax.grid(visible=False)
-    ax.legend(frameon=False, fontsize=8, loc="upper right")
-    save(fig, path)
-
 def main():
+    # Which rows: the given files', or the committed ones' of all methods side by side.
+    small, smollm2 = HERE / "results.jsonl", HERE / "smollm2.jsonl"
     rows = []
-    for path in sys.argv[1:] or [HERE / "results.jsonl"]:
+    for path in sys.argv[1:] or [path for path in (small, smollm2) if path.exists()]:
         rows += read_rows(path)
     rows = [r for r in rows if r.get("val_loss") is not None]      # else bytes and speed alone
     bases = {r["params"] for r in rows if "arms" in r}
@@ -410,7 +330,9 @@ def main():
     if table:
         print_table(table)
     for params in sorted(bases):
-        print_methods(methods([r for r in rows if r["params"] == params]))
+        found = methods([r for r in rows if r["params"] == params])
+        print_methods(found)
+        print_short(found)
     if sys.argv[1:]:
         return
     law, kernels, pv, lr = (read_rows(HERE / f"{name}.jsonl")
@@ -423,13 +345,16 @@ def main():
     print_speedups(kernels, WEIGHTS)
     print_speedups(kernels, OTHERS)
     print_asked(kernels)
-    big = [r for r in rows if r["params"] in bases]
+    big = [r for r in read_rows(small) if r["params"] in bases]
     try:
-        draw_methods(methods(big), HERE / "methods.png")
-        draw_curves([r for r in big if "arms" not in r], HERE / "curves.png")
-        draw_quest(table, HERE / "quest.png")
+        figures.draw_methods(methods(big), HERE / "methods.png", "30M parameters, one text")
+        if smollm2.exists():
+            found = methods(read_rows(smollm2))
+            figures.draw_methods(found, HERE / "smollm2.png", "SmolLM2-135M")
+        figures.draw_curves([r for r in big if "arms" not in r], HERE / "curves.png")
+        figures.draw_quest(table, HERE / "quest.png")
         plot(kernels, HERE / "kernels.png")
-        draw_memory(lr, HERE / "memory.png")
+        figures.draw_memory(lr, HERE / "memory.png")
     except ModuleNotFoundError as e:
         print(f"{e.name} is not installed (pip install -e '.[plot]'): not all figures drawn")
 

@@ -1,5 +1,6 @@
 """What several test files share."""
 import importlib
+import importlib.util
 import pathlib
 import re
 import shlex
@@ -94,6 +95,14 @@ def run_card(folder):
     names = {}
     exec(code.split("```")[0], names)
     return names["model"].eval()
+
+def load_report():
+    """The module assets/report.py, which is no part of the package."""
+    path = pathlib.Path(__file__).parents[1] / "assets" / "report.py"
+    spec = importlib.util.spec_from_file_location("report", path)
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    return report
 
 def random_base(folder, n_layer):
     """Data of a text in the folder, and a checkpoint base.pt of random weights for it."""

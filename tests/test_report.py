@@ -1,6 +1,5 @@
-"""assets/report.py: means, deviations and differences against numpy's, the README's tables against
+"""assets/report.py: means, deviations and differences against numpy's, the pages' tables against
 what it prints from the committed rows, and these rows against what the scripts write today."""
-import importlib.util
 import io
 import json
 import pathlib
@@ -21,13 +20,11 @@ import normtweak
 import pvtune
 import quest
 import time_lrqat_memory
-from conftest import random_base
+from conftest import load_report, random_base
 from nanobit.runs import read_rows
 
 ROOT = pathlib.Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("report", ROOT / "assets" / "report.py")
-report = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(report)
+report = load_report()
 
 def row(method, seed, loss, **more):
     return {"method": method, "seed": seed, "val_loss": loss, "val_ppl": loss and np.exp(loss),
@@ -57,17 +54,30 @@ def test_arms_of_a_run_become_lines_beside_runs_from_scratch(capsys):
         "as fitted": arm(9.0, 2.1), "PV": arm(3.2, 2.3)}))
     rows.append(row("quest", 0, 3.4, base_val_loss=3.3))
     found = report.methods(rows)
-    assert set(found) == {(16, "dense"), (16, "dense, trained on"), (2, "LR-QAT"),
+    assert set(found) == {(16, "dense"), (16, "dense, longer"), (2, "LR-QAT"),
                           (2, "PV, affine grid"), (2, "QuEST W2A2, from scratch"),
                           (2, "QuEST W2A2, from the dense model")}
     (taught,) = found[2, "QuEST W2A2, from the dense model"]
     assert taught["gap"] == pytest.approx(0.1)
     report.print_methods(found)
     lines = capsys.readouterr().out.strip().splitlines()
-    assert lines[2].startswith("| 16 | dense, trained on | 16.00 | 2 | 2.9000 ± 0.0000 | -0.1000")
+    assert lines[2].startswith("| 16 | dense, longer | 16.00 | 2 | 2.9000 ± 0.0000 | -0.1000")
     assert lines[4] == ("| 2 | LR-QAT | 2.25 | 2 | 3.2000 ± 0.1414 | +0.2000 ± 0.1414 | 1.6000 "
                         "| 1 | 2.0 |")
     assert "| 2 | QuEST W2A2, from scratch | 2.10 | 1 | 3.5000 | +0.5000 | 1.7500 |" in lines[-1]
+
+def test_the_short_table_has_bits_as_columns_and_kl_in_brackets(capsys):
+    found = {(16, "dense"): [{"gap": None}], (4, "GPTQ"): [{"gap": 0.0}, {"gap": -0.0006}],
+             (2, "GPTQ"): [{"gap": 0.25}], (2, "QuEST W2A2, from the dense model"): [{"gap": 1.0}]}
+    report.print_short(found)
+    assert capsys.readouterr().out.strip().splitlines() == [
+        "| method | what trains | 4 bits | 2 bits |", "|---|---|---|---|",
+        "| GPTQ | nothing | 0.000 | 0.250 |",
+        "| QuEST: activations too | everything | – | 1.000 |"]
+    report.print_short({(1, "RTN"): [{"gap": 0.1, "kl": 0.2}, {"gap": 0.2, "kl": 0.4}]})
+    assert capsys.readouterr().out.strip().splitlines()[0::2] == [
+        "| method | what trains | 1 bit (KL) |",
+        "| round to nearest (RTN) | nothing | 0.150 (0.300) |"]
 
 def test_a_file_of_the_users_own_runs_is_enough(tmp_path, monkeypatch, capsys):
     path = tmp_path / "results.jsonl"
@@ -104,22 +114,28 @@ def test_a_narrow_terminal_shows_the_table(tmp_path, monkeypatch):
     nanobit.cli.run(report.main)
     assert b"3.500 \\xb1 0.000" in raw.getvalue()
 
-def test_the_readmes_tables_of_results_are_what_the_committed_rows_give(capsys, monkeypatch):
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+def test_tables_of_results_are_what_the_committed_rows_give(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)       # no figures: they are large
     report.main()
 
-    # The lines below a table's head; the README may have them in an order of its own.
+    # The lines below a table's head; a page may have them in an order of its own.
     def lines_of(text):
         tables = re.findall(r"\|.*\n\|[- |]+\n((?:\|.*\n)+)", text)
         return [sorted(re.sub(r"\s+", " ", line) for line in t.splitlines()) for t in tables]
 
     printed = lines_of(capsys.readouterr().out)
-    readme = (ROOT / "README.md").read_text()
-    checked = lines_of("".join(re.findall(r"<!-- assets/report.py -->\n\n((?:\|.*\n)+\n)", readme)))
-    assert len(checked) == readme.count("<!-- assets/report.py -->") >= 2
-    for table in checked:
-        assert table in printed, table
+    mark = "<!-- assets/report.py -->"
+    for page in PAGES:
+        text = page.read_text()
+        checked = lines_of("".join(re.findall(rf"{mark}\n\n((?:\|.*\n)+\n)", text)))
+        assert len(checked) == text.count(mark), page
+        for table in checked:
+            assert table in printed, (page, table)
+    marked = {page.name for page in PAGES if mark in page.read_text()}
+    assert marked >= {"README.md", "results.md", "quest.md", "lrqat.md"}
 
 # ---- The committed rows -------------------------------------------------------------------------
 
