@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from quantizers import PackedQuest, PackedVQ, QuantLinear, pack, unpack
+from quantizers import PackedQuest, PackedVQ, QuantLinear, pack
 
 class Grid(NamedTuple):
     """What all linears of such a folder have in common."""
@@ -33,7 +33,7 @@ class Grid(NamedTuple):
     @staticmethod
     def of(linear):
         """The grid of a PackedAffine."""
-        return Grid(linear.bits, linear.spec["group_size"], linear.zero_point is None)
+        return Grid(linear.bits, linear.spec["group_size"], linear.zeros is None)
 
 def obstacle(model):
     """What the format cannot say about a model, in words; None where it can say everything."""
@@ -58,10 +58,6 @@ def obstacle(model):
             return f"the inputs of {name} are quantized to {linear.a_bits} bits"
         if linear.bits > 8:
             return f"{name} has codes of {linear.bits} bits"
-
-        # A zero point is stored in as many bits as a code.
-        if linear.zero_point is not None and int(linear.zero_point.max()) >= 2**linear.bits:
-            return f"{name} has a zero point above the largest code"
 
         # transformers reads all linears that have zero points by the first group of settings.
         first = first or Grid.of(linear)
@@ -108,10 +104,14 @@ def compress(model):
         tensors[name] = parameter.data
         parameter.data = torch.empty(0)
 
-    # In a float32 folder, what came in 16 bits still takes no more.
+    # In a float32 folder, what came in 16 bits still takes no more. But where there are zero points,
+    # transformers unpacks the weights in the scales' dtype: in float16 these would be rounded.
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
-            own = dtype_of(tensor) if dtype == torch.float32 else dtype
+            own = dtype
+            unpacked = name.endswith(".weight_scale") and f"{name[:-6]}_zero_point" in tensors
+            if dtype == torch.float32 and not unpacked:
+                own = dtype_of(tensor)
             tensors[name] = tensor.to(own).contiguous()
     return tensors, dtype
 
@@ -131,13 +131,13 @@ def compressed_linear(linear):
     """{the part's name: the tensor} of a PackedAffine, which is of no use afterwards: its own
     bytes become the folder's."""
     packed = linear.packed
-    if linear.zero_point is None:
+    if linear.zeros is None:
         packed ^= top_bits(linear.bits, linear.in_features)            # in place, to save memory
     tensors = {"weight_packed": to_words(packed), "weight_scale": linear.scale,
                "weight_shape": torch.tensor([len(packed), linear.in_features])}
 
-    if linear.zero_point is not None:
-        words = to_words(pack(linear.zero_point.t(), linear.bits))     # (G, words)
+    if linear.zeros is not None:
+        words = to_words(linear.zeros)                                 # (G, words)
         tensors["weight_zero_point"] = words.t().contiguous()
     return tensors
 
@@ -175,15 +175,16 @@ def packed_linear(grid, C, parts):
     packed = to_bytes(parts["weight_packed"], C, grid.bits)
     if grid.symmetric:
         packed = packed ^ top_bits(grid.bits, C)
-    tensors = {"packed": packed, "scale": parts["weight_scale"].float()}
+    scale = parts["weight_scale"]
+    if holds(torch.float16, scale):
+        scale = scale.half()
+    tensors = {"packed": packed, "scale": scale}
 
     if not grid.symmetric:
-        O = len(packed)
         # Each group's words become a row. A row of one word would keep its stride in t(), and then
         # have no view as bytes.
         words = torch.stack(parts["weight_zero_point"].unbind(1))      # (G, words)
-        zero_point = unpack(to_bytes(words, O, grid.bits), grid.bits, O)
-        tensors["zero_point"] = zero_point.t().contiguous()            # (O, G)
+        tensors["zeros"] = to_bytes(words, len(packed), grid.bits)
     spec = {"kind": "affine", "bits": grid.bits, "a_bits": 16, "in_features": C,
             "group_size": grid.group_size, "signed": grid.symmetric}
     return QuantLinear.of(spec, tensors)
