@@ -667,8 +667,8 @@ def run_arm(key, base, data, grids, args, path):
         if isinstance(m, GridLinear):
             m.round_scale()
 
-    # Score it as it was trained, but for the scales, which are rounded as in a file. The bits per weight of a grid are known when one is
-    # packed.
+    # Score it as it was trained, with the scales that a file has. The bits per weight of a
+    # grid are known when one is packed.
     scores = score(model.eval(), data, args, None if key == "dense" else base)
     row = arm_row(scores, None if arm.quantized else 16.0, seconds, learn=learn)
     if "A" in arm.learns:

@@ -842,6 +842,10 @@ class QuantLinear(nn.Module):
         """From what `vq_fit` returns; codebooks and scales become float16 where that holds them."""
         return PackedVQ.from_codes(codes, codebooks, scales)
 
+    def rows(self):
+        """The tensors by name, as `of` takes them; where it can be, with a row for each output."""
+        return dict(self.named_buffers())
+
     def by_kernel(self, x):
         """The product for x (..., C) by kernels.py -> (..., O); None: compute it in PyTorch."""
         half = x.dtype in (torch.float16, torch.bfloat16)
@@ -883,6 +887,12 @@ class PackedAffine(QuantLinear):
         if self.zeros is None:
             return None
         return unpack(self.zeros, self.bits, len(self.packed)).t().contiguous()
+
+    def rows(self):
+        rows = super().rows()
+        if rows.pop("zeros", None) is not None:
+            rows["zero_point"] = self.zero_point
+        return rows
 
     def codes(self):
         """The integers (O, C)."""

@@ -104,8 +104,8 @@ def compress(model):
         tensors[name] = parameter.data
         parameter.data = torch.empty(0)
 
-    # In a float32 folder, what came in 16 bits still takes no more. But where there are zero points,
-    # transformers unpacks the weights in the scales' dtype: in float16 these would be rounded.
+    # In a float32 folder, what came in 16 bits still takes no more. But where there are zero
+    # points, transformers unpacks the weights in the scales' dtype: float16 would round them.
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             own = dtype
