@@ -1617,13 +1617,13 @@ def _(x, layer, outputs):
     return x.new_empty(*x.shape[:-1], outputs)
 
 def affine_operand(layer, x):
-    """A LowBit, on a Hopper GPU; on others the layer's own tensors, for the plain kernel. None, and
-    a warning, for a shape without a kernel."""
+    """A LowBit, on a Hopper GPU; on others the first arguments of the plain kernel: the scale in
+    float32, and a byte for a zero point. None, and a warning, for a shape without a kernel."""
     g = layer.spec["group_size"]
     if HOPPER:
         w = pack_weight(layer.codes(), layer.scale, layer.zero_point, layer.bits, g)
     else:
-        w = tuple(layer.buffers()) if layer.bits <= 8 else None
+        w = (layer.packed, layer.scale.float(), layer.zero_point) if layer.bits <= 8 else None
     if w is None:
         warnings.warn(f"kernels.py has no kernel for {layer.bits} bits, {layer.in_features} "
                       f"inputs, groups of {g}: these layers run in PyTorch")
@@ -1635,8 +1635,7 @@ def affine_product(layer, x, w):
     if x.numel() > FUSED * x.size(-1):
         # The plain kernel would unpack a weight once for every 64 tokens.
         return F.linear(x, layer.weight().to(x.dtype))
-    return plain_matmul(x, layer.packed, layer.scale, layer.zero_point, layer.bits,
-                        layer.spec["group_size"])
+    return plain_matmul(x, *w, layer.bits, layer.spec["group_size"])
 
 def quest_layer_operand(layer, x):
     """What quest_operand makes; None for a layer of a baseline of QuEST (not rotated, or of a fixed

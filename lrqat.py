@@ -71,7 +71,7 @@ from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, heade
                           keep_model, load_base, score, show, show_distance, through_the_file)
 from nanobit.train import train_arm
 from quantizers import (EPS, QuantLinear, bits_per_weight, block_hessians, dequantize, gptq,
-                        rtn)
+                        half_if_held, rtn)
 
 # alpha: A B counts alpha/r times. AdamW moves each entry of A and B by about the rate per
 # step, however small its gradient is. So alpha sets how far A B can travel in a run, and to
@@ -152,7 +152,7 @@ def is_symmetric(bits):
 
     At 2 bits the codes are -2, -1, 0 and 1: two levels for negative weights and one for
     positive ones. A zero point lets each row or group choose on which side it needs the
-    second level, which is worth the 8 bits that it costs. In wider grids one level more or
+    second level, which is worth the 2 bits that it costs. In wider grids one level more or
     less on a side matters little.
     """
     return bits > 2
@@ -354,6 +354,14 @@ class GridLinear(nn.Module):
     def positive_scale(self):
         """The scale as it is used: training may bring it to zero or below."""
         return self.scale.clamp(min=EPS)
+
+    @torch.no_grad()
+    def round_scale(self):
+        """Make the scale what a packed file keeps of it, at the end of training: the losses are
+        then those of the file. LR-QAT's integers do not depend on it. Full QAT's do, and they are
+        read after this, from the scale that the file has."""
+        scale = self.positive_scale
+        self.scale.copy_(half_if_held(scale, scale))
 
     @torch.no_grad()
     def merge(self):
@@ -664,9 +672,12 @@ def run_arm(key, base, teacher, data, grids, args, path):
         result = train_arm(learner, data, args, state, lambda: status(model),
                            arm_optimizer(model, args.lr))
         seconds += result["seconds"]
+    for m in model.modules():
+        if isinstance(m, GridLinear):
+            m.round_scale()
 
-    # Score it as it was trained. The bits per weight of a grid are known when one is
-    # packed.
+    # Score it as it was trained, with the scales that a file has. The bits per weight of a
+    # grid are known when one is packed.
     scores = score(model.eval(), data, args, None if key == "dense" else base)
     row = arm_row(scores, None if arm.quantized else 16.0, seconds, learn=learn)
     if "A" in arm.learns:

@@ -291,7 +291,10 @@ def arm_name(host, tweak):
     return f"{name}-tweak" if tweak else name
 
 def float_copy(block):
-    return copy.deepcopy(block).float().requires_grad_(False)
+    block = copy.deepcopy(block).requires_grad_(False)
+    for p in block.parameters():                       # packed linears have none: they stay
+        p.data = p.data.float()
+    return block
 
 def mean_loss(targets, outputs):
     """The channel loss, whatever loss the tweak lowers, so that arms can be compared."""

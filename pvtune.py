@@ -993,8 +993,8 @@ def nearest_rtn(model, bpw):
             if any(C % g for _, C in sizes):
                 continue
             groups = sum(O * (C // g if g > 0 else 1) for O, C in sizes)
-            # Each group stores a scale of 32 bits and a zero point of 8.
-            stored = bits + (32 + 8) * groups / weights
+            # Each group stores a scale of 16 bits and a zero point, which is one of the codes.
+            stored = bits + (16 + bits) * groups / weights
             if abs(stored - bpw) < closest:
                 closest = abs(stored - bpw)
                 best_bits, best_g = bits, g

@@ -214,7 +214,7 @@ def code_linear(x, x_scale, w, w_scale, dtype):
 class AffineCodes(NamedTuple):
     """A weight (O, C) on an affine grid, as `rtn` and `gptq` return it."""
     q: torch.Tensor              # (O, C) uint8 in 0..2^bits-1; symmetric: int8 around 0
-    scale: torch.Tensor          # (O, G)
+    scale: torch.Tensor          # (O, G), numbers of float16: see affine_grid
     zero_point: torch.Tensor     # (O, G) integers as floats; symmetric: None, and 0 is meant
 
 def rtn(w, bits, group_size=-1, symmetric=False, mse=True):
@@ -243,7 +243,11 @@ ERROR_POWER = 2.4            # of the range search; GPTQ's. Above 2, large error
 SHRINKS = [1 - k / 100 for k in range(80)]             # of the range: 1, 0.99 ... 0.21
 
 def affine_grid(x, bits, symmetric=False, mse=False):
-    """Scale and zero point of the codes 0..2^bits-1 over the last dimension: (..., g) -> (...)."""
+    """Scale and zero point of the codes 0..2^bits-1 over the last dimension: (..., g) -> (...).
+
+    The scale is rounded to what a packed file keeps (`half_if_held`) before any code is chosen: so
+    the codes, and all that GPTQ or training does next, belong to the file's own scale.
+    """
     qmax = 2**bits - 1
 
     # The range of the values, widened to hold 0, as 0 has to be a code.
@@ -279,6 +283,7 @@ def affine_grid(x, bits, symmetric=False, mse=False):
             best = torch.where(better, new, best)
             scale = torch.where(better, new_scale, scale)
             zero_point = torch.where(better, new_zero_point, zero_point)
+    scale = half_if_held(scale, scale).to(x.dtype)
     return scale.squeeze(-1), zero_point.squeeze(-1)
 
 def affine_codes(x, scale, zero_point, bits):
@@ -912,6 +917,10 @@ class QuantLinear(nn.Module):
         """From what `vq_fit` returns; codebooks and scales become float16 where that holds them."""
         return PackedVQ.from_codes(codes, codebooks, scales)
 
+    def rows(self):
+        """The tensors by name, as `of` takes them; where it can be, with a row for each output."""
+        return dict(self.named_buffers())
+
     def by_kernel(self, x):
         """The product for x (..., C) by kernels.py -> (..., O); None: compute it in PyTorch."""
         half = x.dtype in (torch.float16, torch.bfloat16)
@@ -923,19 +932,42 @@ class QuantLinear(nn.Module):
 class PackedAffine(QuantLinear):
     """w_hat = (q - zero_point) * scale, as `rtn` and `gptq` give it.
 
-    spec: group_size (-1: one scale per row). scale float32 (O, G), zero_point uint8 (O, G) where
-    asymmetric. a_bits below 16: inputs on a symmetric grid of their own for each token.
+    spec: group_size (-1: one scale per row). scale float16 (O, G), float32 where float16 cannot
+    hold it. zeros, where asymmetric: uint8 (G, bytes), of each group the zero points of the O rows,
+    `bits` bits each. a_bits below 16: inputs on a symmetric grid of their own for each token.
     """
-    tensor_names = ("scale", "zero_point")
+    tensor_names = ("scale", "zeros")
+
+    def __init__(self, spec, tensors):
+        # Older checkpoints keep a byte for each zero point: uint8 (O, G).
+        old = tensors.get("zero_point")
+        if old is not None:
+            tensors = {**tensors, "zeros": pack(old.t(), spec["bits"])}
+        super().__init__(spec, tensors)
 
     @classmethod
     def from_codes(cls, q, scale, zero_point, bits, group_size, a_bits):
         spec = dict(kind="affine", bits=bits, a_bits=a_bits, in_features=q.size(1),
                     group_size=group_size, signed=zero_point is None)
-        tensors = dict(packed=pack(q, bits), scale=scale.float())
+        tensors = dict(packed=pack(q, bits), scale=half_if_held(scale, scale))
         if zero_point is not None:
-            tensors["zero_point"] = zero_point.to(torch.uint8)
+            if zero_point.max() >= 2**bits:
+                raise ValueError(f"the zero point {zero_point.max():g} is no code of {bits} bits")
+            tensors["zeros"] = pack(zero_point.t(), bits)
         return cls(spec, tensors)
+
+    @property
+    def zero_point(self):
+        """The zero points, uint8 (O, G); None where the grid is symmetric."""
+        if self.zeros is None:
+            return None
+        return unpack(self.zeros, self.bits, len(self.packed)).t().contiguous()
+
+    def rows(self):
+        rows = super().rows()
+        if rows.pop("zeros", None) is not None:
+            rows["zero_point"] = self.zero_point
+        return rows
 
     def codes(self):
         """The integers (O, C)."""
@@ -943,7 +975,8 @@ class PackedAffine(QuantLinear):
 
     def weight(self):
         """The weight that the codes stand for, float32 (O, C)."""
-        return dequantize(self.codes(), self.scale, self.zero_point, self.spec["group_size"])
+        scale = self.scale.float()
+        return dequantize(self.codes(), scale, self.zero_point, self.spec["group_size"])
 
     def forward(self, x):
         if self.a_bits < 16:
@@ -956,6 +989,9 @@ class PackedAffine(QuantLinear):
 class PackedQuest(QuantLinear):
     """w_hat = levels * scale of the rotated weight, levels = q + 1/2 (ternary and FP4: q), and
     rotated inputs on the same kind of grid.
+
+    The scales stay float32: training multiplies with float32 scales that follow from the weights,
+    and the file is to give exactly the loss of training.
 
     spec: rotate, grid ("uniform", "fp4" or "sparse"). scale float32 (O, 1) or (1, 1); keep (sparse:
     one bit per pair of inputs); a_scale (a fixed scale of the inputs, instead of one per token).

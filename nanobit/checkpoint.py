@@ -99,12 +99,15 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, as_stored=False):
     with torch.device("meta"):
         model = LLaMA(LlamaConfig(**content["config"]), dtype)
 
-    # Packed layers take the places of its linears.
-    state = content["model"]
+    # Packed layers take the places of its linears. An older file's tensors are not all what such a
+    # layer makes of them, so the layer's own take their places too.
+    state = dict(content["model"])
     for name, spec in content["linears"].items():
         prefix = name + "."
-        tensors = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
-        model.set_submodule(name, QuantLinear.of(spec, tensors))
+        names = [k for k in state if k.startswith(prefix)]
+        linear = QuantLinear.of(spec, {k.removeprefix(prefix): state.pop(k) for k in names})
+        state |= {prefix + k: t for k, t in linear.state_dict().items()}
+        model.set_submodule(name, linear)
 
     # The file's tensors become the model's own, floats as float32.
     own = model.state_dict()

@@ -43,7 +43,7 @@ class Grid(NamedTuple):
         """The grid of a PackedAffine, or that on which a PackedQuest is written."""
         if isinstance(linear, PackedQuest):
             return Grid(whole_bits(linear), -1, True, linear.spec["rotate"])
-        return Grid(linear.bits, linear.spec["group_size"], linear.zero_point is None)
+        return Grid(linear.bits, linear.spec["group_size"], linear.zeros is None)
 
 def obstacle(model):
     """What the format cannot say about a model, in words; None where it can say everything."""
@@ -64,10 +64,6 @@ def obstacle(model):
         grid = Grid.of(linear)
         if grid.bits > 8:
             return f"{name} has codes of {linear.bits} bits, which take {grid.bits} here"
-
-        # A zero point is stored in as many bits as a code.
-        if not grid.symmetric and int(linear.zero_point.max()) >= 2**linear.bits:
-            return f"{name} has a zero point above the largest code"
 
         # transformers reads all linears that have zero points by the first group of settings.
         first = first or grid
@@ -139,10 +135,14 @@ def narrow(tensors):
     names. A loader makes all floats of that one, so it holds all as they are."""
     dtype = dtype_of(*(t for t in tensors.values() if t.is_floating_point()))
 
-    # In a float32 folder, what came in 16 bits still takes no more.
+    # In a float32 folder, what came in 16 bits still takes no more. But where there are zero
+    # points, transformers unpacks the weights in the scales' dtype: float16 would round them.
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
-            own = dtype_of(tensor) if dtype == torch.float32 else dtype
+            own = dtype
+            unpacked = name.endswith(".weight_scale") and f"{name[:-6]}_zero_point" in tensors
+            if dtype == torch.float32 and not unpacked:
+                own = dtype_of(tensor)
             tensors[name] = tensor.to(own).contiguous()
     return dtype
 
@@ -164,13 +164,13 @@ def compressed_linear(linear):
     if isinstance(linear, PackedQuest):
         return quest_parts(linear)
     packed = linear.packed
-    if linear.zero_point is None:
+    if linear.zeros is None:
         packed ^= top_bits(linear.bits, linear.in_features)            # in place, to save memory
     tensors = {"weight_packed": to_words(packed), "weight_scale": linear.scale,
                "weight_shape": torch.tensor([len(packed), linear.in_features])}
 
-    if linear.zero_point is not None:
-        words = to_words(pack(linear.zero_point.t(), linear.bits))     # (G, words)
+    if linear.zeros is not None:
+        words = to_words(linear.zeros)                                 # (G, words)
         tensors["weight_zero_point"] = words.t().contiguous()
     return tensors
 
@@ -233,15 +233,16 @@ def packed_linear(grid, C, parts):
     packed = to_bytes(parts["weight_packed"], C, grid.bits)
     if grid.symmetric:
         packed = packed ^ top_bits(grid.bits, C)
-    tensors = {"packed": packed, "scale": parts["weight_scale"].float()}
+    scale = parts["weight_scale"]
+    if holds(torch.float16, scale):
+        scale = scale.half()
+    tensors = {"packed": packed, "scale": scale}
 
     if not grid.symmetric:
-        O = len(packed)
         # Each group's words become a row. A row of one word would keep its stride in t(), and then
         # have no view as bytes.
         words = torch.stack(parts["weight_zero_point"].unbind(1))      # (G, words)
-        zero_point = unpack(to_bytes(words, O, grid.bits), grid.bits, O)
-        tensors["zero_point"] = zero_point.t().contiguous()            # (O, G)
+        tensors["zeros"] = to_bytes(words, len(packed), grid.bits)
     spec = {"kind": "affine", "bits": grid.bits, "a_bits": 16, "in_features": C,
             "group_size": grid.group_size, "signed": grid.symmetric}
     return QuantLinear.of(spec, tensors)

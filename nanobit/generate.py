@@ -246,8 +246,8 @@ class Joined(nn.Module):
         self.sizes = [n_out(m) for m in linears]
         if isinstance(first, QuantLinear):
             rows = {}                                  # of each tensor: codes, scales, zero points
-            for name, _ in first.named_buffers():
-                rows[name] = torch.cat([getattr(m, name) for m in linears])
+            for name in first.rows():
+                rows[name] = torch.cat([m.rows()[name] for m in linears])
             self.linear = QuantLinear.of(first.spec, rows)
         else:
             weight = torch.cat([m.weight for m in linears])                # (sum of outputs, C)
@@ -280,5 +280,5 @@ def can_join(linears):
     # Packed linears are joined row under row. That needs one way to read all rows, and tensors
     # that have a row for each output: a codebook, or one scale for a whole tensor, has none.
     alike = all(m.spec == linears[0].spec for m in linears)
-    row_by_row = all(len(t) == n_out(m) for m in linears for t in m.buffers())
+    row_by_row = all(len(t) == n_out(m) for m in linears for t in m.rows().values())
     return alike and row_by_row

@@ -230,7 +230,7 @@ def test_layer_on_a_gpu_goes_through_the_kernel_and_says_once_if_it_cannot(monke
         assert kernels.linear(layer, x) is None and kernels.linear(layer, x) is None
     assert len(said) == 1                              # and forward uses PyTorch
 
-def test_on_other_gpus_the_plain_kernel_reads_the_checkpoints_own_tensors(monkeypatch):
+def test_on_other_gpus_the_plain_kernel_reads_what_the_checkpoint_holds(monkeypatch):
     """With a stub in the kernel's place; very many tokens are cuBLAS's."""
     import kernels
     from quantizers import QuantLinear
@@ -238,10 +238,14 @@ def test_on_other_gpus_the_plain_kernel_reads_the_checkpoints_own_tensors(monkey
     monkeypatch.setattr(kernels, "HOPPER", False)
     monkeypatch.setattr(kernels, "plain_matmul", lambda *args: asked.append(args))
     for bits, group, symmetric in ((5, 24, False), (3, -1, True)):
-        layer = QuantLinear.affine(*random_codes(24, 48, group, bits, symmetric), bits, group)
+        _, scale, zero = codes = random_codes(24, 48, group, bits, symmetric)
+        layer = QuantLinear.affine(*codes, bits, group)
         x = torch.randn(2, 3, 48)
         kernels.linear(layer, x)
-        assert asked.pop() == (x, layer.packed, layer.scale, layer.zero_point, bits, group)
+        inputs, packed, *grid, b, g = asked.pop()
+        assert inputs is x and packed is layer.packed and (b, g) == (bits, group)
+        assert torch.equal(grid[0], scale.half().float()) and grid[0].dtype == torch.float32
+        assert grid[1] is None if symmetric else torch.equal(grid[1], zero.byte())
         many = torch.randn(kernels.FUSED + 1, 48)
         assert torch.equal(kernels.linear(layer, many), many @ layer.weight().T) and not asked
 

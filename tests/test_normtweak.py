@@ -670,8 +670,8 @@ def test_saved_checkpoints_evaluate_to_the_reported_loss(base, teacher, data, tm
     assert row["base_val_loss"] == row["arms"]["dense"]["val_loss"]
     dense = nanobit.train.evaluate(teacher, data.val, 24)["loss"]
     assert row["base_val_loss"] == pytest.approx(dense, abs=1e-5) and row["tokens"] == 4 * 24
-    # 7680 weights in 224 rows a block; a scale has 32 bits, a zero point 8
-    bpw = bits + {2: 40 * 224 / 7680, 3: 32 * 224 / 7680, 4: 40 / 16}[bits]
+    # 7680 weights in 224 rows a block; a scale has 16 bits, a zero point as many as a code
+    bpw = bits + {2: 18 * 224 / 7680, 3: 16 * 224 / 7680, 4: 20 / 16}[bits]
     for name, arm in row["arms"].items():
         assert arm["bpw"] == pytest.approx(16 if name == "dense" else bpw)
     for name, arm in list(row["arms"].items())[1:]:

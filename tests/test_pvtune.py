@@ -538,13 +538,13 @@ def test_at_the_default_code_rate_a_steady_gradient_changes_codes_early_and_nois
 
 @pytest.mark.slow
 def test_the_tables_rtn_is_the_one_that_comes_closest_in_stored_bits():
-    """Beside every grid, packed: bytes of codes, 4 of a scale, 1 of a zero point."""
+    """Beside every grid, packed: bytes of codes, 2 of a scale, `bits` bits of a zero point."""
     model = LLaMA(LlamaConfig(32, 1, 128, 4, 4, 256, 16)).requires_grad_(False)
     def stored(bits, g):
         tensors, weights = [], 0
         for _, linear in model.linears():
             q, scale, zero = rtn(linear.weight, bits, g)
-            tensors += [(q.numel() * bits / 8, scale.numel() * 4, zero.numel())]
+            tensors += [(q.numel() * bits / 8, scale.numel() * 2, zero.numel() * bits / 8)]
             weights += q.numel()
         return 8 * sum(map(sum, tensors)) / weights
     every = [stored(bits, g) for bits in range(1, 9) for g in (-1, 128, 64, 32)]
@@ -1216,7 +1216,8 @@ def test_main_job_compares_packs_and_resumes(work, capsys, flags, name, arms):
     assert float(out.split("differs from live by ")[1].split()[0]) < 1e-3
     assert row["w_bits"] == (2 if "affine" in name else 2 * 3 / 4)
     scales = 2 * (4 * 32 + 3 * 32 + 2 * 16)            # rows: no group divides 48 inputs
-    assert row["arms"]["RTN"]["bpw"] == pytest.approx(RTN_BITS[name] + 40 * scales / 17408)
+    bits = RTN_BITS[name]
+    assert row["arms"]["RTN"]["bpw"] == pytest.approx(bits + (16 + bits) * scales / 17408)
     n = [size // (1 if "affine" in name else 4) for size in 2 * (4 * [1024] + 3 * [1536])]
     may = {"STE": sum(n), "PV": sum(math.ceil(0.01 * k) for k in n)}       # change in one step
     for arm in arms[-2:]:                              # P only changes nothing

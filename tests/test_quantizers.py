@@ -9,12 +9,13 @@ import importlib.metadata
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import quantizers
 from quantizers import (FP4_CLIP, FP4_CODES, GAUSSIAN_CLIP, QuantLinear, bits_per_weight,
-                        clip_limit, code_linear, code_offset, dequantize, gaussian_clip,
+                        clip_limit, code_linear, code_offset, dequantize, gaussian_clip, gptq,
                         keep_two_of_four, pack, quest_codes, quest_fake_quant, rotate, rtn,
                         trust_limit, unpack)
 
@@ -238,14 +239,17 @@ def test_sparse_keeps_the_two_longest_aligned_pairs_of_four():
                 j + k for j in pairs[:2] for k in (0, 1))
 
 def brute_rtn(w, bits, symmetric, shrink):
-    """w, a list -> scale, zero point, the least |error| of any code for each, their sum |e|^2.4."""
+    """w, a list -> scale, zero point, the least |error| of any code for each, their sum |e|^2.4;
+    the least |error| once more with the scale in float16, as files hold it."""
     low, high = min(w + [0.0]), max(w + [0.0])
     if symmetric:
         low, high = -max(-low, high), max(-low, high)
     scale = (high - low) * shrink / (2**bits - 1)
     zero = 2 ** (bits - 1) if symmetric else round(-low * shrink / scale)
-    errors = [min(abs((q - zero) * scale - v) for q in range(2**bits)) for v in w]
-    return scale, zero, errors, sum(e**2.4 for e in errors)
+    def errors(scale):
+        return [min(abs((q - zero) * scale - v) for q in range(2**bits)) for v in w]
+    half = float(np.float16(scale))
+    return half, zero, errors(half), sum(e**2.4 for e in errors(scale))
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits, group_size, mse", [(1, -1, True), (2, 8, True), (3, -1, True),
@@ -266,7 +270,7 @@ def test_rtn_is_the_nearest_code_and_mse_the_best_of_80_shrinks(bits, group_size
         assert abs(scale.flatten()[i] - s) < 1e-12 and (symmetric or zero_point.flatten()[i] == z)
         assert (w_hat[i] - w.view(-1, g)[i]).abs().tolist() == pytest.approx(errors, abs=1e-12)
     y, layer = x @ w_hat.view(3, 32).T, QuantLinear.affine(q, scale, zero_point, bits, group_size)
-    for v, error in ((x, 1e-6), (x.float(), 1e-5)):    # scales are float32
+    for v, error in ((x, 1e-6), (x.float(), 1e-5)):    # weight() is float32
         assert (layer(v) - y).abs().max() <= error * y.abs().max()
 
 def test_rtn_keeps_weights_on_its_grid_and_zeros_and_clips_the_positive_end_if_symmetric():
@@ -378,10 +382,12 @@ def test_small_entries_of_a_codebook_are_held_as_coarsely_as_its_largest():
     assert packed.codebooks.dtype == packed.scale.dtype == torch.float16
 
 def test_bits_per_weight_is_all_stored_bytes_over_the_weights():
-    """By hand for 16 x 64 weights: bytes a row of codes, scales, zero points, masks."""
+    """By hand for 16 x 64 weights: bytes a row of codes, scales, zero points, masks. An affine
+    grid has float16 scales and zero points of as many bits as a code, QuEST's float32 scales."""
     w = randn(16, 64, dtype=torch.float32)
-    cases = [(QuantLinear.affine(*rtn(w, 4, 32), 4, 32), 32 + 2 * 4 + 2),
-             (QuantLinear.affine(*rtn(w, 3, symmetric=True), 3), 24 + 4),
+    cases = [(QuantLinear.affine(*rtn(w, 4, 32), 4, 32), 32 + 2 * (2 + 4 / 8)),
+             (QuantLinear.affine(*rtn(w, 1), 1), 8 + 2 + 1 / 8),
+             (QuantLinear.affine(*rtn(w, 3, symmetric=True), 3), 24 + 2),
              (QuantLinear.quest(w, 4, 4), 32 + 4), (QuantLinear.quest(w, 1.58, 8), 13 + 4),
              (QuantLinear.quest(w, 4, 4, "sparse"), 16 + 4 + 4),
              (QuantLinear.quest(w, 4, 4, "fp4"), 32 + 4),
@@ -391,6 +397,49 @@ def test_bits_per_weight_is_all_stored_bytes_over_the_weights():
     model = torch.nn.ModuleList([torch.nn.Linear(64, 16), *(layer for layer, _ in cases)])
     assert bits_per_weight(model)[0] == pytest.approx(sum(row for _, row in cases) / 8 / len(cases))
     assert bits_per_weight(model[0]) == (0.0, 0)
+
+def test_two_bits_in_groups_of_128_cost_2_14_bits_per_weight():
+    """2 of a code; 16 of a scale and 2 of a zero point for 128 weights."""
+    w = randn(8, 256, dtype=torch.float32)
+    layer = QuantLinear.affine(*rtn(w, 2, 128), 2, 128)
+    assert bits_per_weight(layer)[0] == 2 + (16 + 2) / 128
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("odd", [1e9, 1e-9, 3e-7, 2e-5])
+def test_a_layer_with_a_scale_that_float16_cannot_hold_keeps_float32(odd, symmetric):
+    """One row of unusual size among usual ones, which is neither infinite nor zero in the file; the
+    scales are then those of the row alone. 2e-5 is no zero in float16, but coarse."""
+    w = randn(6, 32, dtype=torch.float32)
+    w[3] *= odd
+    layers = [QuantLinear.affine(*codes, 4, 16) for codes in (
+        rtn(w, 4, 16, symmetric), gptq(w, torch.eye(32), 4, 16, symmetric))]
+    for layer in layers:
+        assert layer.scale.dtype == torch.float32
+        error = (layer.weight() - w).abs().amax(1) / w.abs().amax(1)
+        assert (error < 0.12).all(), error
+    usual = QuantLinear.affine(*rtn(w[[0, 1, 2, 4, 5]], 4, 16, symmetric), 4, 16)
+    assert usual.scale.dtype == torch.float16
+
+@pytest.mark.parametrize("bits, group_size", [(1, 8), (2, -1), (3, 16), (5, 8), (8, 16)])
+def test_an_older_files_bytes_of_zero_points_and_float32_scales_are_read(bits, group_size):
+    """Such a layer computes what its tensors say, in float64, and keeps its scales."""
+    w = randn(7, 48, dtype=torch.float32) + 0.3
+    q, scale, zero = rtn(w, bits, group_size)
+    scale = scale * 1.0003                             # no number of float16
+    spec = dict(kind="affine", bits=bits, a_bits=16, in_features=48, group_size=group_size,
+                signed=False)
+    old = {"packed": pack(q, bits), "scale": scale, "zero_point": zero.byte()}
+    layer = QuantLinear.of(spec, old)
+    again = QuantLinear.of(layer.spec, layer.state_dict())                 # as it is saved anew
+    for m in (layer, again):
+        assert torch.equal(m.zero_point, zero.byte()) and torch.equal(m.scale, scale)
+        want = dequantize(q, scale.double(), zero, group_size)
+        assert (m.weight() - want).abs().max() < 1e-6
+
+def test_a_zero_point_that_is_no_code_is_refused():
+    q, scale, zero = rtn(randn(4, 16), 2)
+    with pytest.raises(ValueError, match="zero point 4 is no code of 2 bits"):
+        QuantLinear.affine(q, scale, zero.fill_(4), 2)
 
 @pytest.mark.parametrize("installed, can", [
     ({}, False), ({"triton": "3.4.0"}, False), ({"triton": "3.5.0"}, True),
