@@ -65,6 +65,7 @@ import torch.nn.functional as F
 from model import UsageError
 from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.data import batch
+from nanobit.defaults import UNSET, suit
 from nanobit.distill import WithTeacher, add_teacher, open_teacher
 from nanobit.ranks import say
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header,
@@ -612,6 +613,7 @@ def main():
 
     # The trained base and its text.
     base, data = load_base(args)
+    suit(args, base, "lrqat", args.bits)
     check_shapes(base, args)
     keep_model(args, path + ".pt")
     base_path = args.model or os.path.join(args.out, "base.pt")
@@ -761,15 +763,15 @@ def parse_args(argv=None):
     add_teacher(p, "the dense base itself")
     add_flags(p)
 
-    # --lr is the rate of A and B; windows of length 0 are as long as the base's own.
-    p.set_defaults(lr=1e-2, seq_len=0)
+    # --lr is the rate of A and B. What is not given follows from the base: see `suit`.
+    p.set_defaults(**UNSET)
     args = p.parse_args(argv)
 
     # Defaults that depend on other flags.
     if args.kv_bits is None:
         args.kv_bits = args.a_bits
-    if not args.steps:
-        args.steps = 6 if args.smoke else 80
+    if args.smoke and not args.steps:
+        args.steps = 6
     check_phi(args)
     return resolve(args)
 

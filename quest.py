@@ -52,6 +52,7 @@ from model import UsageError
 from nanobit.checkpoint import tensor_bytes
 from nanobit.cli import add_flags, Parser, resolve, run
 from nanobit.data import batch
+from nanobit.defaults import UNSET, suit
 from nanobit.distill import WithTeacher, add_teacher, frozen_copy, open_teacher
 from nanobit.generate import sample_text
 from nanobit.ranks import say, whole
@@ -432,6 +433,8 @@ def main():
     # The data and the model, whose linears are replaced by quantized ones.
     data = load_training_data(args)
     model = new_model(args, data)
+    if args.model and args.bits < 16:
+        suit(args, model, "quest", args.bits)
     keep_model(args, path)                             # refuses to write over --model
     check_shapes(model, args)
 
@@ -539,6 +542,12 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.a_bits = args.a_bits or args.bits
     check_args(args)
+
+    # What --size says is for random weights. From a dense model `suit` chooses instead.
+    if args.model and args.bits < 16:
+        for name in ("steps", "batch_size", "lr"):
+            if getattr(args, name) is None and not args.smoke:
+                setattr(args, name, UNSET[name])
     return resolve(args)
 
 def check_args(args):

@@ -165,7 +165,7 @@ def export_checkpoint(argv):
 def add_flags(p, data=True, trains=True, fsdp=False):
     """The flags that mean the same in every script. Where the default is None, resolve sets it."""
     add = p.add_argument
-    own = "(default: the script's own, or from --size)"
+    own = "(default: from --size, or from the dense model that is given)"
 
     # Of every command: where it computes, and from which seed.
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
@@ -179,7 +179,7 @@ def add_flags(p, data=True, trains=True, fsdp=False):
         add("--data", help="text file, folder of .txt .md .py, or http(s) address "
                            "(default: the sources of Python's library)")
         add("--seq-len", type=number(int, 2),
-            help="tokens a window (default: from --size, or what the model was trained with)")
+            help="tokens a window (default: from --size, or the model's own, at most 512)")
         add("--batch-size", type=number(int, 1), help=f"windows a step {own}")
 
     # Without the rest, load_training_data still reads these two. That `size` is absent tells
@@ -255,9 +255,13 @@ def resolve(args):
     if args.smoke:
         args.out = os.path.join(args.out, "smoke")
         preset |= SMOKE
+    elif os.path.isdir(args.model or ""):
+        preset["seq_len"] = 0                          # that of the folder's model, once it is read
     for name in ("steps", "batch_size", "accumulate", "seq_len", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, preset[name])
+    if args.smoke and not args.batch_size:
+        args.batch_size = SMOKE["batch_size"]
     if args.batch_size % args.accumulate:
         raise UsageError(f"--batch-size {args.batch_size} is not a multiple of "
                          f"--accumulate {args.accumulate}")

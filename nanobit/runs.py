@@ -28,6 +28,8 @@ from model import LLaMA, PRESETS, UsageError
 from nanobit.checkpoint import load_checkpoint, save_checkpoint, tensor_bytes
 from nanobit.compare import compare
 from nanobit.data import load_data
+from nanobit.defaults import window
+from nanobit.hf import read_hf_config
 from nanobit.hf_tokenizer import read_hf_tokenizer
 from nanobit.ranks import first_rank_first, put, rank, say, world_size
 from nanobit.train import dev_loss, evaluate, settings
@@ -68,9 +70,9 @@ def train_base(args, path):
     RUNNING[:] = [args]                                # pretrain's resolve put its own there
 
 def open_model(args, path, as_stored=False, dense=True):
-    """load_checkpoint on the command's device. args.seq_len becomes the model's window, at most
-    2048, where it is None (model.py eval) or 0 (a script's default, which `resolve` leaves). Raises
-    UsageError where the linears are packed and dense ones are needed."""
+    """load_checkpoint on the command's device. args.seq_len becomes `window` of the model where it
+    is None (model.py eval) or 0 (a script's default, which `resolve` leaves). Raises UsageError
+    where the linears are packed and dense ones are needed."""
     model, content = load_checkpoint(path, args.device, getattr(torch, args.dtype), as_stored)
     if dense and content["linears"]:
         raise UsageError(f"{path} is packed already; give the dense checkpoint as --model, or to "
@@ -79,7 +81,7 @@ def open_model(args, path, as_stored=False, dense=True):
     if os.path.isdir(path) and (args.seq_len or 0) > longest:
         raise UsageError(f"--seq-len {args.seq_len} is above the {longest} tokens of {path}")
     if not args.seq_len:
-        args.seq_len = min(longest, 2048)              # the usual window of published perplexities
+        args.seq_len = window(longest)
     return model, content
 
 def new_model(args, data):
@@ -114,6 +116,7 @@ def load_training_data(args, content=None):
         spec = content["tokenizer"]
     elif os.path.isdir(args.model or ""):
         spec = read_hf_tokenizer(args.model)
+        args.seq_len = args.seq_len or window(read_hf_config(args.model).seq_len)
     source = old.get("data") if args.data is None else args.data
 
     # --smoke reads few files, and so does what goes on from its result.
