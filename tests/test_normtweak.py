@@ -185,12 +185,13 @@ def test_equal_outputs_have_no_gradient_at_all(loss):
 # ---- the tweak --------------------------------------------------------------------------------
 
 def test_learning_rate_grows_linearly_over_the_blocks(teacher, ids, options, monkeypatch):
-    rates = []
-    def note(block, windows, targets, tables, loss, lr, *_):
-        rates.append(lr)
+    def note(*_, rates, **__):
+        seen.append(rates)
+    seen = []
     monkeypatch.setattr(nt, "tweak_by_adam", note)
     compress(teacher, ids, options("--lr", "1e-3"))
-    assert rates[0] == 1e-3
+    rates = [attn for attn, mlp in seen]
+    assert rates[0] == 1e-3 and all(attn == mlp for attn, mlp in seen)
     assert rates == pytest.approx([1e-3 * (1 + nt.LR_SCALE * i / 3) for i in range(3)])
 
 def test_gradient_of_a_norm_through_the_block_equals_central_differences(
@@ -301,11 +302,10 @@ class Scale(torch.nn.Module):
     def forward(self, x):
         return x * self.attn_norm.weight * self.mlp_norm.weight
 
-def to(value, seen=None):
+def to(value, block, seen):
     """A tweak that sets the first norm's weight, and notes what it was given."""
-    def tweak(block, windows, targets):
-        if seen is not None:
-            seen.append((block.attn_norm.weight.item(), windows, targets))
+    def tweak(windows, targets):
+        seen.append((block.attn_norm.weight.item(), windows, targets))
         block.attn_norm.weight.fill_(value)
     return tweak
 
@@ -318,7 +318,8 @@ def test_the_weight_whose_square_error_is_least_on_the_held_out_windows_stays(go
     targets = [7.0 * x for x in windows[:6]]           # what the tweaks are trained on says 7
     targets += [goal * x for x in windows[6:]]
     block, seen = Scale(), []
-    tweaks = [to(3.0, seen), to(2.1 if goal != 1.5 else 2.0, seen), to(float("nan"), seen)]
+    values = [3.0, 2.0 if goal == 1.5 else 2.1, float("nan")]
+    tweaks = [to(value, block, seen) for value in values]
     kept = nt.best_tweak(block, windows, targets, (), tweaks)
     assert block.attn_norm.weight.item() == pytest.approx(want)
     assert block.mlp_norm.weight.item() == 1.0 and kept == (want != 1.0)
@@ -329,17 +330,23 @@ def test_the_weight_whose_square_error_is_least_on_the_held_out_windows_stays(go
 @pytest.mark.parametrize("n, held_out", [(2, 1), (3, 1), (4, 1), (8, 2), (64, 16)])
 @torch.no_grad()
 def test_a_quarter_of_the_windows_is_held_out_and_at_least_one(n, held_out):
-    windows, seen = [torch.ones(1, 2, 1)] * n, []
-    nt.best_tweak(Scale(), windows, windows, (), [to(1.0, seen)])
+    windows, block, seen = [torch.ones(1, 2, 1)] * n, Scale(), []
+    nt.best_tweak(block, windows, windows, (), [to(1.0, block, seen)])
     assert len(seen[0][1]) == n - held_out
 
-def test_three_rates_are_tried_a_third_the_given_one_and_thrice(teacher, ids, options, monkeypatch):
-    rates = []
-    monkeypatch.setattr(nt, "tweak_by_adam", lambda *_, lr, **__: rates.append(lr))
+def test_three_rates_are_tried_in_proportion_to_the_norms_weights(
+        teacher, ids, options, monkeypatch):
+    """A tenth of the given one, itself and ten times it; of norms whose weights are 0.1 and 2 in
+    the mean a tenth and twice of that."""
+    teacher, seen = copy.deepcopy(teacher), []
+    teacher.blocks[0].attn_norm.weight.fill_(-0.1)
+    teacher.blocks[0].mlp_norm.weight.copy_(torch.linspace(0, 4, 32))
+    monkeypatch.setattr(nt, "tweak_by_adam", lambda *_, rates, **__: seen.append(rates))
     args = options("--lr", "3e-3")
     args.keep_all = False
     _, losses = compress(teacher, ids, args)
-    assert rates[:3] == pytest.approx([1e-3, 3e-3, 9e-3]) and len(rates) == 9
+    want = [[3e-5, 6e-4], [3e-4, 6e-3], [3e-3, 6e-2]]
+    assert seen[:3] == [pytest.approx(rates) for rates in want] and len(seen) == 9
     assert not any(loss.kept for loss in losses)       # nothing moved
 
 @pytest.mark.parametrize("solver", ["adam", "closed"])
