@@ -291,7 +291,8 @@ def test_same_seed_same_norms_and_the_order_of_windows_matters(teacher, ids, opt
 # ---- which tweaks stay ------------------------------------------------------------------------
 
 class Scale(torch.nn.Module):
-    """A block whose two norms' weights (1,) are all there is: it multiplies by both."""
+    """A block whose two norms' weights (1,) are all there is: it multiplies the first of two
+    channels by both."""
 
     def __init__(self):
         super().__init__()
@@ -300,7 +301,10 @@ class Scale(torch.nn.Module):
             getattr(self, name).weight = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        return x * self.attn_norm.weight * self.mlp_norm.weight
+        return scaled(x, self.attn_norm.weight * self.mlp_norm.weight)
+
+def scaled(x, weight):
+    return torch.cat((weight * x[..., :1], x[..., 1:]), -1)
 
 def to(value, block, seen):
     """A tweak that sets the first norm's weight, and notes what it was given."""
@@ -309,28 +313,39 @@ def to(value, block, seen):
         block.attn_norm.weight.fill_(value)
     return tweak
 
-@pytest.mark.parametrize("goal, want", [(2.0, 2.1), (2.6, 3.0), (1.0, 1.0), (1.5, 1.0)])
+@pytest.mark.parametrize("goal, want", [(2.0, 2.1), (2.6, 3.0), (1.0, 1.0), (1.3, 1.0)])
 @torch.no_grad()
-def test_the_weight_whose_square_error_is_least_on_the_held_out_windows_stays(goal, want):
-    """By hand: targets are goal * x, so the error of a weight w is (w - goal)^2 mean x^2. Of 1 (no
-    tweak), 2.1 and 3 the nearest stays; of two that are equally near, no tweak."""
-    windows = [torch.randn(1, 5, 1) for _ in range(8)]
-    targets = [7.0 * x for x in windows[:6]]           # what the tweaks are trained on says 7
-    targets += [goal * x for x in windows[6:]]
+def test_the_weight_that_is_nearest_on_the_held_out_windows_stays(goal, want):
+    """All tokens are (1, 1) and the targets (goal, 1), so that of the weights 1 (no tweak), 2.1 and
+    3 the one whose angle is nearest to that of the goal is best; a tweak that changes nothing, or
+    ends in NaN, is not kept."""
+    windows = [torch.ones(1, 5, 2) for _ in range(8)]
+    targets = [scaled(x, 7.0) for x in windows[:6]]    # what the tweaks are trained on says 7
+    targets += [scaled(x, goal) for x in windows[6:]]
     block, seen = Scale(), []
-    values = [3.0, 2.0 if goal == 1.5 else 2.1, float("nan")]
+    values = [3.0, 2.1, 1.0, float("nan")]
     tweaks = [to(value, block, seen) for value in values]
     kept = nt.best_tweak(block, windows, targets, (), tweaks)
     assert block.attn_norm.weight.item() == pytest.approx(want)
     assert block.mlp_norm.weight.item() == 1.0 and kept == (want != 1.0)
     # Each of them began from the untouched norms, and saw the first three quarters alone.
-    assert [start for start, _, _ in seen] == [1.0] * 3
+    assert [start for start, _, _ in seen] == [1.0] * 4
     assert all(w == windows[:6] and t == targets[:6] for _, w, t in seen)
+
+@torch.no_grad()
+def test_the_distance_that_decides_counts_every_token_by_its_direction():
+    """By hand: (3, 4) and (4, 3) have a root mean square of sqrt(12.5), so their squared distance
+    is 2 / 2 / 12.5; a token that is 1000 times larger in both counts no more."""
+    f = torch.tensor([[[3.0, 4], [3000, 4000]]])
+    q = torch.tensor([[[4.0, 3], [4000, 3000]]])
+    for x, target in ((q, f), (q[:, :1], f[:, :1]), (7 * q, f)):
+        assert nt.output_distance(Scale(), [x], [target], ()) == pytest.approx(0.08, rel=1e-5)
+    assert nt.output_distance(Scale(), [q, f], [f, f], ()) == pytest.approx(0.04, rel=1e-5)
 
 @pytest.mark.parametrize("n, held_out", [(2, 1), (3, 1), (4, 1), (8, 2), (64, 16)])
 @torch.no_grad()
 def test_a_quarter_of_the_windows_is_held_out_and_at_least_one(n, held_out):
-    windows, block, seen = [torch.ones(1, 2, 1)] * n, Scale(), []
+    windows, block, seen = [torch.ones(1, 2, 2)] * n, Scale(), []
     nt.best_tweak(block, windows, windows, (), [to(1.0, block, seen)])
     assert len(seen[0][1]) == n - held_out
 
@@ -363,7 +378,8 @@ def test_what_is_kept_is_no_further_from_the_float_block_on_held_out_windows(
         plain.attn_norm = teacher.blocks[i].attn_norm
         plain.mlp_norm = teacher.blocks[i].mlp_norm
         target = teacher.blocks[i](x, *tables)
-        far, near = ((b(x, *tables) - target)[6:].square().mean() for b in (plain, block))
+        unit = lambda y: (y / y.square().mean(-1, keepdim=True).sqrt())[6:]
+        far, near = ((unit(b(x, *tables)) - unit(target)).square().mean() for b in (plain, block))
         assert near < far if losses[i].kept else near == far
         x = block(x, *tables)
     assert any(loss.kept for loss in losses)
