@@ -185,12 +185,13 @@ def test_equal_outputs_have_no_gradient_at_all(loss):
 # ---- the tweak --------------------------------------------------------------------------------
 
 def test_learning_rate_grows_linearly_over_the_blocks(teacher, ids, options, monkeypatch):
-    rates = []
-    def note(block, windows, targets, tables, loss, lr, *_):
-        rates.append(lr)
+    def note(*_, rates, **__):
+        seen.append(rates)
+    seen = []
     monkeypatch.setattr(nt, "tweak_by_adam", note)
     compress(teacher, ids, options("--lr", "1e-3"))
-    assert rates[0] == 1e-3
+    rates = [attn for attn, mlp in seen]
+    assert rates[0] == 1e-3 and all(attn == mlp for attn, mlp in seen)
     assert rates == pytest.approx([1e-3 * (1 + nt.LR_SCALE * i / 3) for i in range(3)])
 
 def test_gradient_of_a_norm_through_the_block_equals_central_differences(
@@ -290,7 +291,8 @@ def test_same_seed_same_norms_and_the_order_of_windows_matters(teacher, ids, opt
 # ---- which tweaks stay ------------------------------------------------------------------------
 
 class Scale(torch.nn.Module):
-    """A block whose two norms' weights (1,) are all there is: it multiplies by both."""
+    """A block whose two norms' weights (1,) are all there is: it multiplies the first of two
+    channels by both."""
 
     def __init__(self):
         super().__init__()
@@ -299,47 +301,67 @@ class Scale(torch.nn.Module):
             getattr(self, name).weight = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        return x * self.attn_norm.weight * self.mlp_norm.weight
+        return scaled(x, self.attn_norm.weight * self.mlp_norm.weight)
 
-def to(value, seen=None):
+def scaled(x, weight):
+    return torch.cat((weight * x[..., :1], x[..., 1:]), -1)
+
+def to(value, block, seen):
     """A tweak that sets the first norm's weight, and notes what it was given."""
-    def tweak(block, windows, targets):
-        if seen is not None:
-            seen.append((block.attn_norm.weight.item(), windows, targets))
+    def tweak(windows, targets):
+        seen.append((block.attn_norm.weight.item(), windows, targets))
         block.attn_norm.weight.fill_(value)
     return tweak
 
-@pytest.mark.parametrize("goal, want", [(2.0, 2.1), (2.6, 3.0), (1.0, 1.0), (1.5, 1.0)])
+@pytest.mark.parametrize("goal, want", [(2.0, 2.1), (2.6, 3.0), (1.0, 1.0), (1.3, 1.0)])
 @torch.no_grad()
-def test_the_weight_whose_square_error_is_least_on_the_held_out_windows_stays(goal, want):
-    """By hand: targets are goal * x, so the error of a weight w is (w - goal)^2 mean x^2. Of 1 (no
-    tweak), 2.1 and 3 the nearest stays; of two that are equally near, no tweak."""
-    windows = [torch.randn(1, 5, 1) for _ in range(8)]
-    targets = [7.0 * x for x in windows[:6]]           # what the tweaks are trained on says 7
-    targets += [goal * x for x in windows[6:]]
+def test_the_weight_that_is_nearest_on_the_held_out_windows_stays(goal, want):
+    """All tokens are (1, 1) and the targets (goal, 1), so that of the weights 1 (no tweak), 2.1 and
+    3 the one whose angle is nearest to that of the goal is best; a tweak that changes nothing, or
+    ends in NaN, is not kept."""
+    windows = [torch.ones(1, 5, 2) for _ in range(8)]
+    targets = [scaled(x, 7.0) for x in windows[:6]]    # what the tweaks are trained on says 7
+    targets += [scaled(x, goal) for x in windows[6:]]
     block, seen = Scale(), []
-    tweaks = [to(3.0, seen), to(2.1 if goal != 1.5 else 2.0, seen), to(float("nan"), seen)]
+    values = [3.0, 2.1, 1.0, float("nan")]
+    tweaks = [to(value, block, seen) for value in values]
     kept = nt.best_tweak(block, windows, targets, (), tweaks)
     assert block.attn_norm.weight.item() == pytest.approx(want)
     assert block.mlp_norm.weight.item() == 1.0 and kept == (want != 1.0)
     # Each of them began from the untouched norms, and saw the first three quarters alone.
-    assert [start for start, _, _ in seen] == [1.0] * 3
+    assert [start for start, _, _ in seen] == [1.0] * 4
     assert all(w == windows[:6] and t == targets[:6] for _, w, t in seen)
+
+@torch.no_grad()
+def test_the_distance_that_decides_counts_every_token_by_its_direction():
+    """By hand: (3, 4) and (4, 3) have a root mean square of sqrt(12.5), so their squared distance
+    is 2 / 2 / 12.5; a token that is 1000 times larger in both counts no more."""
+    f = torch.tensor([[[3.0, 4], [3000, 4000]]])
+    q = torch.tensor([[[4.0, 3], [4000, 3000]]])
+    for x, target in ((q, f), (q[:, :1], f[:, :1]), (7 * q, f)):
+        assert nt.output_distance(Scale(), [x], [target], ()) == pytest.approx(0.08, rel=1e-5)
+    assert nt.output_distance(Scale(), [q, f], [f, f], ()) == pytest.approx(0.04, rel=1e-5)
 
 @pytest.mark.parametrize("n, held_out", [(2, 1), (3, 1), (4, 1), (8, 2), (64, 16)])
 @torch.no_grad()
 def test_a_quarter_of_the_windows_is_held_out_and_at_least_one(n, held_out):
-    windows, seen = [torch.ones(1, 2, 1)] * n, []
-    nt.best_tweak(Scale(), windows, windows, (), [to(1.0, seen)])
+    windows, block, seen = [torch.ones(1, 2, 2)] * n, Scale(), []
+    nt.best_tweak(block, windows, windows, (), [to(1.0, block, seen)])
     assert len(seen[0][1]) == n - held_out
 
-def test_three_rates_are_tried_a_third_the_given_one_and_thrice(teacher, ids, options, monkeypatch):
-    rates = []
-    monkeypatch.setattr(nt, "tweak_by_adam", lambda *_, lr, **__: rates.append(lr))
-    args = options("--lr", "3e-3")
+def test_three_rates_are_tried_in_proportion_to_the_norms_weights(
+        teacher, ids, options, monkeypatch):
+    """A fifth of the given one, itself and five times it; of norms whose weights are 0.1 and 2 in
+    the mean a tenth and twice of that."""
+    teacher, seen = copy.deepcopy(teacher), []
+    teacher.blocks[0].attn_norm.weight.fill_(-0.1)
+    teacher.blocks[0].mlp_norm.weight.copy_(torch.linspace(0, 4, 32))
+    monkeypatch.setattr(nt, "tweak_by_adam", lambda *_, rates, **__: seen.append(rates))
+    args = options("--lr", "5e-3")
     args.keep_all = False
     _, losses = compress(teacher, ids, args)
-    assert rates[:3] == pytest.approx([1e-3, 3e-3, 9e-3]) and len(rates) == 9
+    want = [[1e-4, 2e-3], [5e-4, 1e-2], [25e-4, 5e-2]]
+    assert seen[:3] == [pytest.approx(rates) for rates in want] and len(seen) == 9
     assert not any(loss.kept for loss in losses)       # nothing moved
 
 @pytest.mark.parametrize("solver", ["adam", "closed"])
@@ -356,7 +378,8 @@ def test_what_is_kept_is_no_further_from_the_float_block_on_held_out_windows(
         plain.attn_norm = teacher.blocks[i].attn_norm
         plain.mlp_norm = teacher.blocks[i].mlp_norm
         target = teacher.blocks[i](x, *tables)
-        far, near = ((b(x, *tables) - target)[6:].square().mean() for b in (plain, block))
+        unit = lambda y: (y / y.square().mean(-1, keepdim=True).sqrt())[6:]
+        far, near = ((unit(b(x, *tables)) - unit(target)).square().mean() for b in (plain, block))
         assert near < far if losses[i].kept else near == far
         x = block(x, *tables)
     assert any(loss.kept for loss in losses)
