@@ -162,7 +162,10 @@ def load_weights(model, state, path):
 def pack_embedding(model, bits):
     """Put packed matrices of 8 or 4 bits in the places of embedding and head, one where they are
     tied -> the two weights (V, C) that were there. All ranks must call."""
-    weights = (whole(model.embed.weight), whole(model.head.weight))
+    # With --fsdp, state_dict has their shares even where they are whole after a forward pass: what
+    # is whole then is only lent.
+    state = model.state_dict()
+    weights = (whole(state["embed.weight"]), whole(state["head.weight"]))
     head = PackedHead.from_weight(weights[1], bits)
     matrix = head if model.config.tied else PackedHead.from_weight(weights[0], bits)
     model.embed = PackedEmbedding(matrix)
