@@ -12,8 +12,8 @@ The model:
      token itself and earlier ones, and what a small network, the SwiGLU, makes of each alone.
   2. Both read the vectors through an RMSNorm. Positions enter as rotations of queries and keys.
   3. A last norm and a linear, the head, give a score for each token that may come next.
-The only weights that are quantized anywhere in this project are those of a block's seven linears:
-wq, wk, wv, wo, w_gate, w_up, w_down. Embedding, norms and head stay floats.
+The weights that every method quantizes are those of a block's seven linears: wq, wk, wv, wo,
+w_gate, w_up, w_down. Norms stay floats, and so do embedding and head until a file is packed.
 
 Read `LLaMA.forward` first, then `Block`, `Attention` and `MLP`, then the parts that they use.
 Training, data, checkpoints and the commands are in nanobit/. Not here: dropout, biases.

@@ -986,6 +986,38 @@ class PackedAffine(QuantLinear):
             y = F.linear(x, self.weight().to(x.dtype))
         return y
 
+class PackedHead(PackedAffine):
+    """A model's head. It is not one of the linears whose bits per weight are reported."""
+
+    @classmethod
+    def from_weight(cls, w, bits):
+        """w (V, C) rounded to nearest: symmetric, one scale per row."""
+        # In parts, as the range search keeps several copies of what it is given.
+        parts = [rtn(rows.detach().float(), bits, symmetric=True) for rows in w.split(4096)]
+        q = torch.cat([part.q for part in parts])
+        scale = torch.cat([part.scale for part in parts])
+        return cls.from_codes(q, scale, None, bits, group_size=-1, a_bits=16)
+
+class PackedEmbedding(nn.Module):
+    """The rows of a packed matrix (V, C), such as a PackedHead's, by their ids (...) -> float32
+    (..., C). It shares the matrix's tensors. No more than the rows asked for are unpacked."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.bits = matrix.bits
+        self.n_embd = matrix.in_features
+        self.register_buffer("packed", matrix.packed)
+        self.register_buffer("scale", matrix.scale)
+
+    def forward(self, idx):
+        flat = idx.flatten()
+        q = unpack(self.packed[flat], self.bits, self.n_embd, signed=True)         # (n, C)
+        return (q * self.scale[flat].float()).view(*idx.shape, -1)
+
+    def weight(self):
+        """All rows, float32 (V, C)."""
+        return self(torch.arange(len(self.packed), device=self.packed.device))
+
 class PackedQuest(QuantLinear):
     """w_hat = levels * scale of the rotated weight, levels = q + 1/2 (ternary and FP4: q), and
     rotated inputs on the same kind of grid.
@@ -1090,9 +1122,10 @@ def bits_per_weight(model):
     """(stored bits per weight, number of weights) of the QuantLinear layers; (0, 0) without any.
 
     Stored are codes, scales, zero points, masks and codebooks. Embedding, head and norms are not
-    quantized, and not counted.
+    counted, whether they are packed or not.
     """
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    layers = [m for m in model.modules()
+              if isinstance(m, QuantLinear) and not isinstance(m, PackedHead)]
     weights = sum(m.packed.size(0) * m.in_features for m in layers)
     stored = sum(b.numel() * b.element_size() for m in layers for b in m.buffers())
     return (8 * stored / weights if weights else 0.0), weights

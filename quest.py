@@ -487,6 +487,11 @@ def report(args, model, data, path, scores, live, result, base, params):
         differ = sum((a != b).sum().item() for a, b in zip(stored, live, strict=True))
         count = f"{differ} of {weights} integers differ from training's | "
 
+    # Beside the integers the file has training's own scales. What else could differ?
+    why = ""
+    if weights and args.embed_bits < 16:
+        why = f", by the embedding and head in {args.embed_bits} bits"
+
     # Record the row before printing, so that a later failure cannot lose it.
     row = record(args, method, model, reloaded, result,
                  w_bits=args.bits, a_bits=args.a_bits, grid=args.grid, size=args.size, lr=args.lr,
@@ -494,12 +499,12 @@ def report(args, model, data, path, scores, live, result, base, params):
                  curve=curve(result["losses"]),
                  integers_differ=differ, packed_minus_live=reloaded["loss"] - scores["loss"])
     say(f"packed  | {show(reloaded)} | {count}loss differs by "
-        f"{abs(reloaded['loss'] - scores['loss']):.1e}")
+        f"{abs(reloaded['loss'] - scores['loss']):.1e}{why}")
     if weights:
         size = tensor_bytes(model.state_dict().values())
         say(f"size | linears {2 * weights} bytes in bfloat16 -> {round(bpw * weights / 8)} packed "
             f"({bpw:.3f} bits per weight with scales) | whole model {2 * params} -> {size} "
-            f"(embedding, head and norms stay float32) | {path}")
+            f"with embedding, head and norms | {path}")
 
     # Text, and the row as the last line.
     prompt = "def "

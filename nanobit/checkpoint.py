@@ -3,28 +3,34 @@
   1. `save_checkpoint` writes under a temporary name, then renames.
   2. `read_checkpoint` verifies checksums, and loads nothing that could run code.
   3. `load_checkpoint` makes the model again. A packed layer is its spec and its tensors.
-`load_weights` is for a model that is there already: a resumed run's.
+`load_weights` is for a model that is there already: a resumed run's. `pack_embedding` makes
+embedding and head small before a file is written, `float_embedding` makes them floats again.
 """
 import dataclasses
 import os
 import zipfile
 
 import torch
+import torch.nn as nn
 
-from model import LlamaConfig, LLaMA, UsageError
-from nanobit.ranks import agree, gather, placed_like, rank
-from quantizers import QuantLinear
+from model import Linear, LlamaConfig, LLaMA, UsageError
+from nanobit.ranks import agree, gather, placed_like, rank, whole
+from quantizers import PackedEmbedding, PackedHead, QuantLinear
 
 SAVED = []  # the checkpoints that this process wrote, for the message after Ctrl-C
 
 def save_checkpoint(path, model, **content):
     """Write {format, config, linears, model, **content} to a temporary name, then rename it. A
     result adds method, settings, tokenizer, data and command; a training state adds settings, data,
-    losses, optimizer and seconds, and is told apart by having no tokenizer. Raises UsageError, and
-    leaves an older file as it is, where a weight is not finite or there is no room."""
+    losses, optimizer and seconds, and is told apart by having no tokenizer. Where embedding and
+    head are packed, "head" is their spec. Raises UsageError, and leaves an older file as it is,
+    where a weight is not finite or there is no room."""
     linears = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    head = linears.pop("head", None)                   # not one of the blocks' linears
     content = {"format": "nanobit-1", "config": dataclasses.asdict(model.config),
                "linears": linears, "model": model.state_dict(), **content}
+    if head:
+        content["head"] = head
 
     # All ranks bring their shares of the weights, and rank 0 writes. The others go on when it has;
     # if it fails, torchrun ends them as they wait.
@@ -99,23 +105,39 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, as_stored=False):
     with torch.device("meta"):
         model = LLaMA(LlamaConfig(**content["config"]), dtype)
 
-    # Packed layers take the places of its linears. An older file's tensors are not all what such a
-    # layer makes of them, so the layer's own take their places too.
+    # Packed layers take the places of its linears.
     state = dict(content["model"])
     for name, spec in content["linears"].items():
-        prefix = name + "."
-        names = [k for k in state if k.startswith(prefix)]
-        linear = QuantLinear.of(spec, {k.removeprefix(prefix): state.pop(k) for k in names})
-        state |= {prefix + k: t for k, t in linear.state_dict().items()}
+        linear = QuantLinear.of(spec, parts(state, name))
+        state.pop(f"{name}.zero_point", None)          # an older file's: the layer has packed it
+        state |= {f"{name}.{part}": t for part, t in linear.state_dict().items()}
         model.set_submodule(name, linear)
+
+    # So do embedding and head.
+    if "head" in content:
+        model.head = PackedHead(content["head"], parts(state, "head"))
+        matrix = PackedHead(content["head"], parts(state, "embed"))
+        model.embed = PackedEmbedding(matrix)
 
     # The file's tensors become the model's own, floats as float32.
     own = model.state_dict()
     check_fit(own, state, path)
     model.load_state_dict({k: t.to(own[k].dtype) for k, t in state.items()}, assign=True)
-    if model.config.tied:                              # assigning has untied them
-        model.head.weight = model.embed.weight
-    return model.to(device).eval(), content
+    model.to(device)
+    if model.config.tied:                              # both of these have untied them
+        tie(model)
+    return model.eval(), content
+
+def parts(state, name):
+    """The tensors of the module with that name, by their names inside of it."""
+    prefix = name + "."
+    return {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+
+def tie(model):
+    """Let the head have the embedding's tensors."""
+    shared = ("packed", "scale") if isinstance(model.head, PackedHead) else ("weight",)
+    for name in shared:
+        setattr(model.head, name, getattr(model.embed, name))
 
 def load_folder(path, device, dtype, as_stored):
     """load_checkpoint for a Hugging Face folder: the content says what a checkpoint's would."""
@@ -134,6 +156,41 @@ def load_weights(model, state, path):
     own = model.state_dict()
     check_fit(own, state, path)
     model.load_state_dict({name: placed_like(t, own[name]) for name, t in state.items()})
+
+# ---- Embedding and head -------------------------------------------------------------------------
+# They are half of a small model's weights or more, and nothing trains them on a grid. In 8 bits
+# they cost next to no loss.
+
+def pack_embedding(model, bits):
+    """Put packed matrices of 8 or 4 bits in the places of embedding and head, one where they are
+    tied -> the two weights (V, C) that were there. All ranks must call."""
+    # With --fsdp, state_dict has their shares even where they are whole after a forward pass: what
+    # is whole then is only lent.
+    state = model.state_dict()
+    weights = (whole(state["embed.weight"]), whole(state["head.weight"]))
+    head = PackedHead.from_weight(weights[1], bits)
+    matrix = head if model.config.tied else PackedHead.from_weight(weights[0], bits)
+    model.embed = PackedEmbedding(matrix)
+    model.head = head
+    return weights
+
+def float_embedding(model, embed, head):
+    """Make embedding and head floats again, with the weights (V, C)."""
+    V, C = embed.shape
+    with torch.device("meta"):                         # shapes alone
+        model.embed = nn.Embedding(V, C)
+        model.head = Linear(C, V)
+    model.embed.weight = nn.Parameter(embed, requires_grad=False)
+    model.head.weight = nn.Parameter(head, requires_grad=False)
+    if model.config.tied:
+        tie(model)
+
+def packed_embedding_weights(model):
+    """How many weights of embedding and head are packed; those of tied ones count once."""
+    if not isinstance(getattr(model, "head", None), PackedHead):
+        return 0
+    c = model.config
+    return c.vocab_size * c.n_embd * (1 if c.tied else 2)
 
 # ---- Checks -------------------------------------------------------------------------------------
 

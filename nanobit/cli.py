@@ -22,7 +22,8 @@ except ImportError:                                    # Windows: no peak memory
 
 from model import PRESETS, UsageError
 from nanobit.card import result_row
-from nanobit.checkpoint import SAVED, load_checkpoint
+from nanobit.checkpoint import (SAVED, float_embedding, load_checkpoint,
+                                packed_embedding_weights)
 from nanobit.compare import check_same_tokens, compare, show_comparison
 from nanobit.compressed import rounded_activations
 from nanobit.export import FORMATS, choose_format
@@ -49,7 +50,7 @@ def pretrain(argv):
     p = Parser(prog="model.py", description="Pre-train the dense base model into OUT/base.pt.",
                epilog="also: model.py eval CKPT, model.py sample CKPT, model.py export CKPT DIR "
                       "(--help for each)")
-    add_flags(p, fsdp=True)
+    add_flags(p, packs=False, fsdp=True)
     args = resolve(p.parse_args(argv))
     data = load_training_data(args)
     model = new_model(args, data)
@@ -137,6 +138,9 @@ def export_checkpoint(argv):
     args = p.parse_args(argv)
     model, content = load_checkpoint(args.checkpoint)
     content.pop("model", None)                         # or it would hold what is taken apart
+    if packed_embedding_weights(model):
+        say("note: embedding and head, packed in the file, are floats in the folder")
+        float_embedding(model, model.embed.weight(), model.head.weight())
     if os.path.isdir(args.checkpoint):
         content["settings"]["model"] = args.checkpoint
     content["row"] = result_row(args.checkpoint, content)
@@ -162,7 +166,7 @@ def export_checkpoint(argv):
 
 # ---- Flags --------------------------------------------------------------------------------------
 
-def add_flags(p, data=True, trains=True, fsdp=False):
+def add_flags(p, data=True, trains=True, packs=True, fsdp=False):
     """The flags that mean the same in every script. Where the default is None, resolve sets it."""
     add = p.add_argument
     own = "(default: from --size, or from the dense model that is given)"
@@ -204,6 +208,12 @@ def add_flags(p, data=True, trains=True, fsdp=False):
     add("--resume", action="store_true", help="go on from the state saved in --out")
     add("--smoke", action="store_true",
         help="a few steps on little text into OUT/smoke, to see that all works")
+
+    # Of those that write a packed file.
+    if packs:
+        add("--embed-bits", type=int, choices=(4, 8, 16), default=8,
+            help="of embedding and head in the packed file, one scale a row; 16: floats, as they "
+                 "were trained (default: 8)")
 
     # Of model.py and quest.py alone.
     p.set_defaults(fsdp=False)

@@ -159,7 +159,7 @@ class Cache:
     def __init__(self, model, batch, length):
         c = model.config
         self.keys = torch.zeros(batch, c.n_kv_head, length, c.head_dim, dtype=model.dtype,
-                                device=model.embed.weight.device)
+                                device=model.norm.weight.device)
         self.values = torch.zeros_like(self.keys)
 
         # The same for all layers; the `forward` of cached_forward sets them.
@@ -189,7 +189,7 @@ class Chooser:
         self.temperature = temperature
         self.top_k = top_k
         self.generator = generator
-        self.noise = torch.ones(batch, model.config.vocab_size, device=model.embed.weight.device)
+        self.noise = torch.ones(batch, model.config.vocab_size, device=model.norm.weight.device)
 
     def draw(self):
         if self.temperature >= 1e-6:

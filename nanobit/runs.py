@@ -25,7 +25,8 @@ except ImportError:                                    # Windows: no lock on --o
     fcntl = None
 
 from model import LLaMA, PRESETS, UsageError
-from nanobit.checkpoint import load_checkpoint, save_checkpoint, tensor_bytes
+from nanobit.checkpoint import (float_embedding, load_checkpoint, pack_embedding,
+                                packed_embedding_weights, save_checkpoint, tensor_bytes)
 from nanobit.compare import compare
 from nanobit.data import load_data
 from nanobit.defaults import window
@@ -33,7 +34,7 @@ from nanobit.hf import read_hf_config
 from nanobit.hf_tokenizer import read_hf_tokenizer
 from nanobit.ranks import first_rank_first, put, rank, say, world_size
 from nanobit.train import dev_loss, evaluate, settings
-from quantizers import bits_per_weight, group_width
+from quantizers import QuantLinear, bits_per_weight, group_width
 
 # ---- The model and the data ---------------------------------------------------------------------
 
@@ -208,10 +209,24 @@ def hold(folder):
 
 def through_the_file(path, model, args, data, method, base=None):
     """Save a result, load it again and `score` that -> (model, scores). What is reported of a
-    packed model is thereby what its file holds."""
+    packed model is thereby what its file holds. Embedding and head get --embed-bits here."""
+    linears = any(isinstance(m, QuantLinear) for _, m in model.linears())
+    packs = linears and args.embed_bits < 16 and not packed_embedding_weights(model)
+    if packs:
+        floats = pack_embedding(model, args.embed_bits)
     save_result(path, model, args, data, method)
     model, _ = load_checkpoint(path, args.device, model.dtype)
-    return model, score(model, data, args, base)
+    scores = score(model, data, args, base)
+
+    # What that cost: the loss of the same model with embedding and head as they were.
+    if packs:
+        packed = (model.embed, model.head)
+        float_embedding(model, *floats)
+        before = dev_loss(model, data, args.seq_len)
+        model.embed, model.head = packed
+        say(f"embedding and head | {args.embed_bits} bits, one scale per row | dev loss "
+            f"{before:.4f} -> {scores['dev_loss']:.4f}")
+    return model, scores
 
 def save_result(path, model, args, data, method):
     """A checkpoint with all that `model.py eval` and `sample` need."""
@@ -244,7 +259,8 @@ def record(args, method, model, scores, result, **more):
     # Bits per packed weight and how many are packed: 0 and 0 of a dense model. Of a packed one
     # "bytes_packed" is the whole, not the linears alone, as "bytes_dense" is.
     bpw, weights = bits_per_weight(model)
-    params = sum(p.numel() for p in model.parameters()) + weights
+    params = sum(p.numel() for p in model.parameters())
+    params += weights + packed_embedding_weights(model)
     packed = tensor_bytes(model.state_dict().values()) if weights else None
 
     # `more` is the method's own: it replaces the bits, the group size and the base's loss.

@@ -274,7 +274,8 @@ def settings(args):
     """What a checkpoint keeps of the command line: plain values."""
     return {k: v for k, v in vars(args).items() if k not in ("resume", "out")}
 
-FREE = {"eval_every", "compile", "fsdp", "data"}       # settings that a resumed run may change
+# Settings that a resumed run may change.
+FREE = {"eval_every", "compile", "fsdp", "data", "embed_bits"}
 
 def resume(model, optimizer, args, data, path):
     """Load model and optimizer from `path` -> (losses so far, seconds so far)."""

@@ -4,6 +4,7 @@ Each is made by its script's own command from one random model of a block, and a
 its text is that of a plain loop over the loaded model's logits, its loss on the validation split
 is the mean of those logits' losses, and what it exports has the weights that its codes stand for.
 """
+import copy
 import json
 import math
 import pathlib
@@ -17,6 +18,7 @@ import nanobit.checkpoint
 import nanobit.data
 import nanobit.tokenizer
 from conftest import call, check_refused, random_base, run_card
+from model import LLaMA, LlamaConfig
 from quantizers import QuantLinear
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -90,7 +92,7 @@ def test_every_file_is_evaluated_sampled_and_loaded(name, folder, capsys, monkey
     m, content = nanobit.checkpoint.load_checkpoint(path)
     tokenizer = nanobit.tokenizer.make_tokenizer(content["tokenizer"])
     packed = [q for q in m.modules() if isinstance(q, QuantLinear)]
-    assert len(packed) == (0 if name == "base.pt" else 7)
+    assert len(packed) == (0 if name == "base.pt" else 8)                  # with the head
 
     status, out, err = call(capsys, f"model.py eval {path} --seq-len 32 --device cpu")
     assert status == 0, err
@@ -126,8 +128,43 @@ def test_every_file_is_exported_with_the_weights_that_its_codes_stand_for(
         weight = layer(eye).t()                                                    # (O, C)
         stored = tensors[f"model.layers.0.{hf}.weight"].float()
         assert (stored - weight).abs().max() <= weight.abs().max() / 256
+    for q, hf in ((m.embed, "model.embed_tokens"), (m.head, "lm_head")):
+        weight = q.weight if name == "base.pt" else q.weight()
+        assert torch.equal(tensors[f"{hf}.weight"], weight.bfloat16())
     config = json.loads(pathlib.Path(tmp_path, "hf/config.json").read_text())
     assert config["vocab_size"] == 300 and config["num_hidden_layers"] == 1
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_embedding_and_head_come_back_from_a_file_and_as_floats(tmp_path, bits, tied):
+    """Tied ones are stored once, and are one again wherever they come from."""
+    torch.manual_seed(0)
+    m = LLaMA(LlamaConfig(60, 1, 32, 4, 4, 48, 32, tied=tied)).eval()
+    x = torch.randint(60, (2, 9))
+    before = m(x)[0]
+    embed, head = m.embed.weight.clone(), m.head.weight.clone()
+    for weight, old in zip(nanobit.checkpoint.pack_embedding(m, bits), (embed, head)):
+        assert torch.equal(weight, old)
+    want = m(x)[0]
+    assert 0 < (want - before).norm() < {4: 0.2, 8: 0.02}[bits] * before.norm()
+
+    path = str(tmp_path / "m.pt")
+    nanobit.checkpoint.save_checkpoint(path, m, tokenizer=["a"], method="rtn")
+    loaded, content = nanobit.checkpoint.load_checkpoint(path)
+    assert torch.equal(loaded(x)[0], want) and content["linears"] == {}
+    assert (loaded.head.packed is loaded.embed.packed) == tied
+    tables = nanobit.checkpoint.tensor_bytes(
+        t for n, t in content["model"].items() if n.startswith(("embed.", "head.")))
+    assert tables == (1 if tied else 2) * 60 * (32 * bits // 8 + 2)
+    again = copy.deepcopy(loaded)
+    assert (again.head.packed is again.embed.packed) == tied
+
+    # Floats again: what the codes stand for.
+    nanobit.checkpoint.float_embedding(loaded, loaded.embed.weight(), loaded.head.weight())
+    assert torch.equal(loaded(x)[0], want)
+    assert (loaded.head.weight is loaded.embed.weight) == tied
+    assert sum(p.numel() for p in loaded.parameters()) == sum(
+        p.numel() for p in LLaMA(m.config).parameters())
 
 PACKED = dict.fromkeys(                                # those with float activations: their format
     ("rtn-w3.pt", "gptq-tweak-w2.pt", "lrqat-w2-lr-qat.pt", "lrqat-w4-full.pt",

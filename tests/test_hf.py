@@ -598,9 +598,9 @@ def test_every_script_starts_from_a_folder(folder, capsys, script):
 
 def test_a_packed_model_is_tweaked_against_the_folder_it_came_from(folder, capsys):
     assert call(capsys, f"normtweak.py --model hf --data text.txt {RUNS['normtweak.py']} "
-                        "--host rtn")[0] == 0
+                        "--host rtn --embed-bits 16")[0] == 0
     status, out, err = call(capsys, "normtweak.py --model out/rtn-w3.pt --teacher hf "
-                                    f"--data text.txt {RUNS['normtweak.py']}")
+                                    f"--data text.txt {RUNS['normtweak.py']} --embed-bits 16")
     assert status == 0, err
     row, again = (json.loads(line)["arms"]
                   for line in pathlib.Path("out/results.jsonl").read_text().splitlines())
@@ -631,7 +631,7 @@ def test_norm_tweaking_keeps_one_block_at_a_time_in_float(folder, capsys, monkey
         return save(path, m, *rest)
     monkeypatch.setattr(nanobit.runs, "save_result", look)
     status, out, err = call(capsys, f"normtweak.py --model hf --data text.txt "
-                                    f"{RUNS['normtweak.py']}")
+                                    f"{RUNS['normtweak.py']} --embed-bits 16")
     assert status == 0 and len(saves) == 4, err
     teacher = teachers[0][0]
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}

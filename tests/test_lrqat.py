@@ -825,7 +825,7 @@ def own_cache(tmp_path, monkeypatch):
 def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, capsys):
     data = random_base(tmp_path, 2)
     flags = ("--bits 2 --group-size 16 --rank 4 --init svd --a-bits 8 --kv-bits 4 --steps 3 "
-             "--batch-size 4 --seq-len 32 --device cpu --teacher none")
+             "--batch-size 4 --seq-len 32 --device cpu --teacher none --embed-bits 16")
     command, rows = f"lrqat.py {flags} --model {tmp_path}/base.pt --out {tmp_path}", []
     for more in ("", " --resume"):
         _, out, _ = call(capsys, command + more)
@@ -855,7 +855,7 @@ def test_script_compares_all_arms_packs_and_resumes(own_cache, tmp_path, capsys)
 def test_one_arm_alone_ends_as_beside_the_others_and_is_packed(arm, own_cache, tmp_path, capsys):
     data = random_base(tmp_path, 1)
     command = (f"lrqat.py --bits 3 --rank 4 --steps 4 --batch-size 4 --seq-len 32 --device cpu "
-               f"--model {tmp_path}/base.pt --out {tmp_path}")
+               f"--embed-bits 16 --model {tmp_path}/base.pt --out {tmp_path}")
     rows = []
     for more in ("", f" --arm {arm}"):
         _, out, _ = call(capsys, command + more)

@@ -704,7 +704,7 @@ def test_saved_checkpoints_evaluate_to_the_reported_loss(base, teacher, data, tm
     assert len(table) == 5 and table[-1].count("->") == 3
 
 def test_a_packed_model_keeps_its_codes(base, tmp_path, capsys):
-    command = f"normtweak.py --out {tmp_path} --steps 4 --seq-len 24 --model"
+    command = f"normtweak.py --out {tmp_path} --steps 4 --seq-len 24 --embed-bits 16 --model"
     call(capsys, f"{command} {base} --bits 2 --group-size 16")
     _, out, _ = call(capsys, f"{command} {tmp_path}/rtn-w2.pt --teacher {base}")
     row = json.loads(out.splitlines()[-1])

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import quantizers
-from quantizers import (FP4_CLIP, FP4_CODES, GAUSSIAN_CLIP, QuantLinear, bits_per_weight,
-                        clip_limit, code_linear, code_offset, dequantize, gaussian_clip, gptq,
-                        keep_two_of_four, pack, quest_codes, quest_fake_quant, rotate, rtn,
-                        trust_limit, unpack)
+from quantizers import (FP4_CLIP, FP4_CODES, GAUSSIAN_CLIP, PackedEmbedding, PackedHead,
+                        QuantLinear, bits_per_weight, clip_limit, code_linear, code_offset,
+                        dequantize, gaussian_clip, gptq, keep_two_of_four, pack, quest_codes,
+                        quest_fake_quant, rotate, rtn, trust_limit, unpack)
 
 BITS = list(GAUSSIAN_CLIP)                             # 1, 1.58, 2 .. 8
 EVEN = [b for b in BITS if b != 1.58]
@@ -397,6 +397,26 @@ def test_bits_per_weight_is_all_stored_bytes_over_the_weights():
     model = torch.nn.ModuleList([torch.nn.Linear(64, 16), *(layer for layer, _ in cases)])
     assert bits_per_weight(model)[0] == pytest.approx(sum(row for _, row in cases) / 8 / len(cases))
     assert bits_per_weight(model[0]) == (0.0, 0)
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_head_and_embedding_are_the_nearest_of_a_rows_codes(bits):
+    """By brute force over all codes of each row's own step; ids of any shape, and 5000 rows, which
+    are rounded in parts. Neither counts in the linears' bits per weight."""
+    w = randn(5000, 6, dtype=torch.float32) * torch.logspace(-2, 2, 5000).unsqueeze(1)
+    w[7] = 0
+    head = PackedHead.from_weight(w, bits)
+    embed = PackedEmbedding(head)
+    codes = torch.arange(-2 ** (bits - 1), 2 ** (bits - 1))
+    levels = head.scale.double().unsqueeze(-1) * codes                     # (V, 1, 2^bits)
+    distance = (levels - w.unsqueeze(-1)).abs().amin(-1)
+    assert ((head.weight() - w).abs() - distance).abs().max() < 1e-5
+    assert (distance.amax(1) <= 0.35 * w.abs().amax(1)).all()
+    idx = torch.tensor([[4999, 7, 0], [7, 4096, 4095]])
+    assert torch.equal(embed(idx), head.weight()[idx]) and embed.packed is head.packed
+    assert torch.equal(embed.weight(), head.weight())
+    x = randn(3, 6, dtype=torch.float32)
+    assert torch.equal(head(x), x @ head.weight().t())
+    assert bits_per_weight(torch.nn.ModuleList([head, embed])) == (0.0, 0)
 
 def test_two_bits_in_groups_of_128_cost_2_14_bits_per_weight():
     """2 of a code; 16 of a scale and 2 of a zero point for 128 weights."""

@@ -29,7 +29,7 @@ def random_weights(size, bits, tokens, device, dtype):
 
     def packed(O, C):
         codes = torch.randint(256, (O, C * bits // 8), device=device, dtype=torch.uint8)
-        scale = torch.full((O, C // 128), 0.05 / 2**bits, device=device)
+        scale = torch.full((O, C // 128), 0.05 / 2**bits, device=device, dtype=torch.float16)
         zero = torch.full_like(scale, 2 ** (bits - 1), dtype=torch.uint8)
         spec = dict(kind="affine", bits=bits, a_bits=16, in_features=C, group_size=128,
                     signed=False)
