@@ -71,19 +71,18 @@ def misfit(linear):
         return f"has {what}, no multiple of a block's 32"
 
     # The scales are float16 there, and so are Q4_1's minima, zero_point times as large.
-    zero_point = 0
-    if isinstance(linear, PackedAffine) and linear.zero_point is not None:
-        zero_point = int(linear.zero_point.max())
     largest = float(scales(linear).abs().max())
     end = f"too large for float16, which ends at {HALF_MAX:.0f}"
     if largest > HALF_MAX:
         return f"has a scale of {largest:.3g}, {end}"
-    if may_be_q4_1(linear) and largest * zero_point > HALF_MAX:
-        return (f"has scales up to {largest:.3g} and zero points up to {zero_point}, whose product "
-                f"is {end}")
+    if may_be_q4_1(linear):
+        zero_point = int(linear.zero_point.max())
+        if largest * zero_point > HALF_MAX:
+            return (f"has scales up to {largest:.3g} and zero points up to {zero_point}, whose "
+                    f"product is {end}")
 
-    # Only wide codes and high zero points can leave the range of Q8_0.
-    if not may_be_q4_1(linear) and (linear.bits >= 8 or zero_point > 128):
+    # Only wide codes can leave the range of Q8_0: a zero point is itself a code.
+    if linear.bits >= 8:
         low, high = extremes(integers(linear))
         if low < -128 or high > 127:
             return f"has integers {low} .. {high}, and Q8_0 holds -128 .. 127"
