@@ -132,7 +132,12 @@ def hf_vocabulary(tokenizer, spec):
                 tokens[i] = tokens[i].replace("\u2581", " ")
 
         for byte in range(256):
-            types[tokenizer.ids[f"<0x{byte:02X}>"]] = BYTE
+            token = f"<0x{byte:02X}>"
+            if token not in tokenizer.ids:
+                raise UsageError("--format gguf cannot hold this tokenizer: it has no token "
+                                 f"{token}, and llama.cpp wants one for each byte; give --format "
+                                 "dense")
+            types[tokenizer.ids[token]] = BYTE
         unknown = tokenizer.ids.get(model.get("unk_token"))
         if unknown is not None:
             types[unknown] = UNKNOWN

@@ -416,6 +416,13 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(capsys):
     check_refused(call(capsys, "model.py export m.pt m.gguf --format gguf"), "WordLevel")
     assert os.listdir() == ["m.pt"]
 
+def test_a_sentencepiece_tokenizer_without_all_bytes_is_refused(capsys):
+    vocab = {"<start>": 0, "<end>": 1, "a": 2, "<0x00>": 3}
+    save_with(tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True)))
+    check_refused(call(capsys, "model.py export m.pt m.gguf --format gguf"), "no token <0x01>",
+                  "--format dense")
+    assert os.listdir() == ["m.pt"]
+
 @pytest.mark.parametrize("name", PRE)
 def test_a_way_to_cut_words_is_found_by_what_it_does(name):
     assert find_pre(lambda text: cut_by(PRE[name], text)) == (name, True)
