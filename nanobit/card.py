@@ -101,7 +101,8 @@ def model_card(folder, known, weights, has_tokenizer):
     # How to load it: with llama.cpp where it is a GGUF file, and with transformers.
     source = repr(name)
     if weights.file:
-        lines += ["", "```", f"llama-cli -m {name}/{weights.file}", "```"]
+        path = shlex.quote(f"{name}/{weights.file}")
+        lines += ["", "```", f"llama-cli -m {path}", "```"]
         source += f", gguf_file={weights.file!r}"
     packages = shlex.join(["transformers>=5", *weights.packages])
     classes = ["AutoModelForCausalLM"]

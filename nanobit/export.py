@@ -64,7 +64,8 @@ def write_hf(folder, model, content, convert):
     with new_folder(folder) as temporary:
         for name, text in texts.items():
             if leaves_folder(name):
-                raise UsageError(f"the tokenizer's file {shown(name)} is outside of {folder}")
+                raise UsageError(f"the checkpoint is damaged: its tokenizer has a file "
+                                 f"{shown(name)}, outside of {folder}")
             path = temporary / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")

@@ -51,7 +51,8 @@ def read_packed_linears(folder, model, stored):
             check_weights([(full, tensor)], folder)
             parts[part] = tensor
         if "weight_shape" in parts and parts["weight_shape"].tolist() != [O, C]:
-            raise UsageError(f"{folder}: {prefix}.weight_shape is not {O} x {C}")
+            raise UsageError(f"{folder}: {prefix}.weight_shape is "
+                             f"{parts['weight_shape'].tolist()}, config.json asks for {[O, C]}")
 
         packed = form.packed_linear(grid, C, parts)
         if packed is None:
