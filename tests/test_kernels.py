@@ -5,6 +5,7 @@ Without a GPU the kernels run in Triton's interpreter, in one process of their o
 starts: the interpreter must be chosen before Triton is imported. It knows no bfloat16 arithmetic,
 so that is for GPUs only, where the same cases run compiled. Every output starts as NaN.
 """
+import contextlib
 import copy
 import io
 import json
@@ -13,6 +14,8 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
+import weakref
 
 import pytest
 import torch
@@ -449,6 +452,92 @@ def test_every_product_is_timed_in_turns_with_the_cublas_that_it_is_a_ratio_to()
     tokens = lambda name: {M for _, M, c, _ in jobs if c.name == name}
     assert len(tokens("lowbit_matmul")) == 24 and max(tokens("humming")) == 1024
     assert tokens("gemlite") == {1, 16, 64, 300}
+
+@pytest.fixture
+def on_paper(monkeypatch):
+    """The benchmark with CUDA played: graphs that call `replayed`, and a context that is `dead`
+    after a fault, in all of its process. The process apart is this one, its context a new one."""
+    import time_kernels
+    state = types.SimpleNamespace(dead=False, replayed=lambda: None)
+
+    def synchronize():
+        if state.dead:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    class Graph:
+        def replay(self):
+            synchronize()
+            state.replayed()
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.record, self.synchronize = synchronize, synchronize
+
+        def elapsed_time(self, other):
+            return 0.2                                 # ms for 20 calls
+
+    class Pool(contextlib.nullcontext):
+        def __init__(self, workers, context):
+            super().__init__(self)
+            state.dead = False
+
+        def submit(self, function, *args):
+            result = function(*args)
+            return types.SimpleNamespace(result=lambda: result)
+
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device, dtype: randn(*shape, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(time_kernels.concurrent.futures, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(time_kernels, "COPIES", 1)
+    return state
+
+def test_what_captured_calls_read_lives_until_the_last_replay(on_paper):
+    """A graph knows addresses alone, and torch unmaps free memory before it captures the next."""
+    import time_kernels
+    read = []
+
+    def layer(x):
+        codes = x.clone()
+        read.append(weakref.ref(codes))
+        return lambda: codes
+
+    alive = []
+    on_paper.replayed = lambda: alive.append([codes() is not None for codes in read])
+    jobs = [("8x8", 1, time_kernels.Candidate(name, lambda O, C, bits: layer, (8,), 1), 8)
+            for name in ("cuBLAS", "_int_mm", "_scaled_mm")]
+    rows = time_kernels.measure(jobs, 1.0, None)
+    assert [row["us"] for row in rows] == 3 * [10.0]
+    assert len(read) == 6 and all(all(them) for them in alive) and len(alive[-1]) == 6
+
+def test_a_peer_that_breaks_cuda_is_left_out_and_a_kernel_of_ours_ends_the_benchmark(
+        on_paper, capsys):
+    import time_kernels
+
+    def breaking(O, C, bits):
+        def layer(x):
+            def call():
+                on_paper.dead = len(x) == 2 and bits == 4
+            return call
+        return layer
+
+    def sound(O, C, bits):
+        return lambda x: lambda: None
+
+    def jobs_with(name):
+        return [("8x8", M, time_kernels.Candidate(kernel, make, (4, 8), 3), bits)
+                for M in (1, 2, 3) for kernel, make, bits in (
+                    ("cuBLAS", sound, 16), (name, breaking, 4), (name, breaking, 8))]
+
+    rows = time_kernels.measure(jobs_with("humming"), 1.0, None)
+    assert [(row["batch"], row["bits"]) for row in rows] == [
+        (1, 16), (1, 4), (1, 8), (2, 16), (2, 8), (3, 16), (3, 8)]
+    assert "humming W4 8x8 batch 2: CUDA error: an illegal memory" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="quest_linear W4"):
+        time_kernels.measure(jobs_with("quest_linear"), 1.0, None)
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("M", [17, 64, 300, 1024])

@@ -214,12 +214,14 @@ def test_every_committed_row_of_a_kernel_is_one_of_todays_benchmark(monkeypatch)
     # What is timed needs a GPU; the fields of the rows do not depend on it.
     randn = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *shape, device, dtype: randn(*shape, dtype=dtype))
-    monkeypatch.setattr(time_kernels, "capture", lambda calls: calls)
+    monkeypatch.setattr(time_kernels, "capture",
+                        lambda calls, owner: time_kernels.Graph(None, calls, 20, owner))
     monkeypatch.setattr(time_kernels, "times_of", lambda graphs: [1.0] * len(graphs))
     monkeypatch.setattr(time_kernels, "COPIES", 1)
     candidate = types.SimpleNamespace(name="ours", grouped=False,
                                       make=lambda O, C, bits: lambda x: None)
-    today, = time_kernels.measure([("8x8", 1, candidate, 4)], 1.0, None)
+    (today,), fault = time_kernels.measure_here([("8x8", 1, candidate, 4)], 1.0, None)
+    assert fault is None
     for row in KERNELS:
         assert set(today) <= set(row) <= set(today) | BY_HAND
         python, script, *argv = shlex.split(row["command"])
@@ -305,16 +307,17 @@ def test_a_kernel_of_ours_that_fails_its_checks_ends_the_benchmark_and_a_peer_do
     randn = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *shape, device, dtype: randn(*shape, dtype=dtype))
     monkeypatch.setattr(time_kernels, "COPIES", 1)
+    monkeypatch.setattr(time_kernels, "cuda_works", lambda: True)
 
     def fail(O, C, bits):
         raise AssertionError("not this shape")
 
     peer = types.SimpleNamespace(name="gemlite", grouped=False, make=fail)
-    assert time_kernels.measure([("8x8", 1, peer, 4)], 1.0, None) == []
+    assert time_kernels.measure_here([("8x8", 1, peer, 4)], 1.0, None) == ([], None)
     assert "gemlite W4 8x8: not this shape" in capsys.readouterr().out
     ours = types.SimpleNamespace(name="vq_matmul", grouped=False, make=fail)
     with pytest.raises(AssertionError, match="not this shape"):
-        time_kernels.measure([("8x8", 1, ours, 4)], 1.0, None)
+        time_kernels.measure_here([("8x8", 1, ours, 4)], 1.0, None)
 
 def test_tables_of_docs_kernels_are_printed_from_the_committed_rows(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kernel_rows.py"])

@@ -13,8 +13,10 @@ what a copy of as many bytes takes, or as many operations at 790 TFLOP/s, whiche
 The peers are torch's own products and, where they are installed, gemlite, humming and aqlm. What
 torch's 8-bit products need besides, quantizing x, is not timed.
 
-First all of it is compiled, by as many processes as there are cores. Last it prints what was asked
-of the kernels and missed; tests/kernel_rows.py prints that and the tables from the rows.
+First all of it is compiled, by as many processes as there are cores. Then another process measures:
+a kernel that touches memory which is not there leaves its process without CUDA. After that of a
+peer a new process goes on without the peer; one of ours ends the benchmark. Last it prints what was
+asked of the kernels and missed; tests/kernel_rows.py prints that and the tables from the rows.
 
 --sweep times tiles that kernels.py does not choose, for 17 to 1024 tokens. A model of waves and
 padding picks those that may be fast; each is held to the result of the present tile before it is
@@ -197,45 +199,66 @@ OURS = ("lowbit_matmul", "quest_linear", "vq_matmul", "plain_matmul")
 
 # ---- The time of a call -----------------------------------------------------------------------
 
-class Graph(NamedTuple):
-    replay: Callable
-    calls: int                         # in a replay
+class Fault(Exception):
+    """A kernel has left this process without CUDA. args: its candidate's name and bits."""
 
-def capture(calls):
+class Graph(NamedTuple):
+    """Calls that can be replayed."""
+    graph: torch.cuda.CUDAGraph
+    calls: list                        # they keep alive what the graph knows by its address alone
+    count: int                         # of calls in a replay
+    owner: tuple                       # name and bits of the candidate
+
+def capture(calls, owner=("", 0)):
     """The Graph of 20 calls or more, in turn."""
-    # The first call compiles, and chooses what there is to choose.
-    calls[0]()
+    # The first call compiles, and chooses what there is to choose. What a layer makes at its first
+    # call and keeps must not lie in this graph's memory, so each layer has one before.
+    for call in calls:
+        call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    n = max(20, len(calls))
+    count = max(20, len(calls))
     with torch.cuda.graph(graph):
-        for i in range(n):
+        for i in range(count):
             calls[i % len(calls)]()
-    return Graph(graph.replay, n)
+
+    # What fails in a graph by itself fails here.
+    graph.replay()
+    torch.cuda.synchronize()
+    return Graph(graph, calls, count, owner)
 
 def times_of(graphs):
     """[microseconds a call], a median for each Graph, of three rounds in which all have a turn."""
     times = [[] for _ in graphs]
     for _ in range(3):
         for graph, mine in zip(graphs, times):
-            # For a fiftieth of a second the clock adapts to this load, from what was before.
-            start = time.time()
-            while time.time() - start < 0.02:
-                graph.replay()
-                torch.cuda.synchronize()
-
-            # Seven replays, fewer of a slow one
-            for _ in range(7):
-                before = torch.cuda.Event(enable_timing=True)
-                after = torch.cuda.Event(enable_timing=True)
-                before.record()
-                graph.replay()
-                after.record()
-                after.synchronize()
-                mine.append(before.elapsed_time(after) * 1e3 / graph.calls)
-                if time.time() - start > 0.15:
-                    break
+            try:
+                mine += replay_times(graph)
+            except RuntimeError as e:
+                raise Fault(*graph.owner) from e
     return [statistics.median(mine) for mine in times]
+
+def replay_times(graph):
+    """[microseconds a call] of up to seven replays."""
+    # For a fiftieth of a second the clock adapts to this load, from what was before.
+    start = time.time()
+    while time.time() - start < 0.02:
+        graph.graph.replay()
+        torch.cuda.synchronize()
+
+    # Fewer replays of a slow one
+    times = []
+    for _ in range(7):
+        before = torch.cuda.Event(enable_timing=True)
+        after = torch.cuda.Event(enable_timing=True)
+        before.record()
+        graph.graph.replay()
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after) * 1e3 / graph.count)
+        if time.time() - start > 0.15:
+            break
+    return times
 
 def graph_us(calls):
     """Microseconds a call."""
@@ -332,57 +355,105 @@ def layers_of(shape, candidate, bits):
     copies = max(2, math.ceil(COPIES / size))
     return [candidate.make(O, C, bits) for _ in range(copies)], size
 
-def attempt(function, *args, ours, what):
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:80]
+
+def cuda_works():
+    """Whether this process has a GPU still, after an error."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+def attempt(function, *args, owner, where):
     """function(*args), or None of what a peer does not have or does not fit: that ends nothing. A
-    kernel of ours that fails its own checks does."""
+    kernel of ours that fails its own checks does. Fault, where CUDA is gone after it."""
+    name, bits = owner
     try:
         return function(*args)
     except (ImportError, RuntimeError, ValueError, NotImplementedError, AssertionError) as e:
-        if isinstance(e, AssertionError) and ours:
+        if isinstance(e, AssertionError) and name in OURS:
             raise
-        say(f"{what}: {(str(e).splitlines() or [type(e).__name__])[0][:80]}")
+        if not cuda_works():
+            raise Fault(name, bits) from e
+        say(f"{name} W{bits} {where}: {first_line(e)}")
 
 def measure(jobs, copy, out):
-    """Time the jobs -> their rows; each is printed, and appended to the file `out`, as it comes."""
+    """Time the jobs in a process apart -> their rows. A peer with a Fault is left out from there
+    on."""
+    spawn = multiprocessing.get_context("spawn")
+    rows = []
+    while jobs:
+        with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+            new, owner = pool.submit(measure_here, jobs, copy, out).result()
+        rows += new
+        if not owner:
+            break
+        name, bits = owner
+        if name in (*OURS, "cuBLAS"):
+            raise RuntimeError(f"{name} W{bits} has left its process without CUDA")
+        say(f"another process goes on, without {name} W{bits}")
+        timed = {(row["shape"], row["batch"]) for row in rows}
+        jobs = [(shape, M, candidate, b) for shape, M, candidate, b in jobs
+                if (shape, M) not in timed and (candidate.name, b) != owner]
+    return rows
+
+def measure_here(jobs, copy, out):
+    """Time the jobs -> their rows, and None or the owner of a Fault, which ends this. Each row is
+    printed, and appended to the file `out`, as it comes."""
     rows, layers = [], {}
     fields = [list(field) for _, field in itertools.groupby(jobs, key=lambda job: job[:2])]
     for field in progress(fields, "measured"):
         shape, M = field[0][:2]
-        O, C = map(int, shape.split("x"))
-        x = torch.randn(M, C, device="cuda", dtype=torch.bfloat16)
+        try:
+            rows += measure_field(field, layers, copy, out)
+        except Fault as fault:
+            name, bits = fault.args
+            say(f"{name} W{bits} {shape} batch {M}: {first_line(fault.__cause__)}")
+            return rows, fault.args
+    return rows, None
 
-        # The layers of a shape stay for all numbers of tokens.
-        if not any(key[0] == shape for key in layers):
-            layers.clear()
-        graphs = {}                                    # (name, bits): its graph, bytes of w
-        for _, _, candidate, bits in field:
-            ours = candidate.name in OURS
-            what = f"{candidate.name} W{bits} {shape}"
-            key = shape, candidate.name, bits
-            if key not in layers:
-                layers[key] = attempt(layers_of, shape, candidate, bits, ours=ours, what=what)
-            if layers[key]:
-                copies, size = layers[key]
-                calls = [layer(x) for layer in copies]
-                graph = attempt(capture, calls, ours=ours, what=f"{what} batch {M}")
-                if graph:
-                    graphs[candidate.name, bits] = graph, size
+def measure_field(field, layers, copy, out):
+    """The rows of one shape and number of tokens. layers: those of the shape, from field to
+    field."""
+    shape, M = field[0][:2]
+    O, C = map(int, shape.split("x"))
+    x = torch.randn(M, C, device="cuda", dtype=torch.bfloat16)
+    if not any(key[0] == shape for key in layers):
+        layers.clear()
+    graphs = []
+    sizes = []                                         # bytes of w
+    for _, _, candidate, bits in field:
+        owner = candidate.name, bits
+        key = shape, *owner
+        if key not in layers:
+            layers[key] = attempt(layers_of, shape, candidate, bits, owner=owner, where=shape)
+        if layers[key]:
+            copies, size = layers[key]
+            calls = [layer(x) for layer in copies]
+            graph = attempt(capture, calls, owner, owner=owner, where=f"{shape} batch {M}")
+            if graph:
+                graphs.append(graph)
+                sizes.append(size)
 
-        times = times_of([graph for graph, _ in graphs.values()])
-        for ((name, bits), (_, size)), us in zip(graphs.items(), times):
-            size += 2 * M * (O + C)                    # x and y
-            floor = max(size / copy, 2 * M * O * C / TFLOPS) / 1e6         # microseconds
-            row = dict(shape=shape, batch=M, kernel=name, bits=bits, us=round(us, 2),
-                       gb_s=round(size / us / 1e3), of_copy=round(size / us / copy / 1e6, 3),
-                       floor_us=round(floor, 2), cublas=round(times[0] / us, 3),
-                       command=command_line())
-            rows.append(row)
-            say(f"{shape:>10} batch {M:4} | {name:13} W{bits:<2} | {us:7.1f} us | "
-                f"{size / us / 1e3:5.0f} GB/s, {size / us / copy / 1e4:3.0f}% of copy | "
-                f"{times[0] / us:5.2f} x cuBLAS")
-            if out:
-                with open(out, "a") as file:
-                    print(json.dumps(row), file=file)
+    rows = []
+    times = times_of(graphs)
+    for graph, size, us in zip(graphs, sizes, times):
+        name, bits = graph.owner
+        size += 2 * M * (O + C)                        # x and y
+        floor = max(size / copy, 2 * M * O * C / TFLOPS) / 1e6             # microseconds
+        row = dict(shape=shape, batch=M, kernel=name, bits=bits, us=round(us, 2),
+                   gb_s=round(size / us / 1e3), of_copy=round(size / us / copy / 1e6, 3),
+                   floor_us=round(floor, 2), cublas=round(times[0] / us, 3),
+                   command=command_line())
+        rows.append(row)
+        say(f"{shape:>10} batch {M:4} | {name:13} W{bits:<2} | {us:7.1f} us | "
+            f"{size / us / 1e3:5.0f} GB/s, {size / us / copy / 1e4:3.0f}% of copy | "
+            f"{times[0] / us:5.2f} x cuBLAS")
+        if out:
+            with open(out, "a") as file:
+                print(json.dumps(row), file=file)
     return rows
 
 def measure_rotation(copy):
