@@ -10,7 +10,8 @@ of a packed linear becomes the same product in a block, which holds integers and
 A layer gets the first of the upper three that holds its integers, which are codes less their zero
 points. But codes of up to 4 bits that Q4_0 cannot hold, because of their zero points, become Q4_1,
 whose m = -zero_point * scale is rounded to float16: Q8_0 would take almost twice the space. A group
-of more inputs than a block repeats its scale in each of its blocks.
+of more inputs than a block repeats its scale in each of its blocks. Packed embeddings and heads,
+of 8 or 4 bits with one scale per row, become Q8_0 or Q4_0 in the same way.
 
   1. `obstacle` says what does not fit.
   2. `plan` chooses the kind of each tensor, which the head of the file has to say.
@@ -29,7 +30,7 @@ from model import UsageError, rope_tables
 from nanobit.compressed import holds, rounded_activations
 from nanobit.gguf_tokenizer import add_tokenizer
 from nanobit.ranks import progress
-from quantizers import PackedAffine, PackedQuest, PackedVQ, QuantLinear, code_offset
+from quantizers import (PackedAffine, PackedHead, PackedQuest, PackedVQ, QuantLinear, code_offset)
 
 class Kind(NamedTuple):
     """One of GGUF's kinds of blocks, or of floats."""
@@ -160,11 +161,27 @@ def float_kind(tensor):
 def sources(model):
     """[(our name, a packed linear or a tensor)] of all that the file holds. A head that is the
     embedding comes once, under the latter's name."""
-    found = [(f"{name}.weight", m) for name, m in model.named_modules()
-             if isinstance(m, QuantLinear)]
+    found = [(f"{name}.weight", m) for name, m in model.linears() if isinstance(m, QuantLinear)]
     found += [(name, p.data) for name, p in model.named_parameters()]
+    found += packed_embedding(model)
     if model.config.rope_scaling:
         found.append(("rope_freqs.weight", rope_divisors(model.config)))
+    return found
+
+def packed_embedding(model):
+    """`sources` of a packed embedding and head; [] where they are floats."""
+    if not isinstance(model.head, PackedHead):
+        return []
+    embed = PackedHead(model.head.spec, dict(model.embed.named_buffers()))
+    matrices = {"embed.weight": embed}
+    if not model.config.tied:
+        matrices["head.weight"] = model.head
+
+    # Nothing is refused for them: one that blocks do not hold exactly becomes floats.
+    found = []
+    for name, matrix in matrices.items():
+        exact = matrix.in_features % 32 == 0 and matrix.scale.dtype == torch.float16
+        found.append((name, matrix if exact else matrix.weight()))
     return found
 
 GGUF_PARTS = {  # the parts of a weight's name here and there
@@ -335,14 +352,19 @@ def main_kind(tensors):
 
 def in_words(tensors):
     """How the weights are stored, for people."""
-    linears = [t for t in tensors if isinstance(t.source, QuantLinear)]
-    rest = sorted({t.kind for t in tensors if t not in linears})
+    linears = [t for t in tensors
+               if isinstance(t.source, QuantLinear) and not isinstance(t.source, PackedHead)]
     if not linears:
-        return f"all weights as {' and '.join(rest)}"
-    kinds = sorted({t.kind for t in linears})
+        return f"all weights as {kinds_of(tensors)}"
+    tables = [t for t in tensors if t.name in ("token_embd.weight", "output.weight")]
+    table_kinds = dict.fromkeys(t.kind for t in tables)                # the embedding's comes first
+    rest = [t for t in tensors if t not in linears and t not in tables]
     bits = 8 * sum(t.nbytes() for t in linears) / sum(int(np.prod(t.shape)) for t in linears)
-    return (f"linears as {' and '.join(kinds)}, {bits:.3f} bits per weight, of the trained "
-            f"integers; the rest as {' and '.join(rest)}")
+    return (f"linears as {kinds_of(linears)}, {bits:.3f} bits per weight, of the trained integers; "
+            f"embedding and head as {' and '.join(table_kinds)}; the rest as {kinds_of(rest)}")
+
+def kinds_of(tensors):
+    return " and ".join(sorted({t.kind for t in tensors}))
 
 def roundings(tensors):
     """[a line for each thing that the file holds rounded]"""
