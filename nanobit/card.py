@@ -8,6 +8,7 @@ import os
 import shlex
 
 from model import UsageError
+from nanobit.checkpoint import packed_embedding_weights
 from nanobit.runs import read_rows
 from quantizers import PackedVQ, QuantLinear, bits_per_weight
 
@@ -47,7 +48,8 @@ def facts(model, content):
     if base is None and "size" in settings:
         base = f"nanobit's own of --size {settings['size']}"
     bpw, packed = bits_per_weight(model)
-    params = packed + sum(p.numel() for p in model.parameters())
+    params = packed + packed_embedding_weights(model)
+    params += sum(p.numel() for p in model.parameters())
     known = {"base": base, "method": content.get("method"),
              "parameters": f"{params:,}, of which {packed:,} are quantized"}
 

@@ -138,15 +138,17 @@ def export_checkpoint(argv):
     args = p.parse_args(argv)
     model, content = load_checkpoint(args.checkpoint)
     content.pop("model", None)                         # or it would hold what is taken apart
-    if packed_embedding_weights(model):
-        say("note: embedding and head, packed in the file, are floats in the folder")
-        float_embedding(model, model.embed.weight(), model.head.weight())
     if os.path.isdir(args.checkpoint):
         content["settings"]["model"] = args.checkpoint
     content["row"] = result_row(args.checkpoint, content)
     chosen, problem = choose_format(model, args.format, args.checkpoint)
+    form = FORMATS[chosen]
 
-    # What no folder can hold.
+    # What this format or no folder can hold.
+    if packed_embedding_weights(model) and not form.packs_embedding:
+        say("note: embedding and head, packed in the file, are floats in the folder: "
+            f"--format {chosen} has no codes for them")
+        float_embedding(model, model.embed.weight(), model.head.weight())
     rounded = rounded_activations(model)
     if rounded:
         say(f"note: {rounded}, which no format can say: in {args.folder} all activations are "
@@ -156,7 +158,6 @@ def export_checkpoint(argv):
             "which tiktoken alone encodes as it was trained")
 
     # Write it, and say which format it is.
-    form = FORMATS[chosen]
     weights = form.write(args.folder, model, content, form.convert)
     why = f", because {problem}" if chosen == "dense" and content["linears"] and problem else ""
     say(f"wrote {args.folder} (--format {chosen}{why}): {model.config.n_layer} blocks, "

@@ -175,6 +175,7 @@ class Format(NamedTuple):
     obstacle: Callable           # model -> what it cannot hold of it, in words, or None
     holds: str                   # what it can hold, in words
     write: Callable = write_hf   # (where, model, content, convert) -> Weights
+    packs_embedding: bool = False          # embedding and head may be packed, too
 
 FORMATS = {
     "compressed": Format(compressed_weights, compressed.obstacle,
@@ -183,7 +184,7 @@ FORMATS = {
     "aqlm": Format(aqlm_weights, aqlm_format.obstacle, "codebooks (of pvtune.py)"),
     "gguf": Format(to_gguf.write, to_gguf.obstacle,
                    "integers of up to 8 bits in rows or groups of a multiple of 32 inputs, with "
-                   "float activations", write_gguf),
+                   "float activations", write_gguf, packs_embedding=True),
     "dense": Format(dense_weights, lambda model: None, "every model"),
 }
 

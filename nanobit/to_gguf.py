@@ -10,7 +10,8 @@ of a packed linear becomes the same product in a block, which holds integers and
 A layer gets the first of TQ2_0, Q4_0 and Q8_0 that holds its q, a code less its zero point (QuEST's
 levels: compressed.py's whole_factor). But codes u of up to 4 bits whose zero points take q out of
 Q4_0 become Q4_1, with m = -zero_point * scale rounded to float16: Q8_0 would take almost twice the
-space. A group of more inputs than a block repeats its scale in each of its blocks.
+space. A group of more inputs than a block repeats its scale in each of its blocks. Packed
+embeddings and heads, of 8 or 4 bits with one scale per row, become Q8_0 or Q4_0 in the same way.
 
   1. `obstacle` says what does not fit.
   2. `plan` chooses the kind of each tensor, which the head of the file has to say.
@@ -30,7 +31,7 @@ from model import UsageError, rope_tables
 from nanobit.compressed import holds, rounded_activations, whole_factor
 from nanobit.gguf_tokenizer import add_tokenizer
 from nanobit.ranks import progress
-from quantizers import PackedAffine, PackedQuest, PackedVQ, QuantLinear
+from quantizers import PackedAffine, PackedHead, PackedQuest, PackedVQ, QuantLinear
 
 class Kind(NamedTuple):
     """One of GGUF's kinds of blocks, or of floats."""
@@ -163,11 +164,27 @@ def float_kind(tensor):
 def sources(model):
     """[(our name, a packed linear or a tensor)] of all that the file holds. A head that is the
     embedding comes once, under the latter's name."""
-    found = [(f"{name}.weight", m) for name, m in model.named_modules()
-             if isinstance(m, QuantLinear)]
+    found = [(f"{name}.weight", m) for name, m in model.linears() if isinstance(m, QuantLinear)]
     found += [(name, p.data) for name, p in model.named_parameters()]
+    found += packed_embedding(model)
     if model.config.rope_scaling:
         found.append(("rope_freqs.weight", rope_divisors(model.config)))
+    return found
+
+def packed_embedding(model):
+    """`sources` of a packed embedding and head; [] where they are floats."""
+    if not isinstance(model.head, PackedHead):
+        return []
+    embed = PackedHead(model.head.spec, dict(model.embed.named_buffers()))
+    matrices = {"embed.weight": embed}
+    if not model.config.tied:
+        matrices["head.weight"] = model.head
+
+    # Nothing is refused for them: one that blocks do not hold exactly becomes floats.
+    found = []
+    for name, matrix in matrices.items():
+        exact = matrix.in_features % 32 == 0 and matrix.scale.dtype == torch.float16
+        found.append((name, matrix if exact else matrix.weight()))
     return found
 
 GGUF_PARTS = {  # the parts of a weight's name here and there
@@ -346,16 +363,22 @@ def main_kind(tensors):
 
 def in_words(tensors):
     """How the weights are stored, for people."""
-    linears = [t for t in tensors if isinstance(t.source, QuantLinear)]
-    floats = [t for t in tensors if not isinstance(t.source, QuantLinear)]
-    rest = sorted({t.kind for t in floats})
+    linears = [t for t in tensors
+               if isinstance(t.source, QuantLinear) and not isinstance(t.source, PackedHead)]
     if not linears:
-        return f"all weights as {' and '.join(rest)}"
-    kinds = sorted({t.kind for t in linears})
+        return f"all weights as {kinds_of(tensors)}"
     weights = sum(math.prod(t.shape) for t in linears)
     bits = 8 * sum(t.nbytes() for t in linears) / weights
-    return (f"linears as {' and '.join(kinds)}, {bits:.3f} bits per weight, of the trained "
-            f"integers; the rest as {' and '.join(rest)}")
+    text = f"linears as {kinds_of(linears)}, {bits:.3f} bits per weight, of the trained integers"
+
+    # The embedding's kind comes first. A head that is the embedding has no tensor of its own.
+    tables = [t for t in tensors if t.name in ("token_embd.weight", "output.weight")]
+    text += f"; embedding and head as {' and '.join(dict.fromkeys(t.kind for t in tables))}"
+    rest = [t for t in tensors if t not in linears and t not in tables]
+    return f"{text}; the rest as {kinds_of(rest)}"
+
+def kinds_of(tensors):
+    return " and ".join(sorted({t.kind for t in tensors}))
 
 def roundings(tensors):
     """[a line for each thing that the file holds rounded]"""

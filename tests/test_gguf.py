@@ -172,6 +172,72 @@ def test_the_ends_of_the_ranges(capsys, bits, code, zero_point, kind):
     export(capsys)
     check_file(m, {kind})                              # these minima are float16
 
+# ---- Embedding and head -----------------------------------------------------------------------
+
+def table(data, kind):
+    """(integers (V, C), scales (V, B)) of Q8_0's or Q4_0's bytes, by llama.cpp's layout."""
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    blocks = torch.tensor(data).view(len(data), -1, size)
+    scales = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    body = blocks[..., 2:]
+    if kind == "Q4_0":
+        return (torch.cat([body & 15, body >> 4], -1).int() - 8).flatten(1), scales
+    return body.contiguous().view(torch.int8).int().flatten(1), scales
+
+@pytest.mark.parametrize("bits, kind", [(8, "Q8_0"), (4, "Q4_0")])
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_embedding_and_head_keep_their_integers_and_scales(capsys, bits, kind, tied):
+    m = tiny(64, tied).replace_linears(affine(4))
+    weights = {"token_embd.weight": m.embed.weight.detach(),
+               "output.weight": m.head.weight.detach()}
+    nanobit.checkpoint.pack_embedding(m, bits)
+    save(m)
+    out = export(capsys)
+    assert f"embedding and head as {kind}; the rest as F32" in out and "scales" not in out
+    assert "linears as Q4_0, 4.500 bits per weight" in out
+    check_file(m, {"Q4_0"})
+
+    # The rounding of each row, as pack_embedding makes it, is in the file untouched.
+    found = {t.name: t for t in gguf.GGUFReader("m.gguf").tensors}
+    assert ("output.weight" in found) == (not tied)
+    for name, w in weights.items():
+        if name in found:
+            want = rtn(w, bits, symmetric=True)
+            q, scales = table(found[name].data, kind)
+            assert found[name].tensor_type.name == kind and torch.equal(q, want.q.int())
+            assert torch.equal(scales, want.scale.half().expand(257, 2))
+
+@pytest.mark.parametrize("part, kinds", [("embed", "F32 and Q8_0"), ("head", "Q8_0 and F32")])
+def test_a_matrix_with_scales_that_are_no_float16_becomes_floats(capsys, part, kinds):
+    m = tiny().replace_linears(affine(4))
+    getattr(m, part).weight.data *= 1e-7               # scales of 1e-9, which float16 makes 0
+    nanobit.checkpoint.pack_embedding(m, 8)
+    save(m)
+    assert f"embedding and head as {kinds}; the rest as F32" in export(capsys)
+    check_file(m, {"Q4_0"})
+    tensors, _ = read()
+    assert torch.equal(tensors["token_embd.weight"][1], m.embed.weight())
+    assert torch.equal(tensors["output.weight"][1], m.head.weight())
+
+def test_rows_that_are_no_whole_blocks_become_floats(capsys):
+    """Linears of 16 inputs would be refused; these are floats."""
+    m = LLaMA(LlamaConfig(257, 1, 16, 2, 2, 32, 32)).eval()
+    nanobit.checkpoint.pack_embedding(m, 8)
+    save(m)
+    assert "all weights as F32" in export(capsys)
+    assert torch.equal(read()[0]["token_embd.weight"][1], m.embed.weight())
+
+def test_the_card_counts_packed_embedding_and_head(capsys):
+    m = tiny()
+    count = sum(p.numel() for p in m.parameters())
+    m.replace_linears(affine(4))
+    nanobit.checkpoint.pack_embedding(m, 8)
+    save(m)
+    export(capsys, "new")
+    assert f"parameters: {count:,}, of which" in pathlib.Path("new/README.md").read_text()
+
+# ---- Shapes and scales ------------------------------------------------------------------------
+
 def test_heads_that_do_not_divide_the_width(capsys):
     m = tiny(64, head_dim=48)
     save(m.replace_linears(affine(4)))
