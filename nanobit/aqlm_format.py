@@ -67,11 +67,14 @@ def linear_parts(linear):
     """{the part's name: the tensor} of a PackedVQ."""
     bits = linear.bits
     codes = linear.codes().int()                                       # (O, J, M)
+
+    # Two's complement of `bits` bits: codes from 2^(bits-1) on become negative.
     codes -= 2**bits * (codes >= 2 ** (bits - 1)).int()
     return {"codes": codes.to(codes_dtype(bits)), "codebooks": linear.codebooks.unsqueeze(2),
             "scales": linear.scale.view(-1, 1, 1, 1)}
 
 def codes_dtype(bits):
+    """The dtype in which a folder has codes of so many bits."""
     return torch.int8 if bits <= 8 else torch.int16
 
 # ---- Reading ------------------------------------------------------------------------------------
@@ -86,7 +89,8 @@ def shapes(grid, O, C):
 
 def packed_linear(grid, C, parts):
     """The PackedVQ of a folder's tensors, whose shapes are those of `shapes`."""
-    # Some rows at a time: `pack` takes 8 bytes for each code.
+    # `% 2^bits` makes of negative codes what they were. Some rows at a time: `pack` takes 8 bytes
+    # for each code.
     codes = parts["codes"].flatten(1)                                  # (O, J * M)
     packed = torch.cat([pack(rows.int() % 2**grid.bits, grid.bits) for rows in codes.split(256)])
     spec = {"kind": "vq", "bits": grid.bits, "a_bits": 16, "signed": False, "in_features": C}
@@ -94,5 +98,5 @@ def packed_linear(grid, C, parts):
                                  "codebooks": as_held(parts["codebooks"].squeeze(2))})
 
 def as_held(t):
-    """A PackedVQ's floats are float16 or float32."""
+    """As a PackedVQ holds floats: float16 or float32, and in memory, not in the mapped file."""
     return t.float() if t.dtype == torch.bfloat16 else t.clone()

@@ -23,7 +23,10 @@ def result_row(path, content):
     found = {}
     if command is None or not os.path.isfile(file):
         return found
-    with contextlib.suppress(UsageError):              # a card without losses is better than none
+
+    # The last row that fits. Where the file cannot be read, a card without losses is better than
+    # none.
+    with contextlib.suppress(UsageError):
         for row in read_rows(file):
             if row.get("command") != command:
                 continue
@@ -32,6 +35,8 @@ def result_row(path, content):
                 found = row
             elif isinstance(arms, dict) and method in arms:
                 found = {"base_val_loss": row.get("base_val_loss")} | arms[method]
+
+    # A card quotes both losses or none.
     return found if {"val_loss", "bits_per_byte"} <= set(found) else {}
 
 def facts(model, content):
@@ -50,20 +55,22 @@ def facts(model, content):
     linears = [m for _, m in model.linears() if isinstance(m, QuantLinear)]
     if linears:
         codes = " and ".join(str(bits) for bits in sorted({code_bits(m) for m in linears}))
-        inputs = min(model.config.a_bits, model.config.kv_bits, *(m.a_bits for m in linears))
+        inputs = min(m.a_bits for m in linears)
+        inputs = min(inputs, model.config.a_bits, model.config.kv_bits)
         known["bits"] = (f"{codes} per weight for the codes, {bpw:.3f} with all that the "
                          f"checkpoint has; activations {inputs}")
 
-    known |= losses(content.get("row", {}))
-    if "validation loss" in known and "data" in settings:
+    # What its run measured, and on which text.
+    row = content.get("row")
+    if row:
+        known |= losses(row)
+    if row and "data" in settings:
         known["text"] = settings["data"] or "the sources of Python's library"
     known["made by"] = content.get("command")
     return known
 
 def losses(row):
     """What `result_row` found, in words: {name: text}."""
-    if not row:
-        return {}
     text = f"{row['val_loss']:.4f} nats per token, {row['bits_per_byte']:.4f} bits per byte"
     if row.get("base_val_loss") is not None:
         text += f" (base: {row['base_val_loss']:.4f} nats)"
@@ -81,7 +88,9 @@ def code_bits(linear):
     return linear.bits
 
 def model_card(folder, known, weights, has_tokenizer):
-    """README.md of a folder. known: its `facts`; weights: what an export's conversion returned."""
+    """README.md of a folder. known: its `facts`; weights: export.py's Weights, which say what the
+    linears have become and what loading them takes."""
+    # What it is. The lines between --- are settings that Hugging Face's site reads.
     name = os.path.basename(os.path.abspath(folder))
     lines = ["---", "library_name: transformers", "---", f"# {name}", "",
              "A LLaMA, written by nanobit.", ""]
@@ -89,10 +98,11 @@ def model_card(folder, known, weights, has_tokenizer):
         if value is not None:
             lines.append(f"- {fact}: {value}")
 
-    # How to load it.
+    # How to load it: with llama.cpp where it is a GGUF file, and with transformers.
     source = repr(name)
     if weights.file:
-        lines += ["", "```", f"llama-cli -m {name}/{weights.file}", "```"]
+        path = shlex.quote(f"{name}/{weights.file}")
+        lines += ["", "```", f"llama-cli -m {path}", "```"]
         source += f", gguf_file={weights.file!r}"
     packages = shlex.join(["transformers>=5", *weights.packages])
     classes = ["AutoModelForCausalLM"]
@@ -104,7 +114,9 @@ def model_card(folder, known, weights, has_tokenizer):
               *weights.before, f"from transformers import {', '.join(classes)}", *loads,
               *(line.format(name=name) for line in weights.after), "```"]
     if weights.settings.get("torch_dtype") == "float32":
-        lines += ["", "It has float32 numbers, as trained. `dtype=torch.bfloat16` rounds them by up "
-                      "to 0.4 %."]
+        lines += ["", "It has float32 numbers, as trained. `dtype=torch.bfloat16` rounds them by "
+                      "up to 0.4 %."]
+
+    # Python reads the bytes of a file name that are no UTF-8 as characters that cannot be written.
     text = "\n".join(lines) + "\n"
-    return text.encode("utf-8", "backslashreplace").decode()           # file names may be no text
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -161,8 +161,8 @@ def export_checkpoint(argv):
     why = f", because {problem}" if chosen == "dense" and content["linears"] and problem else ""
     say(f"wrote {args.folder} (--format {chosen}{why}): {model.config.n_layer} blocks, "
         f"{weights.text}")
-    if weights.note:
-        say(f"note: {weights.note}")
+    for note in weights.notes:
+        say(f"note: {note}")
 
 # ---- Flags --------------------------------------------------------------------------------------
 

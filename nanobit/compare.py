@@ -45,8 +45,8 @@ def differences(base_logits, logits, targets):
                        log_p_right - log_q_right)
 
 def standard_error(values, seq_len):
-    """Of the mean of the values (n,), one for each token of consecutive windows. The last window
-    may be shorter than seq_len. NaN where there is only one window."""
+    """The standard error of the mean of values (n,), one for each token of consecutive windows. The
+    last window may be shorter than seq_len. NaN where there is only one window."""
     # How far each window's sum is from what it would be if all tokens had the mean. With W windows
     # of one length this is the standard deviation of their means over the root of W.
     starts = np.arange(0, len(values), seq_len)
@@ -86,20 +86,25 @@ def compare(base, model, tokens, seq_len, tokenizer=None, batch_size=None):
     for part in progress(windows.parts, "comparing"):
         # Both models, up to their heads.
         ids, targets = windows.batch(part)
-        x_base = base.trunk(ids).flatten(0, 1)                             # (b t, C)
-        x_model = model.trunk(ids).flatten(0, 1)                           # (b t, C)
+        base_x = base.trunk(ids).flatten(0, 1).split(n)                    # parts of (n, C)
+        model_x = model.trunk(ids).flatten(0, 1).split(n)
+        y_parts = targets.flatten().split(n)                               # parts of (n,)
 
         # Their logits for n tokens at a time. The loss is summed in the order of
         # LLaMA.loss_in_parts, which `evaluate` calls.
         loss = 0
-        for x, x_of_base, y in zip(x_model.split(n), x_base.split(n), targets.flatten().split(n)):
-            logits = model.predict(x[None])[0][0]                          # (n, vocab)
-            base_logits = base.predict(x_of_base[None])[0][0]              # (n, vocab)
+        for x_base, x, y in zip(base_x, model_x, y_parts):
+            logits, _ = model.predict(x[None])                             # (1, n, vocab)
+            base_logits, _ = base.predict(x_base[None])                    # (1, n, vocab)
+            logits = logits[0]
+            base_logits = base_logits[0]
             loss = loss + F.cross_entropy(logits.float(), y, reduction="sum")
             found.append(torch.stack(differences(base_logits, logits, y)))  # (4, n)
+
+        # As `evaluate` does, a mean and back: the same rounding, bit for bit.
         total += (loss / targets.numel()).item() * targets.numel()
 
-    # One Differences of the whole text.
+    # One Differences of the whole text, from rows in the order of its fields.
     whole = Differences(*torch.cat(found, dim=1))
     return scores_of(total, tokens, tokenizer) | statistics(whole, seq_len)
 

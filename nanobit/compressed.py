@@ -14,9 +14,9 @@ codes are unsigned, as ours are on an asymmetric grid. Its tools take 2^(bits-1)
 points when they unpack both, which leaves the difference of the two as it was.
 
 QuEST's levels are q + 1/2, and the format has no such zero point. But (q + 1/2) s = (2q + 1) s/2:
-an odd integer, in a bit more than q, times half the scale. Its linears read rotated inputs, which
-`transform_config` says. transformers 5.24 loads such a folder and leaves the rotation out, without
-a word; compressed-tensors' own apply_transform_config puts it in.
+an odd integer, which takes one bit more than q, times half the scale. Its linears read rotated
+inputs, which `transform_config` says. transformers 5.24 loads such a folder and leaves the rotation
+out, without a word; compressed-tensors' own apply_transform_config puts it in.
 
 compressed-tensors before 0.18 padded codes of 3, 5, 6 and 7 bits, and reads other weights here.
 
@@ -42,8 +42,8 @@ class Grid(NamedTuple):
     def of(linear):
         """The grid of a PackedAffine, or that on which a PackedQuest is written."""
         if isinstance(linear, PackedQuest):
-            return Grid(whole_bits(linear), -1, True, linear.spec["rotate"])
-        return Grid(linear.bits, linear.spec["group_size"], linear.zeros is None)
+            return Grid(whole_bits(linear), -1, symmetric=True, rotated=linear.spec["rotate"])
+        return Grid(linear.bits, linear.spec["group_size"], symmetric=linear.zeros is None)
 
 def obstacle(model):
     """What the format cannot say about a model, in words; None where it can say everything."""
@@ -113,16 +113,18 @@ def transform_config(inputs):
 
 @torch.no_grad()
 def take_apart(model, parts_of):
-    """Yield (name, tensor) of all that a model holds: of each packed linear the parts_of it, which
-    may use up its own tensors, and the other weights. Nothing is left of the model, so that no more
-    than one layer is in memory twice."""
+    """Yield (name, tensor) of all that a model holds: its packed linears' parts, and the other
+    weights. Nothing is left of the model, so that no more than one layer is in memory twice.
+
+    parts_of: a packed linear -> {a part's name: its tensor}; it may use up the linear's own.
+    """
     # By names: a list of the linears would keep them all.
     packed = [name for name, linear in model.linears() if isinstance(linear, QuantLinear)]
     for name in packed:
         parts = parts_of(model.get_submodule(name))
         model.set_submodule(name, nn.Identity())       # frees the layer's own tensors
         for part in list(parts):
-            yield f"{name}.{part}", parts.pop(part)
+            yield f"{name}.{part}", parts.pop(part)    # and so is the caller's alone
 
     # A head that is the embedding comes once, under the latter's name.
     for name, parameter in model.named_parameters():
@@ -138,12 +140,14 @@ def narrow(tensors):
     # In a float32 folder, what came in 16 bits still takes no more. But where there are zero
     # points, transformers unpacks the weights in the scales' dtype: float16 would round them.
     for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            own = dtype
-            unpacked = name.endswith(".weight_scale") and f"{name[:-6]}_zero_point" in tensors
-            if dtype == torch.float32 and not unpacked:
-                own = dtype_of(tensor)
-            tensors[name] = tensor.to(own).contiguous()
+        if not tensor.is_floating_point():
+            continue
+        own = dtype
+        asymmetric = (name.endswith(".weight_scale")
+                      and name.removesuffix("scale") + "zero_point" in tensors)
+        if dtype == torch.float32 and not asymmetric:
+            own = dtype_of(tensor)
+        tensors[name] = tensor.to(own).contiguous()
     return dtype
 
 def dtype_of(*tensors):
@@ -154,6 +158,7 @@ def dtype_of(*tensors):
     return torch.float32
 
 def holds(dtype, tensor):
+    """Does a dtype hold every element of a tensor of floats as it is?"""
     # In parts, so that little of the tensor is in memory twice.
     parts = tensor.flatten().split(2**22)
     return all(torch.equal(part.to(dtype).to(part.dtype), part) for part in parts)
@@ -163,9 +168,12 @@ def compressed_linear(linear):
     afterwards: its own bytes become the folder's."""
     if isinstance(linear, PackedQuest):
         return quest_parts(linear)
+
+    # A symmetric grid's codes are signed here, and unsigned there. In place, so that the weight is
+    # not in memory twice: these are the linear's own bytes.
     packed = linear.packed
     if linear.zeros is None:
-        packed ^= top_bits(linear.bits, linear.in_features)            # in place, to save memory
+        packed ^= top_bits(linear.bits, linear.in_features)
     tensors = {"weight_packed": to_words(packed), "weight_scale": linear.scale,
                "weight_shape": torch.tensor([len(packed), linear.in_features])}
 
@@ -180,8 +188,12 @@ def top_bits(bits, n):
     codes of a row from one into the other without unpacking them."""
     return pack(torch.full((1, n), 2 ** (bits - 1)), bits)
 
+def whole_factor(linear):
+    """What makes integers of a PackedQuest's levels: 2 where they are q + 1/2, else 1."""
+    return 2 if code_offset(linear.bits, linear.spec["grid"]) else 1
+
 def whole_bits(linear):
-    """Bits of a PackedQuest's levels, times 2 where they are q + 1/2, as signed integers."""
+    """Bits of a PackedQuest's levels, times their whole_factor, as signed integers."""
     if linear.spec["grid"] == "fp4":
         return 5                                       # -12..12
     if linear.bits == 1.58:
@@ -189,10 +201,9 @@ def whole_bits(linear):
     return linear.bits + 1
 
 def quest_parts(linear):
-    """{the part's name: the tensor} of a PackedQuest. At a sparse grid's pruned weights, 0."""
+    """{the part's name: the tensor} of a PackedQuest. A sparse grid's pruned weights become 0."""
     bits = whole_bits(linear)
-    half_steps = code_offset(linear.bits, linear.spec["grid"]) != 0
-    factor = 2 if half_steps else 1
+    factor = whole_factor(linear)
     whole = linear.levels(torch.bfloat16).mul_(factor)                 # (O, C), exact
     O, C = whole.shape
 
@@ -223,7 +234,8 @@ def shapes(grid, O, C):
     return parts
 
 def count_words(n, bits):
-    return -(-n * bits // 32)                          # rounded up
+    """How many words of 32 bits n codes take: n * bits / 32, rounded up."""
+    return -(-n * bits // 32)
 
 def packed_linear(grid, C, parts):
     """The PackedAffine or, where the inputs are rotated, PackedQuest of a folder's tensors, whose
@@ -235,7 +247,7 @@ def packed_linear(grid, C, parts):
         packed = packed ^ top_bits(grid.bits, C)
     scale = parts["weight_scale"]
     if holds(torch.float16, scale):
-        scale = scale.half()
+        scale = scale.half()                           # what a PackedAffine has, where it can
     tensors = {"packed": packed, "scale": scale}
 
     if not grid.symmetric:
@@ -253,7 +265,7 @@ def packed_quest(grid, C, parts):
     whole = codes.int() - 2 ** (grid.bits - 1)                         # (O, C)
     scale = parts["weight_scale"].float()
 
-    # All are odd where the levels are q + 1/2. Three levels have a 0.
+    # All are odd where the levels are q + 1/2. Else only -1, 0 and 1 are QuEST's, of 1.58 bits.
     if grid.bits > 1 and (whole % 2 == 1).all():
         bits = grid.bits - 1
         q = whole // 2                                 # rounded down: of 2q + 1, q

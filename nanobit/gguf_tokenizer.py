@@ -4,12 +4,13 @@ llama.cpp has two that matter here, which GGUF calls by the models that brought 
     gpt2    byte-level BPE: tokens spelled in 256 letters that stand for the bytes, and merges.
             How a text is first cut into words is not in the file but in llama.cpp, under a name.
     llama   SentencePiece's BPE: tokens with a score each; the pair with the highest is merged.
-`read_vocabulary` turns any of our tokenizers into one of the two, and `add_tokenizer` writes it.
+`tiktoken_vocabulary` and `hf_vocabulary` turn our tokenizers into one of the two, `add_tokenizer`
+writes it, and `find_pre` finds llama.cpp's name for how words are cut.
 """
 import json
 from typing import NamedTuple
 
-import regex                                           # comes with tiktoken
+import regex    # it comes with tiktoken; unlike re it knows \p{L}, a letter of any script
 
 from model import UsageError
 from nanobit.hf_tokenizer import byte_letters, last_pair
@@ -23,14 +24,14 @@ class Vocabulary(NamedTuple):
     model: str                   # "gpt2" or "llama"
     tokens: dict                 # {id: its text}
     types: dict                  # {id: one of the above}, where not NORMAL
-    merges: list = ()            # gpt2: "left right", the first first
+    merges: tuple | list = ()    # gpt2: "left right", the first first
     pre: str = "default"         # gpt2: llama.cpp's name for how words are cut
     exact: bool = True           # gpt2: does it cut as the tokenizer does?
     scores: dict = {}            # llama: {id: score}, where not the lowest
     starts: bool = True          # a text begins with the token that begins documents
     spaced: bool = False         # llama: and with a space
-    template: object = None      # of chats
-    unknown: object = None       # the id of the unknown token
+    template: str | None = None  # of chats
+    unknown: int | None = None   # the id of the unknown token
 
 def add_tokenizer(writer, spec, n_vocab):
     """Write the tokenizer of a checkpoint's spec for a model of n_vocab tokens -> [lines to tell
@@ -77,11 +78,12 @@ def spelled(data):
 
 def tiktoken_vocabulary(inner):
     """The Vocabulary of a tiktoken.Encoding."""
+    # {a token's bytes: its id}. The ids are in the order in which merges have made the tokens.
     ranks = inner._mergeable_ranks
     tokens = {i: spelled(data) for data, i in ranks.items()}
     special = {i: text for text, i in inner._special_tokens.items()}
 
-    # The list of merges says how each token is put together.
+    # A merge for each token of more than one byte: the two that it was last put together from.
     merges = []
     for data in sorted(ranks, key=ranks.get):
         if len(data) > 1:
@@ -95,11 +97,12 @@ def tiktoken_vocabulary(inner):
 
 def hf_vocabulary(tokenizer, spec):
     """The Vocabulary of an HFTokenizer. Raises UsageError."""
-    # The format has changed: merges were strings, "left right".
+    # A merge is a pair of tokens or, in older files, one string, "left right".
     settings = json.loads(spec["tokenizer.json"])
     model = settings["model"]
     pairs = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or []]
 
+    # What both kinds have: tokens, the types of those that no merge makes, and what begins a text.
     tokens = {i: token for token, i in tokenizer.ids.items()}
     types = {}
     for i, token in tokenizer.inner.get_added_tokens_decoder().items():
@@ -107,6 +110,7 @@ def hf_vocabulary(tokenizer, spec):
     first = tokenizer.inner.encode("a", add_special_tokens=True).ids[:1]
     common = {"starts": first == [tokenizer.start_token], "template": chat_template(spec)}
 
+    # Byte-level BPE.
     kind = model.get("type")
     if kind == "BPE" and "ByteLevel" in kinds(settings.get("pre_tokenizer")):
         merges = [" ".join(pair) for pair in pairs]
@@ -114,33 +118,45 @@ def hf_vocabulary(tokenizer, spec):
         pre, exact = find_pre(lambda text: unspelled(cut.pre_tokenize_str(text)))
         return Vocabulary("gpt2", tokens, types, merges, pre, exact, **common)
 
+    # SentencePiece's: a byte that is in no token is one of 256 tokens of their own.
     if kind == "BPE" and model.get("byte_fallback"):
-        # The rank of the first merge that makes a token is its score. Added tokens are matched in
-        # a text whose spaces are still spaces.
+        # The rank of the first merge that makes a token is, negative, its score.
         scores = {}
         for rank, pair in enumerate(pairs):
             scores.setdefault(tokenizer.ids["".join(pair)], -float(rank))
+
+        # Tokens write a space as U+2581. But added ones are matched before a text's spaces become
+        # that.
         for i, type in types.items():
             if type == USER_DEFINED:
                 tokens[i] = tokens[i].replace("\u2581", " ")
+
         for byte in range(256):
-            types[tokenizer.ids[f"<0x{byte:02X}>"]] = BYTE
+            token = f"<0x{byte:02X}>"
+            if token not in tokenizer.ids:
+                raise UsageError("--format gguf cannot hold this tokenizer: it has no token "
+                                 f"{token}, and llama.cpp wants one for each byte; give --format "
+                                 "dense")
+            types[tokenizer.ids[token]] = BYTE
         unknown = tokenizer.ids.get(model.get("unk_token"))
         if unknown is not None:
             types[unknown] = UNKNOWN
-        return Vocabulary("llama", tokens, types, scores=scores, unknown=unknown,
-                          spaced=tokenizer.skip == 1, **common)
+        spaced = tokenizer.skip == 1                   # see find_skip: it puts a space before
+        return Vocabulary("llama", tokens, types, scores=scores, unknown=unknown, spaced=spaced,
+                          **common)
 
     raise UsageError(f"--format gguf cannot hold this tokenizer: it is of the type {kind}, and "
                      "llama.cpp reads byte-level BPE and SentencePiece's BPE; give --format dense")
 
 def kinds(part):
-    """The types of a part of tokenizer.json, which may be several in turn."""
+    """The types of a part of tokenizer.json, such as its pre_tokenizer: several, where it is a
+    sequence."""
     part = part or {}
     return [p["type"] for p in part.get("pretokenizers", [part]) if "type" in p]
 
 def unspelled(pieces):
-    """[(bytes in the letters that stand for them, place)] -> [their text]"""
+    """[(bytes in the letters that stand for them, place)] -> [their text]. Bytes that are none, as
+    where a word is cut within a character, become U+FFFD."""
     bytes_of = {letter: byte for byte, letter in enumerate(LETTERS)}
     return [bytes(bytes_of.get(letter, 0) for letter in piece).decode(errors="replace")
             for piece, _ in pieces]
@@ -162,7 +178,7 @@ REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 BEFORE = r"[^\r\n\p{L}\p{N}]?"
-CAMEL = rf"{BEFORE}{UPPER}*{LOWER}+%s|{BEFORE}{UPPER}+{LOWER}*%s"
+CAMEL = rf"{BEFORE}{UPPER}*{LOWER}+%s|{BEFORE}{UPPER}+{LOWER}*%s"       # %s: what may follow
 SIGNS = r" ?[^\s\p{L}\p{N}]+"
 
 PRE = {
@@ -182,8 +198,8 @@ SAMPLE = (
     "   \n \t camelCaseWords HTTPServer ٣٤٥ ½\n\n\n\n    if a == b: c[-1] += \"d\"\n        pass\n")
 
 def find_pre(cut):
-    """(llama.cpp's name for a way to cut a text into words, does it cut SAMPLE just the same?). The
-    nearest, where none does. cut: text -> [words]"""
+    """(llama.cpp's name for a way to cut a text into words, does it cut SAMPLE just the same?).
+    Where none does, that with most words in common. cut: text -> [words]"""
     own = borders(cut(SAMPLE))
     shared = {}                                        # {name: how many words are the same}
     for name, patterns in PRE.items():
@@ -194,7 +210,8 @@ def find_pre(cut):
     return max(shared, key=shared.get), False
 
 def cut_by(patterns, text):
-    """The words of a text as llama.cpp cuts them."""
+    """The words of a text as llama.cpp cuts them: each pattern cuts what is left by those before
+    it, into what it matches and what is between."""
     pieces = [text]
     for pattern in patterns:
         finer = []
@@ -208,7 +225,7 @@ def cut_by(patterns, text):
     return pieces
 
 def borders(words):
-    """{(start, stop)} of words that follow each other."""
+    """{(start, stop)} of each of the words that make up a text."""
     found = set()
     at = 0
     for word in words:

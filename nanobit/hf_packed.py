@@ -4,8 +4,6 @@ What the two rooms of a format describe is read, everything else is refused by i
   1. `read_grid` turns config.json's quantization_config into the one grid of all linears.
   2. `read_packed_linears` checks each linear's tensors, and packs them as a checkpoint does.
 """
-import torch
-
 from model import UsageError
 from nanobit import aqlm_format, compressed
 from nanobit.checkpoint import check_weights
@@ -14,8 +12,12 @@ from nanobit.hf import (check_integer, check_only, hf_name, read_hf_json, refuse
 from quantizers import group_width
 
 def read_packed_linears(folder, model, stored):
-    """Put packed linears into the model's blocks, where the folder has them. Their tensors are
-    taken out of `stored`, see open_hf_files."""
+    """Put packed linears into the model's blocks, where the folder has them.
+
+    stored: {a tensor's name there: a function that reads it}, see open_hf_files. The packed
+    linears' tensors are taken out of it.
+    """
+    # Which of the two formats it is: `form` is the room that describes it.
     inputs = {hf_name(name): linear.in_features for name, linear in model.linears()}
     grid = read_grid(folder, inputs)
     if grid is None:
@@ -26,6 +28,7 @@ def read_packed_linears(folder, model, stored):
         form = aqlm_format
         hint = ""
 
+    # Each linear of the blocks: does config.json's grid fit its weight, O x C?
     for name, linear in model.linears():
         prefix = hf_name(name)
         if f"{prefix}.weight" in stored:               # this one is not quantized
@@ -35,6 +38,7 @@ def read_packed_linears(folder, model, stored):
             raise UsageError(f"{folder}: group_size {grid.group_size} does not divide the {C} "
                              f"input channels of {prefix}")
 
+        # Its tensors, each checked.
         parts = {}
         for part, (shape, dtypes) in form.shapes(grid, O, C).items():
             full = f"{prefix}.{part}"
@@ -46,8 +50,9 @@ def read_packed_linears(folder, model, stored):
                                  f"config.json asks for {shape} of {dtypes[0]}{hint}")
             check_weights([(full, tensor)], folder)
             parts[part] = tensor
-        if parts.get("weight_shape", torch.tensor([O, C])).tolist() != [O, C]:
-            raise UsageError(f"{folder}: {prefix}.weight_shape is not {O} x {C}")
+        if "weight_shape" in parts and parts["weight_shape"].tolist() != [O, C]:
+            raise UsageError(f"{folder}: {prefix}.weight_shape is "
+                             f"{parts['weight_shape'].tolist()}, config.json asks for {[O, C]}")
 
         packed = form.packed_linear(grid, C, parts)
         if packed is None:
@@ -74,7 +79,7 @@ def read_grid(folder, inputs):
     return read_affine_grid(file, config, inputs)
 
 def read_codebooks(file, config):
-    """The aqlm_format.Grid of the settings."""
+    """The aqlm_format.Grid of the settings. The limits are far above what anybody uses."""
     check_only(file, config, {"out_group_size": (1,)})
     check_integer(file, config, "num_codebooks", 2**10)
     check_integer(file, config, "nbits_per_codebook", 16)
@@ -83,13 +88,13 @@ def read_codebooks(file, config):
                             config["in_group_size"])
 
 def read_affine_grid(file, config, inputs):
-    """The compressed.Grid of the settings."""
+    """The compressed.Grid of the settings. One that is missing has the first value of ONLY_..."""
     # One group of settings for all linears, of a kind that nanobit/compressed.py describes.
     check_only(file, config, ONLY_QUANTIZED)
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
         refuse(file, "its config_groups are not one group for all linears")
-    group, = groups.values()
+    group = next(iter(groups.values()))
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         refuse(file, "its config_groups have no settings of weights")
@@ -112,6 +117,7 @@ def read_affine_grid(file, config, inputs):
                          "only that of `model.py export` with symmetric rows")
     return compressed.Grid(weights["num_bits"], group_size, symmetric, rotated)
 
+# What is read, for check_only; a setting that is not there means the first value.
 ONLY_QUANTIZED = {"format": ("pack-quantized",), "kv_cache_scheme": (None,),
                   "sparsity_config": ({},)}
 ONLY_GROUP = {"format": ("pack-quantized",), "input_activations": (None,),

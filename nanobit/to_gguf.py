@@ -7,10 +7,10 @@ of a packed linear becomes the same product in a block, which holds integers and
     Q4_0     32 inputs   -8 .. 7        4.5
     Q8_0     32 inputs   -128 .. 127    8.5
     Q4_1     32 inputs   0 .. 15, and a float16 minimum m: weight = u * scale + m     5
-A layer gets the first of the upper three that holds its integers, which are codes less their zero
-points. But codes of up to 4 bits that Q4_0 cannot hold, because of their zero points, become Q4_1,
-whose m = -zero_point * scale is rounded to float16: Q8_0 would take almost twice the space. A group
-of more inputs than a block repeats its scale in each of its blocks.
+A layer gets the first of TQ2_0, Q4_0 and Q8_0 that holds its q, a code less its zero point (QuEST's
+levels: compressed.py's whole_factor). But codes u of up to 4 bits whose zero points take q out of
+Q4_0 become Q4_1, with m = -zero_point * scale rounded to float16: Q8_0 would take almost twice the
+space. A group of more inputs than a block repeats its scale in each of its blocks.
 
   1. `obstacle` says what does not fit.
   2. `plan` chooses the kind of each tensor, which the head of the file has to say.
@@ -19,6 +19,7 @@ of more inputs than a block repeats its scale in each of its blocks.
 Shapes: O output channels, C input channels, G groups, as in quantizers.py; B blocks of a row.
 """
 import importlib
+import math
 import os
 from typing import NamedTuple
 
@@ -26,16 +27,16 @@ import numpy as np
 import torch
 
 from model import UsageError, rope_tables
-from nanobit.compressed import holds, rounded_activations
+from nanobit.compressed import holds, rounded_activations, whole_factor
 from nanobit.gguf_tokenizer import add_tokenizer
 from nanobit.ranks import progress
-from quantizers import PackedAffine, PackedQuest, PackedVQ, QuantLinear, code_offset
+from quantizers import PackedAffine, PackedQuest, PackedVQ, QuantLinear
 
 class Kind(NamedTuple):
     """One of GGUF's kinds of blocks, or of floats."""
     width: int                   # inputs in a block
     nbytes: int                  # of a block
-    low: int = 0                 # the integers that it holds
+    low: int = 0                 # the smallest and the largest integer that it holds
     high: int = 0
 
 KINDS = {"TQ2_0": Kind(256, 66, -1, 1), "Q4_0": Kind(32, 18, -8, 7), "Q4_1": Kind(32, 20, 0, 15),
@@ -70,15 +71,18 @@ def misfit(linear):
         return f"has {what}, no multiple of a block's 32"
 
     # The scales are float16 there, and so are Q4_1's minima, zero_point times as large.
-    zero_point = 0
-    if isinstance(linear, PackedAffine) and linear.zero_point is not None:
-        zero_point = int(linear.zero_point.max())
     largest = float(scales(linear).abs().max())
-    if largest * (max(1, zero_point) if may_be_q4_1(linear) else 1) > HALF_MAX:
-        return f"has a scale of {largest:.3g}, too large for float16, which ends at {HALF_MAX:.0f}"
+    end = f"too large for float16, which ends at {HALF_MAX:.0f}"
+    if largest > HALF_MAX:
+        return f"has a scale of {largest:.3g}, {end}"
+    if may_be_q4_1(linear):
+        zero_point = int(linear.zero_point.max())
+        if largest * zero_point > HALF_MAX:
+            return (f"has scales up to {largest:.3g} and zero points up to {zero_point}, whose "
+                    f"product is {end}")
 
-    # Only wide codes and high zero points can leave the range of Q8_0.
-    if not may_be_q4_1(linear) and (linear.bits >= 8 or zero_point > 128):
+    # Only wide codes can leave the range of Q8_0: a zero point is itself a code.
+    if linear.bits >= 8:
         low, high = extremes(integers(linear))
         if low < -128 or high > 127:
             return f"has integers {low} .. {high}, and Q8_0 holds -128 .. 127"
@@ -89,10 +93,10 @@ def group_inputs(linear):
     return linear.in_features // linear.scale.size(1)
 
 def integers(linear):
-    """(O, C): times `scales`, a packed linear's weight."""
+    """int16 or int32 (O, C). Times `scales` they are a packed linear's weight."""
     dtype = torch.int16 if linear.bits <= 8 else torch.int32
     if isinstance(linear, PackedQuest):
-        q = linear.levels(torch.float32) * levels_factor(linear)
+        q = linear.levels(torch.float32) * whole_factor(linear)
         return q.to(dtype)
     q = linear.codes().to(dtype)
     if linear.zero_point is not None:
@@ -103,16 +107,12 @@ def integers(linear):
 def scales(linear):
     """float32 (O, G) of a packed linear's `integers`."""
     if isinstance(linear, PackedQuest):
-        scale = linear.scale.float() / levels_factor(linear)
+        scale = linear.scale.float() / whole_factor(linear)
         return scale.expand(len(linear.packed), 1)
     return linear.scale.float()
 
-def levels_factor(linear):
-    """QuEST's levels are half a step off the integers, and so odd multiples of half a step; or
-    they are integers themselves."""
-    return 2 if code_offset(linear.bits, linear.spec["grid"]) else 1
-
 def extremes(q):
+    """The smallest and the largest of a tensor of integers."""
     return int(q.min()), int(q.max())
 
 # ---- The plan -----------------------------------------------------------------------------------
@@ -127,18 +127,21 @@ class Stored(NamedTuple):
 
     def nbytes(self):
         kind = KINDS[self.kind]
-        return int(np.prod(self.shape)) // kind.width * kind.nbytes
+        return math.prod(self.shape) // kind.width * kind.nbytes
 
 def plan(model, tick):
     """[Stored] of a model without an `obstacle`. tick(): called after each."""
     c = model.config
     stored = []
     for name, source in sources(model):
+        # Which rows are to be reordered, see rotary_order.
         heads = 0
         if name.endswith("attn.wq.weight"):
             heads = c.n_head
         elif name.endswith("attn.wk.weight"):
             heads = c.n_kv_head
+
+        # The smallest kind that holds it.
         if isinstance(source, QuantLinear):
             kind = choose(source)
             shape = (len(source.packed), source.in_features)
@@ -179,13 +182,13 @@ def gguf_name(name):
 
 def rope_divisors(c):
     """What Llama 3.1's scaling divides each of the rotary frequencies by, (hs/2,)."""
-    # In the second row of the tables, at position 1, the angles are the frequencies themselves.
-    # The cosine of a small one is nearly 1, so that the angle comes from sine and cosine.
-    plain, scaled = [], []
-    for scaling, angles in (((), plain), (c.rope_scaling, scaled)):
-        cos, sin = rope_tables(2, c.head_dim, c.rope_theta, "cpu", scaling)
-        angles.append(torch.atan2(sin[1], cos[1])[:c.head_dim // 2])
-    return plain[0] / scaled[0]
+    def frequencies(scaling):
+        # In the second row of the tables, at position 1, the angles are the frequencies themselves.
+        # The cosine of a small one is nearly 1, so that the angle comes from sine and cosine.
+        cos, sin = rope_tables(2, c.head_dim, c.rope_theta, "cpu", scaling)        # (2, hs)
+        return torch.atan2(sin[1], cos[1])[:c.head_dim // 2]                       # (hs/2,)
+
+    return frequencies(()) / frequencies(c.rope_scaling)
 
 def choose(linear):
     """The name of the smallest blocks that hold a packed linear's integers."""
@@ -207,12 +210,13 @@ def may_be_q4_1(linear):
 
 # ---- Blocks -------------------------------------------------------------------------------------
 
-def content(stored):
+def stored_bytes(stored):
     """The bytes of a tensor as the file has them, uint8 (O, bytes per row) or (bytes,)."""
     if isinstance(stored.source, QuantLinear):
         rows = blocks(stored.source, stored.kind)
     else:
-        rows = stored.source.detach().to(FLOATS[stored.kind]).contiguous().view(torch.uint8)
+        floats = stored.source.to(FLOATS[stored.kind])
+        rows = floats.contiguous().view(torch.uint8)
     return rotary_order(rows, stored.heads) if stored.heads else rows
 
 def blocks(linear, kind):
@@ -221,7 +225,7 @@ def blocks(linear, kind):
     O = len(q)
     width = KINDS[kind].width
 
-    # The scale of each block, in two bytes.
+    # d, llama.cpp's name for the scale of each block, in two bytes.
     repeats = group_inputs(linear) // width
     d = scales(linear).half().repeat_interleave(repeats, dim=1).unsqueeze(-1)       # (O, B, 1)
     parts = [d.view(torch.uint8)]
@@ -237,7 +241,7 @@ def blocks(linear, kind):
     else:
         # TQ2_0: 128 integers in 32 bytes. The first 32 of them are the lowest bits of each byte.
         u = (q + 1).to(torch.uint8).view(O, -1, 2, 4, 32)
-        body = u[..., 0, :] | u[..., 1, :] << 2 | u[..., 2, :] << 4 | u[..., 3, :] << 6
+        body = u[..., 0, :] | (u[..., 1, :] << 2) | (u[..., 2, :] << 4) | (u[..., 3, :] << 6)
         parts.insert(0, body.flatten(2))                                   # before the scale
     return torch.cat(parts, dim=-1).flatten(1)
 
@@ -245,10 +249,11 @@ def nibbles(u):
     """Integers 0..15 (O, B, 32) -> uint8 (O, B, 16): byte k holds the k-th, and above it the
     (k + 16)-th."""
     u = u.to(torch.uint8)
-    return u[..., :16] | u[..., 16:] << 4
+    return u[..., :16] | (u[..., 16:] << 4)
 
 def minima(linear):
-    """Q4_1's m for each group, float16 (O, G)."""
+    """Q4_1's m for each group, float16 (O, G). Of the scale that the file has, so that the code
+    zero_point stands for 0.0 but for the rounding of m itself."""
     return (-linear.zero_point.float() * scales(linear).half().float()).half()
 
 def rotary_order(rows, heads):
@@ -259,20 +264,23 @@ def rotary_order(rows, heads):
 
 # ---- The file -----------------------------------------------------------------------------------
 
-def write(path, name, model, checkpoint):
+def write(path, name, model, content):
     """Write a model without an `obstacle` to a path -> (how the weights are stored, in words,
     [what else to know]).
 
-    name: of the model, for people. checkpoint: what load_checkpoint returned beside the model.
+    name: of the model, for people. content: what load_checkpoint returned beside the model.
     """
     # The tokenizer comes first, as it may be refused.
     gguf = need_gguf()
     writer = gguf.GGUFWriter(path, "llama")
-    notes = add_tokenizer(writer, checkpoint["tokenizer"], model.config.vocab_size)
+    notes = add_tokenizer(writer, content["tokenizer"], model.config.vocab_size)
 
-    # The head of the file: metadata, and of each tensor its name, shape, kind and place.
+    # Each tensor is gone through twice, to plan it and to write it: a step of one progress each.
     steps = iter(progress(range(2 * len(sources(model))), "gguf: tensors read and then written,"))
     tensors = plan(model, lambda: next(steps))
+
+    # The head of the file: metadata, and of each tensor its name, shape, kind and place. The dtype
+    # stands for "a shape of numbers, not of bytes", and the kind says what they are.
     add_model(writer, name, model.config, tensors)
     for t in tensors:
         writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.nbytes(),
@@ -284,22 +292,25 @@ def write(path, name, model, checkpoint):
     finally:
         writer.close()
 
-    # The tensors, each made when its turn comes. Our own `write`, as numpy's tofile, which the
-    # writer uses, does not say why it fails on a full disk.
+    # The tensors, each made when its turn comes, at multiples of so many bytes. With f.write, since
+    # numpy's tofile, which the writer uses, does not say why it fails on a full disk.
     with open(path, "ab") as f:
         for t in tensors:
             f.write(bytes(-f.tell() % writer.data_alignment))
-            f.write(content(t).numpy())
+            f.write(stored_bytes(t).numpy())
             next(steps)
         f.write(bytes(-f.tell() % writer.data_alignment))
         f.flush()
         os.fsync(f.fileno())                           # on the disk before it gets its name
+
+    # What to tell people.
     notes = roundings(tensors) + notes
     if model.config.rope_scaling:
         notes.append("transformers reads GGUF without rope_freqs, Llama 3.1's scaling of positions")
     return in_words(tensors), notes
 
 def need_gguf():
+    """The package gguf. Raises UsageError where it is missing."""
     try:
         return importlib.import_module("gguf")
     except ImportError:
@@ -336,28 +347,34 @@ def main_kind(tensors):
 def in_words(tensors):
     """How the weights are stored, for people."""
     linears = [t for t in tensors if isinstance(t.source, QuantLinear)]
-    rest = sorted({t.kind for t in tensors if t not in linears})
+    floats = [t for t in tensors if not isinstance(t.source, QuantLinear)]
+    rest = sorted({t.kind for t in floats})
     if not linears:
         return f"all weights as {' and '.join(rest)}"
     kinds = sorted({t.kind for t in linears})
-    bits = 8 * sum(t.nbytes() for t in linears) / sum(int(np.prod(t.shape)) for t in linears)
+    weights = sum(math.prod(t.shape) for t in linears)
+    bits = 8 * sum(t.nbytes() for t in linears) / weights
     return (f"linears as {' and '.join(kinds)}, {bits:.3f} bits per weight, of the trained "
             f"integers; the rest as {' and '.join(rest)}")
 
 def roundings(tensors):
     """[a line for each thing that the file holds rounded]"""
+    # How far float16 moves a scale, as a part of the scale, and a minimum, in steps. Of all the
+    # largest.
     scale_change = minimum_change = 0.0
     for t in tensors:
         if not isinstance(t.source, QuantLinear):
             continue
-        exact = scales(t.source)
-        d = exact.half().float()                       # (O, G)
-        change = ((d - exact) / exact).nan_to_num(0).abs().max()           # 0 / 0 is no change
+        scale = scales(t.source)                                           # (O, G)
+        d = scale.half().float()
+        change = ((d - scale) / scale).nan_to_num(0).abs().max()           # 0 / 0 is no change
         scale_change = max(scale_change, float(change))
+
         if t.kind == "Q4_1":
-            exact = -t.source.zero_point.float() * d
-            change = ((minima(t.source).float() - exact).abs() / d).nan_to_num(0).max()
+            m = -t.source.zero_point.float() * d                           # (O, G)
+            change = ((minima(t.source).float() - m).abs() / d).nan_to_num(0).max()
             minimum_change = max(minimum_change, float(change))
+
     lines = []
     if scale_change:
         lines.append("GGUF's scales are float16, and some of these are not: they change by "

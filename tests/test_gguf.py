@@ -42,11 +42,11 @@ def tiny(width=64, tied=False, n_kv_head=2, **more):
         torch.nn.init.normal_(p, *((0, 0.2) if p.dim() == 2 else (1, 0.2)))
     return m
 
-def affine(bits, group_size=-1, symmetric=True, half=True, a_bits=16):
+def affine(bits, group_size=-1, symmetric=True, a_bits=16):
     """What packs a linear, with scales that float16 holds."""
     def quantize(_, linear):
         q, scale, zero_point = rtn(linear.weight.detach(), bits, group_size, symmetric, mse=False)
-        scale = scale.half().float() if half else scale
+        scale = scale.half().float()
         return QuantLinear.affine(q, scale, zero_point, bits, group_size, a_bits)
     return quantize
 
@@ -164,7 +164,7 @@ def test_a_dense_model_keeps_its_floats_in_as_few_bits_as_hold_them(capsys):
     assert tensors["blk.0.attn_norm.weight"][0] == "F32"
 
 @pytest.mark.parametrize("bits, code, zero_point, kind", [
-    (3, 5, 200, "Q4_1"), (8, 255, 128, "Q8_0"), (8, 0, 128, "Q8_0"), (9, -128, None, "Q8_0"),
+    (3, 0, 7, "Q4_0"), (8, 255, 128, "Q8_0"), (8, 0, 128, "Q8_0"), (9, -128, None, "Q8_0"),
     (4, 7, 15, "Q4_0"), (4, 6, 15, "Q4_1"), (4, 15, 8, "Q4_0"), (4, 15, 7, "Q4_1")])
 def test_the_ends_of_the_ranges(capsys, bits, code, zero_point, kind):
     m = tiny()
@@ -179,8 +179,11 @@ def test_heads_that_do_not_divide_the_width(capsys):
     check_file(m, {"Q4_0"})
 
 def test_scales_that_are_no_float16_are_rounded_and_it_is_said(capsys):
+    def quest(_, linear):                              # its scales stay float32
+        return QuantLinear.quest(linear.weight.detach(), 2, 16, rotated=False)
+
     m = tiny()
-    save(m.replace_linears(affine(4, half=False)))
+    save(m.replace_linears(quest))
     out = export(capsys)
     assert "note: GGUF's scales are float16" in out
     percent = float(out.split("change by up to ")[1].split(" %")[0])
@@ -239,6 +242,10 @@ def large(_, linear):
     q = torch.zeros(linear.weight.shape)
     return QuantLinear.affine(q, torch.full((len(q), 1), 7e4), None, 4)
 
+def large_minima(_, linear):
+    q = torch.zeros(linear.weight.shape)
+    return QuantLinear.affine(q, torch.full((len(q), 1), 6e3), torch.full((len(q), 1), 15), 4)
+
 OTHERS = {  # what packs each linear, what the line says, and what else holds the model
     "QuEST": (lambda _, linear: QuantLinear.quest(linear.weight.detach(), 4, 16),
               "blocks.0.attn.wq has QuEST's rotation", "--format compressed"),
@@ -247,9 +254,10 @@ OTHERS = {  # what packs each linear, what the line says, and what else holds th
                     "--format dense"),
     "small groups": (affine(4, 16), "groups of 16 inputs", "--format compressed"),
     "wide integers": (constant(8, 0, 200), "integers -200 .. -200", "--format compressed"),
-    "high zero points": (constant(5, 3, 200), "integers -197 .. -197", "--format dense"),
     "wide codes": (constant(16, 60000, 1), "integers 59999 .. 59999", "--format dense"),
     "large scales": (large, "7e+04", "--format compressed"),
+    "large minima": (large_minima, "scales up to 6e+03 and zero points up to 15",
+                     "--format compressed"),
 }
 
 @pytest.mark.parametrize("what", OTHERS)
@@ -406,6 +414,13 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(capsys):
     t = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<start>": 0, "<end>": 1, "a": 2}, "a"))
     save_with(t)
     check_refused(call(capsys, "model.py export m.pt m.gguf --format gguf"), "WordLevel")
+    assert os.listdir() == ["m.pt"]
+
+def test_a_sentencepiece_tokenizer_without_all_bytes_is_refused(capsys):
+    vocab = {"<start>": 0, "<end>": 1, "a": 2, "<0x00>": 3}
+    save_with(tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True)))
+    check_refused(call(capsys, "model.py export m.pt m.gguf --format gguf"), "no token <0x01>",
+                  "--format dense")
     assert os.listdir() == ["m.pt"]
 
 @pytest.mark.parametrize("name", PRE)

@@ -239,7 +239,7 @@ def test_a_folder_of_an_unusual_form_gives_transformers_logits_also_after_an_exp
     logits = want(x).logits
     close(m(x)[0], logits)
     nanobit.export.write_hf("new", m, {"tokenizer": [chr(i) for i in range(256)], "method": "test"},
-                          nanobit.export.dense)
+                          nanobit.export.dense_weights)
     again = LLaMA.from_pretrained("new")
     close(again(x)[0], logits, 0.1)                    # weights in bfloat16
     close(auto("new", dtype=torch.float32)(x).logits, again(x)[0])
