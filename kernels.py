@@ -560,28 +560,6 @@ def _scaled(a, g, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.conste
     else:
         return a * scale
 
-# Few tiles leave processors idle. Then SPLIT programs share a tile, each over a part of k. Each
-# leaves its sum in `parts` and draws the tile's next ticket; the one that draws the last goes on
-# from here with the sum of all.
-
-@triton.jit
-def _is_early(tickets, pid, SPLIT: tl.constexpr):
-    """Whether other parts of tile pid are still to come, after this program left its own."""
-    tl.debug_barrier()
-    ticket = tl.atomic_add(tickets + pid, 1, sem="acq_rel")
-    return ticket < SPLIT - 1
-
-@triton.jit
-def _sum_of_parts(acc, parts, pid, at, SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """Add the SPLIT parts of tile pid to zeros, in their order: the same bits every time.
-
-    A part is SIZE numbers, of which this is those at `at`, in the shape and the type of acc.
-    """
-    acc = tl.zeros(acc.shape, acc.dtype)
-    for i in range(0, SPLIT):
-        acc += tl.load(parts + (pid * SPLIT + i) * SIZE + at)
-    return acc
-
 @triton.jit(do_not_specialize=["M", "MASK"])
 def _tile(x, x2, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexpr,
           GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, EXTRA: tl.constexpr,
@@ -603,6 +581,8 @@ def _tile(x, x2, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.cons
     Triton copies words, grids and x into shared memory some steps ahead of their use (num_stages).
     A step's BLOCK_K k's lie under one grid. They are B whole blocks of words, or part of one, whose
     words are then shifted so that the part's stripes come first.
+    With SPLIT > 1 each program leaves its sum in `parts`, and the one that draws the tile's last
+    ticket adds them up, in their order: the same bits every time.
     """
     dt: tl.constexpr = y.dtype.element_ty
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
@@ -663,6 +643,7 @@ def _tile(x, x2, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.cons
             acc2 = tl.dot(a, b2, acc2)
 
     if SPLIT > 1:
+        # Leave this part's sum. Unless all others are there, another program goes on from here.
         size: tl.constexpr = BLOCK_N * (BLOCK_M + EXTRA)
         mine = parts + (pid * SPLIT + tl.program_id(1)) * size
         at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
@@ -671,11 +652,17 @@ def _tile(x, x2, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.cons
             row = BLOCK_N * BLOCK_M + tl.arange(0, BLOCK_N) * EXTRA
             at2 = row[:, None] + tl.arange(0, EXTRA)[None, :]
             tl.store(mine + at2, acc2)
-        if _is_early(tickets, pid, SPLIT):
+        tl.debug_barrier()
+        ticket = tl.atomic_add(tickets + pid, 1, sem="acq_rel")
+        if ticket < SPLIT - 1:
             return
-        acc = _sum_of_parts(acc, parts, pid, at, size, SPLIT)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for i in range(0, SPLIT):
+            acc += tl.load(parts + (pid * SPLIT + i) * size + at)
         if EXTRA:
-            acc2 = _sum_of_parts(acc2, parts, pid, at2, size, SPLIT)
+            acc2 = tl.zeros((BLOCK_N, EXTRA), tl.float32)
+            for i in range(0, SPLIT):
+                acc2 += tl.load(parts + (pid * SPLIT + i) * size + at2)
 
     tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], acc.to(dt),
              mask=(m < M)[None, :] & (n < N)[:, None])
@@ -761,7 +748,6 @@ DECODE = {
     (8, 16): Span(1, 128, False),
 }
 DECODE_FEW = {                 # instead, for few outputs
-    (3, 8): Span(1, 256, False),
     (1, 16): Span(1, 256, False),
     (3, 16): Span(1, 256, False),
 }
@@ -783,9 +769,7 @@ class Tile(NamedTuple):
 
 # 4 warps: two programs an SM, so that one unpacks while the other multiplies. From 160 tokens on
 # BLOCK_K is 64: the weights of a step stand in registers twice, unpacked and in use, beside the
-# sums. At 256 tokens these fill the registers of 8 warps. Of two tiles that are predicted to take
-# as long the first is taken: at 320 tokens that of 128 outputs, which reads x half as often (4 bits
-# and 14336 x 4096, 300 tokens 68 us in place of 72, 640 tokens 136 in place of 147).
+# sums. At 256 tokens these fill the registers of 8 warps.
 TILES = (
     Tile(32, 0, 64, 128, warps=4, stages=4),
     Tile(64, 0, 64, 128, warps=4, stages=4),
@@ -794,7 +778,6 @@ TILES = (
     Tile(128, 32, 64, 64, warps=4, stages=4),
     Tile(128, 64, 64, 64, warps=4, stages=4),
     Tile(256, 0, 128, 64, warps=8, stages=4),
-    Tile(256, 64, 128, 64, warps=8, stages=3),
     Tile(256, 64, 64, 64, warps=4, stages=3),
     Tile(128, 0, 128, 128, warps=8, stages=3),
 )
@@ -836,9 +819,8 @@ def choose_tile(M, w):
     """The Tile for FEW < M <= FUSED tokens, with the parts of k that make it fastest."""
     found = []
     for tile in TILES:
-        # Many tokens: tiles of the most outputs, which read x the least often. That of 320 tokens
-        # is slower by then, as few registers are left to unpack ahead (768 tokens: 202 us to 152).
-        if M > 640 and (tile.BLOCK_N < 128 or tile.EXTRA):
+        # Many tokens: tiles of the most outputs, which read x the least often.
+        if M > 640 and tile.BLOCK_N < 128:
             continue
         tile = tile._replace(BLOCK_K=math.gcd(tile.BLOCK_K, w.group, w.shape[1]))
         for split in (8, 4, 2, 1):
@@ -848,9 +830,9 @@ def choose_tile(M, w):
                 found.append(tile._replace(split=split))
 
     # Of equal ones: at 8 bits the tile of more outputs, which reads x less often (at 96 tokens and
-    # 14336 x 4096 38 us in place of 45); with fewer bits the first in TILES.
+    # 14336 x 4096 38 us in place of 45); with fewer bits the one of which two share an SM.
     def rank(tile):
-        outputs = -tile.BLOCK_N if w.bits == 8 else 0
+        outputs = -tile.BLOCK_N if w.bits == 8 else tile.BLOCK_N
         return predicted_time(M, w, tile), outputs, -tile.split
     tile = min(found, key=rank)
 
@@ -1226,12 +1208,17 @@ def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, parts, tickets, M, N,
                              out_dtype=tl.int32)
 
     if SPLIT > 1:
+        # Leave this part's sum. The program that comes last adds up all of them.
         size: tl.constexpr = BLOCK_N * BLOCK_M
         at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         tl.store(parts + (pid * SPLIT + tl.program_id(1)) * size + at, acc)
-        if _is_early(tickets, pid, SPLIT):
+        tl.debug_barrier()
+        ticket = tl.atomic_add(tickets + pid, 1, sem="acq_rel")
+        if ticket < SPLIT - 1:
             return
-        acc = _sum_of_parts(acc, parts, pid, at, size, SPLIT)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+        for i in range(0, SPLIT):
+            acc += tl.load(parts + (pid * SPLIT + i) * size + at)
 
     # The half steps that 8-bit codes lack. a_sum and w_sum are sums of 2 q + 1; packed codes of w
     # stand in acc as 2^(8-b) (q + 1/2) = 2^(7-b) (2 q + 1).
