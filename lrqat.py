@@ -613,8 +613,8 @@ def main():
 
     # The trained base and its text.
     base, data = load_base(args)
-    suit(args, base, "lrqat", args.bits)
     check_shapes(base, args)
+    suit(args, base, "lrqat", args.bits)
     keep_model(args, path + ".pt")
     base_path = args.model or os.path.join(args.out, "base.pt")
     teacher = open_teacher(args, base, base_path, data)

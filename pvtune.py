@@ -935,8 +935,8 @@ def main():
 
     # The dense model, which is also the teacher of every arm.
     base, data = load_base(args)
-    suit(args, base, "pvtune", width(args))
     check_shapes(base, args)
+    suit(args, base, "pvtune", width(args))
     name = f"pvtune-{args.scheme}"
     if args.scheme == "affine":
         name += f"-w{args.bits}"

@@ -213,7 +213,8 @@ def test_a_full_disk_is_one_line_and_keeps_old_files(work, capsys, monkeypatch, 
 # 40,960 weights in 576 rows a block: 576 * 32 / 40960 = 0.45 bits of scale for every weight
 JOBS = [("--bits 4", 4.45), ("--bits 1 --embed-bits 4 --tied", 1.45),
         ("--bits 3 --embed-bits 16", 3.45), ("--bits 1.58", 1.625 + 0.45),
-        ("--bits 2 --grid sparse", 2 / 2 + 1 / 2 + 0.45), ("--grid fp4", 4.45),
+        pytest.param("--bits 2 --grid sparse", 2 / 2 + 1 / 2 + 0.45, marks=pytest.mark.slow),
+        pytest.param("--grid fp4", 4.45, marks=pytest.mark.slow),
         ("--a-bits 16", 4.45), ("--bits 3 --quantizer lsq", 3 + 7 * 2 * 32 / 40960),
         ("--bits 16", 16.0)]
 

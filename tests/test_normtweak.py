@@ -582,6 +582,7 @@ def test_self_calibration_follows_the_rule(teacher, data, options, in_float64):
     assert torch.equal(out, nt.calibration(teacher, train_only, args))
     assert not torch.equal(out, nt.calibration(teacher, train_only, options("--seed", "4")))
 
+@pytest.mark.slow
 def test_own_text_comes_from_the_cache_of_this_model_and_these_settings(
         teacher, data, options, tmp_path, monkeypatch):
     """It is written once for the same weights, wherever they lie, and anew for any other weight,
@@ -677,6 +678,7 @@ def base(teacher, data, tmp_path):
                     settings={"data": data.name, "vocab": "300", "smoke": False})
     return path
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits, extra", [(2, ""), (4, "--a-bits 8 --group-size 16"),
                                          (3, "--symmetric --solver closed")])
 def test_saved_checkpoints_evaluate_to_the_reported_loss(base, teacher, data, tmp_path, capsys,
@@ -703,6 +705,7 @@ def test_saved_checkpoints_evaluate_to_the_reported_loss(base, teacher, data, tm
     table = [line for line in out.splitlines() if re.match(r"[\w-]+ +\| +\d\.\d{4} \|", line)]
     assert len(table) == 5 and table[-1].count("->") == 3
 
+@pytest.mark.slow
 def test_a_packed_model_keeps_its_codes(base, tmp_path, capsys):
     command = f"normtweak.py --out {tmp_path} --steps 4 --seq-len 24 --embed-bits 16 --model"
     call(capsys, f"{command} {base} --bits 2 --group-size 16")
