@@ -135,8 +135,8 @@ def equal_loss(ax, points):
     (x1, y), (x2, _) = tuned[0], gptq[0]
     ax.annotate("", (x1 + 0.06, y), (x2 - 0.06, y),
                 arrowprops={"arrowstyle": "<->", "color": DARK, "lw": 1.0, "ls": ":"})
-    ax.annotate(f"dotted: PV-Tuning at {x1:.2f} bits\nloses what GPTQ loses at {x2:.2f}", (1.0, 0.02),
-                fontsize=9.5, color=DARK)
+    text = f"dotted: PV-Tuning at {x1:.2f} bits\nloses what GPTQ loses at {x2:.2f}"
+    ax.annotate(text, (1.0, 0.02), fontsize=9.5, color=DARK)
 
 CARD = 8                               # GiB on a card of 8 GB
 
@@ -162,7 +162,8 @@ def draw_memory(rows, path):
     left = [0.0] * len(bars)
     for part, color in parts.items():
         sizes = [found[part] / 2**30 for found in bars.values()]
-        ax.barh(list(bars), sizes, left=left, color=color, height=0.68, label=labels.get(part, part))
+        label = labels.get(part, part)
+        ax.barh(list(bars), sizes, left=left, color=color, height=0.68, label=label)
         left = [a + b for a, b in zip(left, sizes)]
 
     # The card: a label that would lie on its line stands behind it.

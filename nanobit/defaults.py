@@ -4,9 +4,9 @@
   2. `suit` sets --steps, --batch-size and --lr by RULES, for the scripts that start from a dense
      model. What starts from random weights has its settings in model.py's PRESETS.
 
-Every rate was chosen by dev loss in a small search at two sizes: the tiny base (2.5M weights in its
-linears, windows of 128 tokens) and SmolLM2-135M (106M, windows of 512, groups of 64). RULES says
-what was found. Other models are nearest to one of the two.
+Every rate was chosen by dev loss in small searches: on the tiny base (2.5M weights in its linears,
+windows of 128 tokens) and on SmolLM2-135M (106M, windows of 512, groups of 64). Each rate's function
+says what was found; what it does not name was not tried. Sizes between the two were not searched.
 """
 import math
 from typing import Callable, NamedTuple
@@ -17,8 +17,8 @@ WINDOW = 512                     # tokens
 LARGE = 10_000_000               # weights in the linears, from which a model is like SmolLM2-135M
 
 def window(longest):
-    """Tokens of a window for a model whose own window has `longest`. A model of the hub has 2,048 or
-    more. 512 are enough to compare methods by, and a step takes a CPU seconds, not minutes."""
+    """Tokens of a window for a model whose own window has `longest`. A model of the hub has 2,048
+    or more. 512 are enough to compare methods by, and cost a quarter of the time."""
     return min(longest, WINDOW)
 
 class Rule(NamedTuple):
@@ -28,16 +28,16 @@ class Rule(NamedTuple):
     rate: Callable               # (bits, is_large) -> --lr
 
 def lrqat_rate(bits, is_large):
-    """The rate of A and B. At 3e-3, 1e-2 and 3e-2 the dev loss of SmolLM2 was 3.876, 3.632 and 3.961
-    with 2 bits, 2.909, 2.863 and 2.918 with 3 bits, and with 4 bits 2.726 and 2.721 at the first
-    two. The tiny base does not tell the last two apart: 3.0245 and 3.0237 with 2 bits."""
+    """The rate of A and B. At 3e-3, 1e-2 and 3e-2 the dev loss of SmolLM2 was 3.876, 3.632 and
+    3.961 with 2 bits, 2.909, 2.863 and 2.918 with 3 bits, and with 4 bits 2.726 and 2.721 at the
+    first two. The tiny base does not tell the last two apart: 3.0245 and 3.0237 with 2 bits."""
     return 1e-2
 
 def pv_rate(bits, is_large):
-    """The rate of the P half, relative to a tensor's norm. It halves with each bit, as the error that
-    is there to repair does. At 3e-4, 1e-3 and 3e-3 the dev loss of SmolLM2, P only on a grid, was
-    3.462, 3.170 and 3.073 with 2 bits, 2.791, 2.740 and 2.745 with 3, 2.692, 2.684 and 2.700 with 4;
-    with 3 bits and 1.5e-3 it was 2.733. On the tiny base 6e-3 was best for 2 bits."""
+    """The rate of the P half, relative to a tensor's norm. It halves with each bit, as the error
+    that is there to repair does. At 3e-4, 1e-3 and 3e-3 the dev loss of SmolLM2, P only on a grid,
+    was 3.462, 3.170 and 3.073 with 2 bits, 2.791, 2.740 and 2.745 with 3, 2.692, 2.684 and 2.700
+    with 4; with 3 bits and 1.5e-3 it was 2.733. On the tiny base 6e-3 was best for 2 bits."""
     return (3e-3 if is_large else 6e-3) * 2.0 ** (2 - bits)
 
 def quest_rate(bits, is_large):

@@ -120,7 +120,7 @@ def compressed_weights(model):
         after = ROTATE
         notes = ("the linears read rotated inputs, which transformers leaves out without a word: "
                  "after from_pretrained call compressed_tensors' apply_transform_config, as the "
-                 "folder's README.md shows (vLLM does so itself)",)
+                 "folder's README.md shows (vLLM does so itself, by its documentation)",)
     weights = packed_weights(model, compressed.compressed_linear, config, text)
     return weights._replace(packages=("compressed-tensors>=0.18",), after=after, notes=notes)
 

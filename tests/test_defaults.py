@@ -1,4 +1,4 @@
-"""nanobit/defaults.py: what a script does where no flag says it, from the model that it is given."""
+"""nanobit/defaults.py: what a script does where no flag says it, from the model it is given."""
 from types import SimpleNamespace
 
 import pytest
