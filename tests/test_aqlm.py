@@ -108,7 +108,7 @@ def test_a_trained_file_becomes_a_folder_that_says_what_it_is(work, capsys):
     random_base(work, 1)
     status, _, err = call(capsys, "pvtune.py --model base.pt --data text.txt --seq-len 32 "
                                   "--batch-size 2 --accumulate 1 --device cpu --scheme 2x4g4 "
-                                  "--variant pv --steps 2 --eval-every 0")
+                                  "--variant pv --steps 2 --eval-every 0 --embed-bits 16")
     assert status == 0, err
     status, out, err = call(capsys, "model.py export out/pvtune-2x4g4.pt dir")
     assert status == 0 and "(--format aqlm)" in out, err

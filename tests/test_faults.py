@@ -535,7 +535,7 @@ def test_a_row_counts_the_codes_that_the_file_has_otherwise_than_training(
     for flipped in (False, True):
         if flipped:
             monkeypatch.setattr(nanobit.runs, "save_result", flip_and_save)
-        status, out, err = call(capsys, f"{COMPARED[what]} {SHORT}")
+        status, out, err = call(capsys, f"{COMPARED[what]} {SHORT} --embed-bits 16")
         assert status == 0, err
         row = json.loads(out.splitlines()[-1])
         assert row["integers_differ"] == (14 if flipped else 0)            # 2 blocks of 7 linears
