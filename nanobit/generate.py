@@ -246,8 +246,9 @@ class Joined(nn.Module):
         self.sizes = [n_out(m) for m in linears]
         if isinstance(first, QuantLinear):
             rows = {}                                  # of each tensor: codes, scales, zero points
-            for name in first.rows():
-                rows[name] = torch.cat([m.rows()[name] for m in linears])
+            parts = [m.rows() for m in linears]
+            for name in parts[0]:
+                rows[name] = torch.cat([part[name] for part in parts])
             self.linear = QuantLinear.of(first.spec, rows)
         else:
             weight = torch.cat([m.weight for m in linears])                # (sum of outputs, C)

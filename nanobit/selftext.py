@@ -15,7 +15,7 @@ import torch
 
 from nanobit.data import cached
 from nanobit.generate import Chooser, decode
-from nanobit.ranks import progress
+from nanobit.ranks import Progress
 
 GREEDY = 4                    # tokens after the first that are the most likely ones
 TOP_K = 50                    # the rest are sampled from so many most likely ones
@@ -73,7 +73,7 @@ def write_text(model, starts, length, end, generator):
     parts = starts.chunk(n_parts)
 
     # One count of steps over all parts, so that the time that is left is that of the whole.
-    steps = iter(progress(range(len(parts) * (length - 1)), "calibration: step"))
+    todo = Progress(len(parts) * (length - 1), "calibration: step")
     texts = []
     for ids in parts:
         writer = Writer(model, len(ids), end, generator)
@@ -81,7 +81,7 @@ def write_text(model, starts, length, end, generator):
         for token in decode(model, ids, length - 1, writer):
             # decode yields one tensor, over which it writes the next token: copy each.
             text.append(token.clone())
-            next(steps)
+            todo.add(1)
         texts.append(torch.cat(text, dim=1))                               # (n, T)
     return torch.cat(texts)                                                # (N, T)
 
@@ -95,7 +95,7 @@ def windows_at_once(model, length):
     each = 2 * keys * model.dtype.itemsize + 4 * c.vocab_size * 4
 
     memory = CPU_MEMORY
-    device = model.embed.weight.device
+    device = model.norm.weight.device
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         memory = free // 2

@@ -30,7 +30,7 @@ import torch
 from model import UsageError, rope_tables
 from nanobit.compressed import holds, rounded_activations, whole_factor
 from nanobit.gguf_tokenizer import add_tokenizer
-from nanobit.ranks import progress
+from nanobit.ranks import Progress
 from quantizers import PackedAffine, PackedHead, PackedQuest, PackedVQ, QuantLinear
 
 class Kind(NamedTuple):
@@ -130,11 +130,11 @@ class Stored(NamedTuple):
         kind = KINDS[self.kind]
         return math.prod(self.shape) // kind.width * kind.nbytes
 
-def plan(model, tick):
-    """[Stored] of a model without an `obstacle`. tick(): called after each."""
+def plan(model, found, todo):
+    """[Stored] of a model without an `obstacle`. found: its `sources`; todo: a Progress of them."""
     c = model.config
     stored = []
-    for name, source in sources(model):
+    for name, source in found:
         # Which rows are to be reordered, see rotary_order.
         heads = 0
         if name.endswith("attn.wq.weight"):
@@ -151,7 +151,7 @@ def plan(model, tick):
             kind = float_kind(source) if source.dim() == 2 else "F32"
             shape = tuple(source.shape)
         stored.append(Stored(gguf_name(name), source, kind, shape, heads))
-        tick()
+        todo.add(1)
     return stored
 
 def float_kind(tensor):
@@ -293,8 +293,9 @@ def write(path, name, model, content):
     notes = add_tokenizer(writer, content["tokenizer"], model.config.vocab_size)
 
     # Each tensor is gone through twice, to plan it and to write it: a step of one progress each.
-    steps = iter(progress(range(2 * len(sources(model))), "gguf: tensors read and then written,"))
-    tensors = plan(model, lambda: next(steps))
+    found = sources(model)
+    todo = Progress(2 * len(found), "gguf: tensors read and then written,")
+    tensors = plan(model, found, todo)
 
     # The head of the file: metadata, and of each tensor its name, shape, kind and place. The dtype
     # stands for "a shape of numbers, not of bytes", and the kind says what they are.
@@ -315,7 +316,7 @@ def write(path, name, model, content):
         for t in tensors:
             f.write(bytes(-f.tell() % writer.data_alignment))
             f.write(stored_bytes(t).numpy())
-            next(steps)
+            todo.add(1)
         f.write(bytes(-f.tell() % writer.data_alignment))
         f.flush()
         os.fsync(f.fileno())                           # on the disk before it gets its name

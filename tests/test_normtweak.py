@@ -13,6 +13,8 @@ import torch.nn.functional as F
 import model as trunk
 import nanobit.checkpoint
 import nanobit.data
+import nanobit.defaults
+import nanobit.ranks
 import nanobit.selftext
 import nanobit.train
 import normtweak as nt
@@ -625,12 +627,16 @@ def test_windows_at_once_fit_into_the_memory_and_one_eta_counts_all_parts(
     sizes, counts, decode = [], [], nanobit.selftext.decode
     monkeypatch.setattr(nanobit.selftext, "decode", lambda model, ids, *rest:
                         sizes.append(len(ids)) or decode(model, ids, *rest))
-    monkeypatch.setattr(nanobit.selftext, "progress",
-                        lambda items, label: counts.append(len(items)) or iter(items))
+    class Counts(nanobit.ranks.Progress):
+        def __init__(self, n, label):
+            super().__init__(n, label)
+            counts.append(self)
+    monkeypatch.setattr(nanobit.selftext, "Progress", Counts)
     end = data.tokenizer.eot_token
     starts = torch.arange(8)[:, None]
     out = nanobit.selftext.write_text(teacher, starts, 24, end, torch.Generator().manual_seed(0))
-    assert sizes == [3, 3, 2] and counts == [3 * 23] and torch.equal(out[:, :1], starts)
+    assert sizes == [3, 3, 2] and torch.equal(out[:, :1], starts)
+    assert [(todo.n, todo.done) for todo in counts] == [(3 * 23, 3 * 23)]
 
 @pytest.mark.parametrize("flags, window, want", [([], 24, 24), ([], 4096, 256),
                                                  (["--seq-len", "16"], 4096, 16),
@@ -638,7 +644,7 @@ def test_windows_at_once_fit_into_the_memory_and_one_eta_counts_all_parts(
 def test_calibration_windows_are_at_most_256_tokens_unless_a_length_is_given(
         teacher, data, tmp_path, flags, window, want):
     args = nt.parse_args(["--out", str(tmp_path), "--steps", "2", "--calib", "random", *flags])
-    args.seq_len = args.seq_len or min(window, 2048)   # as open_model fills it in
+    args.seq_len = args.seq_len or nanobit.defaults.window(window)         # as open_model does
     assert nt.calibration(teacher, data, args).shape == (2, want)
 
 def test_the_token_after_the_greedy_ones_is_the_first_that_is_drawn(teacher, data, options):
