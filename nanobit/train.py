@@ -292,8 +292,10 @@ def resume(model, optimizer, args, data, path):
     free = set(FREE)
     if os.path.isdir(args.model or ""):
         free.add("size")                               # new_model: the folder's name, or a link's
-    old = content["settings"]
+    old = dict(content["settings"])
     new = settings(args)
+    if "teacher" in new:
+        old.setdefault("teacher", "none")              # before this flag, all learned from the text
     for name in old | new:
         if name not in free and not same_setting(name, old.get(name), new.get(name)):
             raise UsageError(f"--{name.replace('_', '-')} is {new.get(name)} here and "

@@ -200,6 +200,18 @@ def test_quest_by_kl_ends_nearer_to_its_model_than_it_began_and_resumes(folder, 
     again, out = run(capsys, f"{command} 30 --lr 3e-3 --resume")
     assert "resumed" in out and again["kl"] == near[1]
 
+def test_a_state_from_before_this_flag_learned_from_the_text_and_goes_on_so(folder, tiny_preset,
+                                                                          capsys):
+    command = f"quest.py {QUEST} --out {folder}"
+    before, _ = run(capsys, command)
+    path = folder / "quest-w4a4.pt.state"
+    content = torch.load(path)
+    assert content["settings"].pop("teacher") == "none"
+    torch.save(content, path)
+    again, out = run(capsys, f"{command} --resume")
+    assert "resumed" in out and again["val_loss"] == before["val_loss"]
+    check_refused(call(capsys, f"{command} --resume --teacher wider.pt"), "wider.pt", "none")
+
 @pytest.mark.parametrize("script", ["lrqat.py --rank 4", f"quest.py {QUEST}"])
 @pytest.mark.parametrize("teacher, names", [
     ("vocab.pt", ["--teacher vocab.pt", "301", "300", "--teacher none"]),
