@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanobit.compressed import rounded_activations
+from nanobit.compressed import nothing_to_keep
 from quantizers import PackedVQ, QuantLinear, pack
 
 class Grid(NamedTuple):
@@ -35,14 +35,12 @@ class Grid(NamedTuple):
 
 def obstacle(model):
     """What the format cannot say about a model, in words; None where it can say everything."""
-    problem = rounded_activations(model)
+    problem = nothing_to_keep(model)
     if problem:
         return problem
-    linears = model.linears()
-    if not any(isinstance(linear, QuantLinear) for _, linear in linears):
-        return "no linear is packed"
 
     # One grid is said to be that of all linears.
+    linears = model.linears()
     first = None
     for name, linear in linears:
         if not isinstance(linear, PackedVQ):

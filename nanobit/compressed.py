@@ -47,14 +47,12 @@ class Grid(NamedTuple):
 
 def obstacle(model):
     """What the format cannot say about a model, in words; None where it can say everything."""
-    problem = rounded_activations(model)
+    problem = nothing_to_keep(model)
     if problem:
         return problem
-    linears = model.linears()
-    if not any(isinstance(linear, QuantLinear) for _, linear in linears):
-        return "no linear is packed"
 
     # One grid is said to be that of all linears.
+    linears = model.linears()
     first = None
     for name, linear in linears:
         if not isinstance(linear, QuantLinear):
@@ -69,6 +67,16 @@ def obstacle(model):
         first = first or grid
         if grid != first:
             return f"{name} has other bits or groups than {linears[0][0]}"
+    return None
+
+def nothing_to_keep(model):
+    """What no folder of packed linears can say, whatever their codes are: rounded activations, or
+    that there are none. In words; None where the codes decide."""
+    problem = rounded_activations(model)
+    if problem:
+        return problem
+    if not any(isinstance(linear, QuantLinear) for _, linear in model.linears()):
+        return "no linear is packed"
     return None
 
 def rounded_activations(model):

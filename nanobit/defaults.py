@@ -5,8 +5,9 @@
      model. What starts from random weights has its settings in model.py's PRESETS.
 
 Every rate was chosen by dev loss in small searches: on the tiny base (2.5M weights in its linears,
-windows of 128 tokens) and on SmolLM2-135M (106M, windows of 512, groups of 64). Each rate's function
-says what was found; what it does not name was not tried. Sizes between the two were not searched.
+windows of 128 tokens) and on SmolLM2-135M (106M, windows of 512, groups of 64). The function of
+each rate says what was found; what it does not name was not tried. Sizes between the two were not
+searched.
 """
 import math
 from typing import Callable, NamedTuple
