@@ -1,6 +1,7 @@
 """What several test files share."""
 import importlib
 import importlib.util
+import json
 import pathlib
 import re
 import shlex
@@ -22,6 +23,13 @@ TEXT = "".join(f"def f{i}(x): return {'self index value'.split()[i % 3]} + {i * 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time():
     torch.manual_seed(0)
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """An empty folder to work in, and a cache in it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 @pytest.fixture
 def in_float64(monkeypatch):
@@ -95,6 +103,32 @@ def run_card(folder):
     names = {}
     exec(code.split("```")[0], names)
     return names["model"].eval()
+
+BYTES = [chr(i) for i in range(256)]                   # the tokenizer whose tokens are the bytes
+
+def save_model(m, path="m.pt", **content):
+    """A checkpoint of a model that no run has made."""
+    nanobit.checkpoint.save_checkpoint(path, m, **{"tokenizer": BYTES, "method": "test"} | content)
+
+def close(got, want, tolerance=1e-4):
+    """Is a tensor near another, as a whole and in each element?"""
+    assert ((got - want).norm() / want.norm()).item() < tolerance
+    assert ((got - want).abs().max() / want.abs().max()).item() < tolerance
+
+def edit_config(**changes):
+    """Change what dir's config.json says of the quantization."""
+    path = pathlib.Path("dir/config.json")
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= changes
+    path.write_text(json.dumps(config))
+
+def check_spoiled(capsys, spoil, named):
+    """Export m.pt to dir and spoil it. Reading dir is refused in a line with both names."""
+    assert call(capsys, "model.py export m.pt dir")[0] == 0
+    spoil()
+    with pytest.raises(model.UsageError, match=re.escape(named)) as e:
+        model.LLaMA.from_pretrained("dir")
+    assert "dir" in str(e.value) and "\n" not in str(e.value)
 
 def load_report():
     """The module assets/report.py, which is no part of the package."""

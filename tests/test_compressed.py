@@ -9,7 +9,6 @@ logits. Skipped where the packages are not installed.
 import json
 import os
 import pathlib
-import re
 import shutil
 import weakref
 
@@ -18,7 +17,8 @@ import torch
 
 import nanobit.checkpoint
 import nanobit.compressed
-from conftest import TEXT, call, check_refused, random_base, run_card
+from conftest import (TEXT, call, check_refused, check_spoiled, close, edit_config,
+                      random_base, run_card, save_model as save)
 from nanobit import aqlm_format
 from nanobit.hf import hf_name
 from model import LLaMA, LlamaConfig, UsageError
@@ -33,13 +33,9 @@ from compressed_tensors.compressors import ModelCompressor             # noqa: E
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32    # noqa: E402
 from compressed_tensors.quantization.utils import calculate_qparams    # noqa: E402
 
-SPEC = [chr(i) for i in range(256)]
-
 @pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def work(own_folder):
+    return own_folder
 
 def packed_model(bits, group_size=-1, symmetric=False, tied=False, n_kv_head=2):
     """One block of random weights, whose rows of 40 and 56 codes end inside of words."""
@@ -52,15 +48,8 @@ def packed_model(bits, group_size=-1, symmetric=False, tied=False, n_kv_head=2):
         return QuantLinear.affine(*codes, bits, group_size)
     return m.replace_linears(quantize)
 
-def save(m, path="m.pt", **content):
-    nanobit.checkpoint.save_checkpoint(path, m, **{"tokenizer": SPEC, "method": "test"} | content)
-
 def ids(m, *shape):
     return torch.randint(m.config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
-
-def close(got, want, tolerance=1e-4):
-    assert ((got - want).norm() / want.norm()).item() < tolerance
-    assert ((got - want).abs().max() / want.abs().max()).item() < tolerance
 
 def stored(folder):
     with safetensors.safe_open(f"{folder}/model.safetensors", "pt") as f:
@@ -391,17 +380,10 @@ def test_a_folder_that_compressed_tensors_wrote_gives_its_logits(bits, symmetric
         (bits, strategy.get("group_size", -1), symmetric, False)}
     close(ours(x)[0], want)
 
-def edit(**changes):
-    """Change what dir's config.json says of the quantization."""
-    path = pathlib.Path("dir/config.json")
-    config = json.loads(path.read_text())
-    config["quantization_config"] |= changes
-    path.write_text(json.dumps(config))
-
 def edit_group(group=None, **weights):
     settings = {"num_bits": 3, "type": "int", "symmetric": False, "strategy": "group",
                 "group_size": 8}
-    edit(config_groups={"g": {"targets": ["Linear"], "weights": settings | weights}
+    edit_config(config_groups={"g": {"targets": ["Linear"], "weights": settings | weights}
                              | (group or {})})
 
 def store(part, make):
@@ -415,13 +397,13 @@ def store(part, make):
     safetensors.torch.save_file(tensors, "dir/model.safetensors")
 
 BAD = {  # what is done to a folder of 3 bits, groups of 8 and zero points: what the line names
-    "another method": (lambda: edit(quant_method="gptq"), "quant_method gptq"),
-    "another format": (lambda: edit(format="float-quantized"), "format float-quantized"),
-    "rotated": (lambda: edit(transform_config={"config_groups": {}}), "transform_config"),
-    "rounded keys": (lambda: edit(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
-    "no group": (lambda: edit(config_groups={}), "config_groups"),
-    "two groups": (lambda: edit(config_groups={"a": {}, "b": {}}), "config_groups"),
-    "no weights": (lambda: edit(config_groups={"a": {}}), "config_groups"),
+    "another method": (lambda: edit_config(quant_method="gptq"), "quant_method gptq"),
+    "another format": (lambda: edit_config(format="float-quantized"), "format float-quantized"),
+    "rotated": (lambda: edit_config(transform_config={"config_groups": {}}), "transform_config"),
+    "rounded keys": (lambda: edit_config(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+    "no group": (lambda: edit_config(config_groups={}), "config_groups"),
+    "two groups": (lambda: edit_config(config_groups={"a": {}, "b": {}}), "config_groups"),
+    "no weights": (lambda: edit_config(config_groups={"a": {}}), "config_groups"),
     "activations": (lambda: edit_group({"input_activations": {"num_bits": 8}}),
                     "input_activations"),
     "float codes": (lambda: edit_group(type="float"), "type float"),
@@ -441,12 +423,7 @@ BAD = {  # what is done to a folder of 3 bits, groups of 8 and zero points: what
 @pytest.mark.parametrize("what", BAD)
 def test_a_folder_of_another_kind_is_refused_by_what_it_has(capsys, what):
     save(packed_model(3, 8))
-    assert call(capsys, "model.py export m.pt dir")[0] == 0
-    spoil, named = BAD[what]
-    spoil()
-    with pytest.raises(UsageError, match=re.escape(named)) as e:
-        LLaMA.from_pretrained("dir")
-    assert "dir" in str(e.value) and "\n" not in str(e.value)
+    check_spoiled(capsys, *BAD[what])
 
 @pytest.fixture
 def hf(work):

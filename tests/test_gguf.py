@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import nanobit.checkpoint
-from conftest import TEXT, call, check_refused
+from conftest import TEXT, call, check_refused, save_model as save
 from model import LLaMA, LlamaConfig
 from nanobit.gguf_tokenizer import PRE, SAMPLE, cut_by, find_pre
 from nanobit.tokenizer import PATTERN, make_tokenizer, train_bpe
@@ -26,13 +26,9 @@ gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
 import gguf.quants                                                     # noqa: E402
 
-SPEC = [chr(i) for i in range(256)]
-
 @pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def work(own_folder):
+    return own_folder
 
 def tiny(width=64, tied=False, n_kv_head=2, **more):
     """One block of random weights."""
@@ -49,9 +45,6 @@ def affine(bits, group_size=-1, symmetric=True, a_bits=16):
         scale = scale.half().float()
         return QuantLinear.affine(q, scale, zero_point, bits, group_size, a_bits)
     return quantize
-
-def save(m, **content):
-    nanobit.checkpoint.save_checkpoint("m.pt", m, **{"tokenizer": SPEC, "method": "test"} | content)
 
 def export(capsys, target="m.gguf"):
     """Export m.pt -> what is printed."""

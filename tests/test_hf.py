@@ -26,7 +26,7 @@ import nanobit.hf
 import nanobit.hf_tokenizer
 import nanobit.tokenizer
 import normtweak
-from conftest import TEXT, call, check_refused
+from conftest import TEXT, call, check_refused, close
 import nanobit.generate
 from model import LLaMA, UsageError
 from nanobit import hf_tokenizer
@@ -83,12 +83,10 @@ def bpe(text):
     return t.to_str()
 
 @pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch, text):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
+def work(own_folder, monkeypatch, text):
     monkeypatch.setattr(nanobit.runs, "HELD", {})
     pathlib.Path("text.txt").write_text(text)
-    return tmp_path
+    return own_folder
 
 @pytest.fixture
 def folder(work, bpe):
@@ -99,10 +97,6 @@ def folder(work, bpe):
 
 def ids(m, *shape):
     return torch.randint(m.config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
-
-def close(got, want, tolerance=1e-4):
-    assert ((got - want).norm() / want.norm()).item() < tolerance
-    assert ((got - want).abs().max() / want.abs().max()).item() < tolerance
 
 def edit(path, **changes):
     """Change entries of a JSON file; None takes one away."""
