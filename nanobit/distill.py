@@ -2,13 +2,13 @@
 
   1. `open_teacher` reads --teacher: by default the dense model that the student is made from.
   2. `WithTeacher` is what `train` gets in the place of the student.
-  3. `divergence` is its loss: KL(teacher || student), never with the logits of all tokens.
+  3. `divergence` is its loss: KL(teacher || student), with the logits of some tokens at a time.
 
-The text's own loss rewards a student also for learning the text, which the dense model has not seen
-as often: a quantized model that trains on it may end below its dense base. The divergence rewards
-it for nothing but being like the teacher. Where the teacher is the dense base itself, that has
-learned all there is: its divergence and its gradient are exactly zero, however long it is trained.
-So the base is its own control.
+The text's own loss also rewards a student for learning the text: a quantized model that trains on
+it may end below the loss of its dense base, which has not read that text as often. The divergence
+rewards only what makes the student more like its teacher. A dense student that starts equal to its
+teacher has a divergence and a gradient of exactly zero, and stays where it is. So the dense base
+needs no training to be its own control.
 """
 import copy
 import os
@@ -30,11 +30,12 @@ def add_teacher(p, default):
                    f"(default: {default})")
 
 def open_teacher(args, model, path, data):
-    """The model that --teacher names, frozen; None for `none`. Raises UsageError where it does not
-    predict the same tokens.
+    """The frozen model that --teacher names, or None for `none`. Sets args.teacher where it was not
+    given. Raises UsageError where the teacher does not predict the same tokens.
 
-    model: what the student is made from, read from `path`; it is returned where --teacher is that
-    file or is not given. path: None where the weights are random; then the default is `none`.
+    model: the dense model that the student is made from, read from `path`. Where --teacher is that
+    file, or not given, `model` itself is frozen and returned, not a copy.
+    path: None where the weights are random. The default is then `none`.
     """
     args.teacher = args.teacher or path or "none"
     if args.teacher == "none":
@@ -42,7 +43,8 @@ def open_teacher(args, model, path, data):
     if path and os.path.realpath(args.teacher) == os.path.realpath(path):
         return model.requires_grad_(False)
 
-    # Another model.
+    # Another model. dense=False, because what open_model would say of a packed one speaks of
+    # --model; the line below speaks of --teacher.
     teacher, content = open_model(args, args.teacher, dense=False)
     fix = "it cannot teach that; give a dense model with the same tokenizer, or --teacher none"
     check_same_tokens(model, data.spec, path or "the new model", teacher, content["tokenizer"],
@@ -66,8 +68,9 @@ def frozen_copy(model):
 class WithTeacher(nn.Module):
     """A student that learns from its teacher, as `train` and `evaluate` need it.
 
-    1. Its loss depends on whether gradients are on. While they are, it is the divergence from the
-       teacher; while they are off, as in `evaluate`, the student's own loss on the text.
+    1. With gradients on, as in training, its loss is the divergence from the teacher, and the
+       targets are not read. With gradients off, as in `evaluate`, it is the student's own loss on
+       the text.
     2. The teacher is no submodule: it is not trained, not saved, and not sent to other ranks.
     """
 
@@ -75,8 +78,7 @@ class WithTeacher(nn.Module):
         super().__init__()
         self.student = student
         self.teacher = [teacher]       # in a list, where nn.Module does not look for submodules
-        self.config = student.config   # train and checkpoints ask a model for these three
-        self.dtype = student.dtype
+        self.config = student.config   # train and checkpoints ask a model for these two
         self.linears = student.linears
 
     @property
@@ -100,36 +102,44 @@ class WithTeacher(nn.Module):
         return None, divergence(self.student, self.teacher[0], idx)
 
     def compile_parts(self):
-        """torch.compile the blocks of both."""
+        """torch.compile the student, and of the teacher the blocks: `divergence` does not call the
+        teacher's `predict`."""
         self.student.compile_parts()
         for block in self.teacher[0].blocks:
             block.compile()
 
-LOGITS = 2**26                   # of each model, that are held at a time
+LOGITS = 2**26                   # at most so many of each model are held at a time
 
 def divergence(student, teacher, idx):
-    """KL(teacher || student) of what both predict after each of the ids (B, T), mean over tokens.
+    """KL(teacher || student) after each of the ids (B, T), mean over tokens.
 
-    Both heads compute the logits of n tokens at a time. Where that is not the whole batch, the
-    backward pass computes them once more. n is what makes LOGITS, 268 MB in float32, and for a lean
-    student 256 tokens.
+    The heads compute the logits of n tokens at a time, which are LOGITS of them (268 MB in float32);
+    of a lean student 256 tokens. If the batch has more than n tokens, the backward pass computes
+    each part's logits once more, so that they are not kept.
     """
+    # What the two heads read: the last norm's output, for all tokens.
     with torch.no_grad():
-        goals = teacher.norm(teacher.trunk(idx)).flatten(0, 1)             # (B T, C of the teacher)
+        teacher_x = teacher.norm(teacher.trunk(idx)).flatten(0, 1)         # (B T, C of the teacher)
     x = student.norm(student.trunk(idx)).flatten(0, 1)                     # (B T, C)
 
-    def kl(x, goal):
-        """Summed over the tokens of a part."""
+    def kl(x, teacher_x):
+        """The divergence of n tokens, summed."""
         with torch.no_grad():
-            wanted = teacher.head(goal).float()                            # (n, vocab)
-        return kl_loss(wanted, student.head(x).float()) * len(x)
+            wanted = teacher.head(teacher_x).float()                       # (n, vocab)
+        found = student.head(x).float()                                    # (n, vocab)
+        return kl_loss(wanted, found) * len(x)         # kl_loss is a mean
 
+    # How many tokens at a time. A lean student saves memory.
     n = 256
     if not student.lean:
         n = max(n, LOGITS // student.config.vocab_size)
+
+    # All at once, if they are few: then nothing is computed twice.
     if len(x) <= n:
-        return kl(x, goals) / len(x)
+        return kl(x, teacher_x) / len(x)
+
+    # Part by part. rerun keeps a part's inputs, and computes its logits again for the gradient.
     total = 0
-    for x_part, goal_part in zip(x.split(n), goals.split(n)):
-        total = total + rerun(kl, x_part, goal_part)
+    for x_part, teacher_part in zip(x.split(n), teacher_x.split(n)):
+        total = total + rerun(kl, x_part, teacher_part)
     return total / len(x)
