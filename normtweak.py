@@ -2,12 +2,12 @@
 
     python normtweak.py --bits 2                # RTN and GPTQ, without and with the tweak: 50 s on
                                                 # two CPU cores once out/base.pt exists
-    python normtweak.py --bits 2 --smoke        # every line of it in a few seconds
+    python normtweak.py --bits 2 --smoke        # the same on little text, in a few seconds
     python normtweak.py --bits 4 --a-bits 8     # activations too, with SmoothQuant folded in
     python normtweak.py --model out/gptq-w2.pt --teacher out/base.pt    # codes that exist already
     python normtweak.py --model DIR --host gptq --bits 3 --group-size 64 --seq-len 128
                                                 # a Hugging Face folder, of which one
-                                                # block at a time is in float
+                                                # block at a time is copied to float32
 
 The idea:
   1. The float model writes its own calibration text: a frequent first token, a few greedy ones,
@@ -17,13 +17,14 @@ The idea:
   3. Before the next block, train this block's two norm weights by Adam, one pass, so that mean
      and variance of every channel match the float block's on the same input. Codes and scales do
      not move, and the norms stay float32: the result is as small and as fast as before.
-  4. Ours: a quarter of the windows is held out, and decides at which of three rates, or whether
-     at all, a block is tweaked.
+  4. Ours: a block is tweaked at three rates, and a quarter of the windows, which was held out,
+     decides which of the three stays, or none.
 
 The symbols:
   gamma      a norm's weight, (C,): all that is ever trained
-  windows    the inputs of a block, a list of N / B batches (B, T, C); they come from the
-             quantized blocks before
+  windows    the inputs of a block, a list of N / B batches (B, T, C), of one window each unless
+             --batch-size is given; they come from the quantized blocks before, and on their way
+             through the model they are called the quantized stream
   targets    what the float block makes of the same windows
   f, q       one window's output, of the float block and of the quantized one
   host       the method that quantizes: "rtn" (round to nearest) or "gptq"
@@ -41,8 +42,9 @@ Where ours differs from the paper: first tokens are frequent tokens, the paper's
 frequent languages; the learning rate is larger, since the windows are fewer and shorter; GPTQ
 rounds from left to right unless --act-order is given; SmoothQuant measures
 max|x| of each channel on the quantized stream, not on the float model's; calibration runs in
-float32; held-out windows choose a rate for each block, or leave it as it was, unless --keep-all is
-given; --solver closed is not in the paper.
+float32; held-out windows choose a rate for each block, or no tweak at all, unless --keep-all is
+given; these rates are in proportion to the norms' mean weights; --solver closed is not in the
+paper.
 """
 import copy
 import functools
@@ -185,7 +187,7 @@ def compress(student, teacher, ids, args, host=None, tweak=True):
 
     teacher: the dense model. The student is a copy of it, still to be quantized, or (host
     None) was quantized from it earlier. host: "rtn" or "gptq". Returns a BlockLoss for
-    each block. One block at a time is float32: the others stay as the teacher stores
+    each block. One block at a time has float32 copies: the others stay as the teacher stores
     them, or are packed. Of a finished block the norms stay float32; like all norms they
     return the dtype of their input.
     """
@@ -231,48 +233,53 @@ def compress(student, teacher, ids, args, host=None, tweak=True):
         student.blocks[i] = block
     return losses
 
-# Ours, not the paper's: does a tweak stay, and at which rate? The loss that it lowers cannot say:
-# it sees the channels' statistics alone and falls in almost every block, also where the outputs
-# end further from the float block's than they were.
+# Ours, not the paper's: whether a tweak stays, and at which rate. The channel loss cannot decide
+# it: it sees only statistics of channels and falls in almost every block, also where the outputs
+# move away from the float block's. So held-out windows decide, by `output_distance`.
 
-HELD_OUT = 4                  # every so many windows, one is held out to decide by
-RATES = (0.2, 1, 5)           # of --lr. By block, bits and model, from 3M to 135M parameters, the
-                              # best rates were between 3e-3 and 3e-2, with a flat optimum.
+HELD_OUT = 4                  # the last quarter of the batches of windows decides, at least one
+
+# Times --lr. The best rate depends on the block, the bits and the model. From 3M to 135M parameters
+# it was between 3e-3 and 3e-2, and the optimum was flat.
+RATES = (0.2, 1, 5)
 
 def possible_tweaks(block, float_block, tables, args, i, L):
-    """Functions of (windows, targets), each a tweak of block i of L. With --keep-all there is one,
-    the paper's."""
+    """The tweaks of block i of L to choose from: functions of (windows, targets). --solver closed
+    and --keep-all give one, otherwise there is one for each of RATES."""
     if args.solver == "closed":
         def solve(windows, targets):
             tweak_by_least_squares(block, float_block, windows, tables)
         return [solve]
 
-    # Where we choose, --lr is for a norm whose weights are 1 in the mean, and a norm's own rate is
-    # in proportion to its weights: Adam's steps are as large as the rate, and one model's norms
-    # differ fifteenfold (SmolLM2-135M: means of 0.03 to 0.41).
+    # The paper's rule: one rate for both norms.
     rate = block_rate(args.lr, i, L)
-    both = [(rate, rate)]
+    rate_pairs = [(rate, rate)]                        # attn_norm's, mlp_norm's
+
+    # Ours: three tries, each at rates in proportion to the norms' mean weights. Adam's steps are as
+    # large as the rate, and the means of one model differ: those of SmolLM2-135M go from 0.03 to
+    # 0.41. So --lr is the rate of a norm whose weights are 1 in the mean.
     if not args.keep_all:
         sizes = [getattr(block, norm.name).weight.abs().mean().item() for norm in NORMS]
-        both = [[factor * rate * size for size in sizes] for factor in RATES]
+        rate_pairs = [[factor * rate * size for size in sizes] for factor in RATES]
 
     tweaks = []
-    for rates in both:
+    for rates in rate_pairs:
         tweaks.append(functools.partial(tweak_by_adam, block, tables=tables,
                                         loss=LOSSES[args.loss], rates=rates))
     return tweaks
 
 def best_tweak(block, windows, targets, tables, tweaks):
-    """Apply the tweak after which the block is closest to the float one, on windows that it did not
-    see; or none of them. Returns whether one was applied."""
-    # The last quarter of the windows decides. They are the model's own text like the others: text
-    # of the splits dev and val has no part in it.
+    """Apply the tweak that brings the block closest to the float one on windows that were held out
+    of it, or none. Returns whether one was applied."""
+    # The last quarter of the windows is held out. It is calibration text like the rest: the splits
+    # dev and val have no part in it.
     n = len(windows) - max(1, len(windows) // HELD_OUT)
+
     def error():
         return output_distance(block, windows[n:], targets[n:], tables)
 
-    # Every tweak begins with the norms as they were. NaN is not below any error: a tweak that blew
-    # up is not kept.
+    # Try every tweak from the same norms. One that blew up has the error NaN, which is not below
+    # any number, and is not kept.
     gammas = [block.attn_norm.weight, block.mlp_norm.weight]
     before = [gamma.clone() for gamma in gammas]
     best = before
@@ -284,16 +291,18 @@ def best_tweak(block, windows, targets, tables, tweaks):
             best = [gamma.clone() for gamma in gammas]
             least = found
         restore(gammas, before)
+
+    # Leave the block with the best norms.
     restore(gammas, best)
-    return best is not before
+    return best is not before                          # still that list where no tweak was better
 
 def output_distance(block, windows, targets, tables):
     """How far a block's outputs are from the targets: the mean square of the difference, after each
     token was divided by its root mean square.
 
-    Unlike the channel loss, it is zero only where every output is right. Whatever reads an output
-    reads it through a norm, which divides by the same: without it, the few tokens whose channels
-    are a thousand times larger would decide alone.
+    Unlike the channel loss, this distance is zero only where every output is right. Why divide?
+    Whatever reads an output reads it through a norm, which does the same. Without the division, the
+    few tokens whose channels are a thousand times larger would decide alone.
     """
     total = 0
     for x, f in zip(windows, targets):
@@ -302,9 +311,11 @@ def output_distance(block, windows, targets, tables):
     return (total / len(windows)).item()
 
 def normed(x):
+    """Each token divided by its root mean square."""
     return F.rms_norm(x, x.shape[-1:])
 
 def restore(gammas, values):
+    """Put the values back into the norms' weights."""
     for gamma, value in zip(gammas, values):
         gamma.copy_(value)
 
@@ -536,10 +547,13 @@ def main():
         seconds = time.perf_counter() - start
         bpw, _ = bits_per_weight(model)
         model, scores = through_the_file(arm.path, model, args, data, arm.name, teacher)
-        kept = kept_row(losses) if arm.tweak else {}
-        tweak = "tweak kept in {kept} of {blocks} blocks | ".format(**kept) if arm.tweak else ""
+        kept = {}
+        choice = ""
+        if arm.tweak:
+            kept = kept_row(losses)
+            choice = f"tweak kept in {kept['kept']} of {kept['blocks']} blocks | "
         say(f"{arm.name} | val loss {scores['loss']:.4f} | same top token "
-            f"{scores['same_top']:.2f}% | {tweak}{seconds:.1f} s | saved {arm.path}")
+            f"{scores['same_top']:.2f}% | {choice}{seconds:.1f} s | saved {arm.path}")
         rows[arm.name] = arm_row(scores, bpw, seconds, **kept)
         table.append(table_row(arm.name, scores, rows[arm.name], losses))
 
@@ -611,8 +625,8 @@ def chosen_arms(args, student):
     return arms
 
 def kept_row(losses):
-    """What a row of results keeps of the choice: in how many blocks the tweak stayed."""
-    return {"kept": sum(loss.kept for loss in losses), "blocks": len(losses)}
+    """In how many blocks the tweak stayed, for the row of results."""
+    return {"kept": sum(block_loss.kept for block_loss in losses), "blocks": len(losses)}
 
 def show_calibration(ids, seconds, model, data, args):
     """What the calibration text is, how it begins, and whether it may be too short."""
@@ -667,8 +681,9 @@ def parse_args(argv=None):
     add_flags(p)
 
     # add_flags made --model, --out, --steps, --lr and those that all scripts have. A step is
-    # one window by default, so --steps is the size of the calibration set; --seq-len 0 is
-    # the model's own. The paper takes 128 windows of 2048 tokens, and searches lr from 1e-5.
+    # one window by default, so --steps is the size of the calibration set. seq_len 0 stands for
+    # a length that is not given. The paper takes 128 windows of 2048 tokens, and searches lr
+    # from 1e-5.
     p.set_defaults(batch_size=1, accumulate=1, lr=5e-3, seq_len=0)
     args = p.parse_args(argv)
     args.calib_len = args.seq_len                      # 0: see `calibration`

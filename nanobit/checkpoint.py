@@ -113,7 +113,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, as_stored=False):
         state |= {f"{name}.{part}": t for part, t in linear.state_dict().items()}
         model.set_submodule(name, linear)
 
-    # So do embedding and head.
+    # So do embedding and head. Both are stored in the same way: one spec serves both.
     if "head" in content:
         model.head = PackedHead(content["head"], parts(state, "head"))
         matrix = PackedHead(content["head"], parts(state, "embed"))
@@ -124,7 +124,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, as_stored=False):
     check_fit(own, state, path)
     model.load_state_dict({k: t.to(own[k].dtype) for k, t in state.items()}, assign=True)
     model.to(device)
-    if model.config.tied:                              # both of these have untied them
+    if model.config.tied:                              # assigning and moving have untied them
         tie(model)
     return model.eval(), content
 

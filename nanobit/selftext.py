@@ -17,16 +17,19 @@ from nanobit.data import cached
 from nanobit.generate import Chooser, decode
 from nanobit.ranks import Progress
 
-GREEDY = 4                    # tokens after the first that are the most likely ones
-TOP_K = 50                    # the rest are sampled from so many most likely ones
-CPU_MEMORY = 2**31            # bytes for the windows that are written at once, on a CPU
+GREEDY = 4                    # so many tokens after the first are the most likely ones
+TOP_K = 50                    # each later token is sampled from the 50 most likely ones
+CPU_MEMORY = 2**31            # bytes for the windows written at once, where there is no CUDA GPU
 
 def own_text(model, starts, length, end, generator):
-    """The model's own text after each of the first tokens (N, 1) -> ids (N, length).
+    """The model's own text after each first token (N, 1) -> ids (N, length), with the first tokens.
 
-    From the cache where the same model, whatever file it came from, has written it before, from
-    the same first tokens and random numbers, on the same kind of device.
+    end: the id of END, which is never written. The text comes from the cache where a model of the
+    same weights, from whatever file, has written it, from the same first tokens and state of the
+    generator, on the same kind of device. How many windows fit at once also decides which random
+    numbers each gets: on a GPU what is written first can depend on its free memory.
     """
+    # All that the text depends on, besides the weights.
     settings = [starts.tolist(), length, end, digest([generator.get_state()]), starts.device.type,
                 str(model.dtype), GREEDY, TOP_K]
 
@@ -35,7 +38,7 @@ def own_text(model, starts, length, end, generator):
         return {"ids": ids.cpu().numpy()}
 
     def read(arrays):
-        """The ids. What is no such text raises, and is then written again."""
+        """The ids. Raises where the file holds something else; `cached` then calls make."""
         ids = arrays["ids"]
         vocab = model.config.vocab_size
         if ids.shape != (len(starts), length) or ids.min() < 0 or ids.max() >= vocab:
@@ -45,13 +48,14 @@ def own_text(model, starts, length, end, generator):
     return cached(["own text", content_of(model), settings], make, read)
 
 def content_of(model):
-    """sha256 of the model's shape and of all its weights."""
+    """The model's shape as text, and the sha256 of all its weights."""
+    # keep_vars gives the parameters themselves, by which `digest` knows a head that is tied.
     weights = digest(model.state_dict(keep_vars=True).values())
     return f"{model.config} {weights}"
 
 def digest(tensors):
-    """sha256 of tensors, their dtypes and shapes; of one that is shared, such as a tied head, once.
-    One at a time is copied to the CPU."""
+    """The sha256 of the values, dtypes and shapes of tensors. One that comes twice, such as a tied
+    head, counts once. They are copied to the CPU one at a time."""
     found = hashlib.sha256()
     seen = set()
     for t in tensors:
@@ -67,8 +71,8 @@ def digest(tensors):
 
 def write_text(model, starts, length, end, generator):
     """As own_text, without the cache."""
-    # Parts of about equal size: a step takes almost the same time for one window as for many,
-    # since it reads every weight.
+    # As few parts as memory allows: a step reads every weight, so it takes almost the same time
+    # for one window as for many.
     n_parts = math.ceil(len(starts) / windows_at_once(model, length))
     parts = starts.chunk(n_parts)
 
@@ -105,9 +109,9 @@ class Writer(Chooser):
     """The GREEDY likeliest tokens, then samples. END is never chosen, so that all windows
     have full length.
 
-    Chooser takes the token with the largest p / noise, and calls draw before each. With
-    exponential noise that is a sample by p. The noise starts as all ones: while it is not
-    drawn, the token is the most likely one.
+    Chooser takes the token with the largest p / noise, which with exponential noise is a sample
+    from p. decode calls draw before each choice. The noise starts as ones, and while draw leaves it
+    so, the largest p / noise is the largest p: the greedy token.
     """
 
     def __init__(self, model, batch, end, generator):
