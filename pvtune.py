@@ -561,8 +561,8 @@ class PVOptimizer(torch.optim.Optimizer):
 
 # ---- The code rate: how far a run can take R --------------------------------------------------
 
-# So many times the way to the next code is what R may travel in a whole run. By dev loss of
-# SmolLM2-135M, on grids with groups of 64, after 120 steps: with 2 bits, PV minus P only was -0.002
+# So many times half_gap, the way to the border, is what R may travel in a whole run. By dev loss
+# of SmolLM2-135M, on grids with groups of 64, after 120 steps: with 2 bits, PV minus P only was -0.002
 # at 0.3 and 1, -0.013 at 2, and +0.077 at 6; with 3 bits it was within 0.001 of zero up to 2.
 TRAVEL = 2
 
@@ -574,13 +574,13 @@ def default_code_lr(forms, steps):
     of W's root mean square, a weight moves by about the rate. The rate falls to 0 over the run,
     and so a weight whose gradient never changes sign travels
 
-        code_lr * reach(steps),  some 0.4 * steps * code_lr.
+        code_lr * reach(steps),  in 120 steps 0.42 * steps * code_lr.
 
     The way to the border, half_gap, is about 0.55 for a grid of 2 bits and half of it for each
-    bit more. Where the travel is shorter than this way, no code changes, whatever tau allows.
+    bit more. Where the travel is shorter than this way, few codes change, whatever tau allows.
     Gradients do change sign, so a weight needs more: the travel here is TRAVEL times the way. The
-    weights whose gradients always point the same way are then at the border after a quarter of the
-    steps, and the others come later or never.
+    weights whose gradients always point the same way are then at the border after about a third of
+    the steps, and the others come later or never.
     """
     way = torch.cat([half_gap(form).flatten() for form in forms]).median().item()
     return float(f"{TRAVEL * way / reach(steps):.2g}")
@@ -595,19 +595,21 @@ def reach(steps):
 
 @torch.no_grad()
 def half_gap(form):
-    """Half the distance from a group's vector to the next that it could have, in units of the root
-    mean square of as many weights: (L, k), for k <= 4096 groups of each layer, evenly spread."""
+    """Half the distance from a group's vector to another near it, in units of the length of a group
+    whose weights all have the root mean square of the layer: (L, k), for k <= 4096 groups of each
+    layer."""
     W = form.dequantize()
     L, n, _ = form.codes.shape
     every = torch.arange(0, n, max(1, n // 4096), device=W.device)[:4096]
     where = every.expand(L, -1)                                        # (L, k)
     here = gather_groups(W.view(L, n, form.group_size), where)         # (L, k, g)
 
-    # The nearest codes of a vector that has codes are these; the runner-up is the next.
+    # The nearest codes of a vector that has codes are these. The runner-up differs in one code:
+    # that of the codebook which the search visits last.
     _, found = form.nearest(here, where, 2, torch.Generator().manual_seed(0))
     distance = (found[:, :, 1] - here).norm(dim=2)                     # (L, k)
     unit = W.square().mean((1, 2)).mul(form.group_size).sqrt()         # (L,)
-    return (distance / 2 / unit.clamp(min=EPS).unsqueeze(1))
+    return distance / 2 / unit.clamp(min=EPS).unsqueeze(1)
 
 # ---- The student: dense weights for the gradient, codes for the result ------------------------
 
@@ -666,12 +668,12 @@ def parse_scheme(text):
     return Scheme(M, B, g)
 
 WINDOWS = 64                     # of --seq-len tokens, to fit on
-TOGETHER = 2**24                 # weights of codebooks that are fitted at a time
+TOGETHER = 2**24                 # weights of the linears whose codebooks are fitted together
 
 @full_float32()
 @torch.no_grad()
 def fit(model, data, args):
-    """Compress the linears in place, on inputs that pass through the compressed blocks before."""
+    """Compress the linears in place, on inputs that pass through what is compressed already."""
     idx, _ = batch(data.train, 0, WINDOWS, args.seq_len, args.seed, args.device)
 
     # Grids are fitted block by block. Ours: codebooks are fitted for several blocks at a time,
@@ -701,6 +703,7 @@ def fit(model, data, args):
 
 def show_losses(lost, model, args):
     """A line for each block of {name: share of its output's energy that the fit lost}."""
+    # `lost` is in the order of the shapes; the model's is wanted.
     blocks = {}
     for name in [name for name, _ in model.linears() if name in lost]:
         number = int(name.split(".")[1]) + 1
@@ -729,7 +732,7 @@ def fit_codebooks(linears, args):
     return [Codebooks(*parts) for parts in zip(codes, codebooks, scales)]
 
 def fit_grids(linears, args):
-    """Grids by GPTQ, as fit_codebooks."""
+    """Grids by GPTQ, one linear at a time; arguments and result are those of fit_codebooks."""
     fix = "try another --data, or a longer --seq-len"
     forms = []
     for name, weight, hessian in linears:

