@@ -562,8 +562,9 @@ class PVOptimizer(torch.optim.Optimizer):
 # ---- The code rate: how far a run can take R --------------------------------------------------
 
 # So many times half_gap, the way to the border, is what R may travel in a whole run. By dev loss
-# of SmolLM2-135M, on grids with groups of 64, after 120 steps: with 2 bits, PV minus P only was -0.002
-# at 0.3 and 1, -0.013 at 2, and +0.077 at 6; with 3 bits it was within 0.001 of zero up to 2.
+# of SmolLM2-135M, on grids with groups of 64, after 120 steps: with 2 bits, PV minus P only was
+# -0.002 at 0.3 and 1, -0.013 at 2, and +0.077 at 6; with 3 bits it was within 0.001 of zero up to
+# 2.
 TRAVEL = 2
 
 def default_code_lr(forms, steps):
