@@ -2,6 +2,7 @@
 recomputation by hand, on a LLaMA of three blocks with grouped-query attention."""
 import copy
 import json
+import math
 import re
 import types
 
@@ -327,12 +328,55 @@ def test_the_weight_that_is_nearest_on_the_held_out_windows_stays(goal, want):
     block, seen = Scale(), []
     values = [3.0, 2.1, 1.0, float("nan")]
     tweaks = [to(value, block, seen) for value in values]
-    kept = nt.best_tweak(block, windows, targets, (), tweaks)
+
+    def judge(outputs):
+        """Better with every change."""
+        return float(all(map(torch.equal, outputs, windows[6:])))
+
+    kept = nt.best_tweak(block, windows, targets, (), tweaks, judge)
     assert block.attn_norm.weight.item() == pytest.approx(want)
     assert block.mlp_norm.weight.item() == 1.0 and kept == (want != 1.0)
     # Each of them began from the untouched norms, and saw the first three quarters alone.
     assert [start for start, _, _ in seen] == [1.0] * 4
     assert all(w == windows[:6] and t == targets[:6] for _, w, t in seen)
+
+@pytest.mark.parametrize("scores, want", [((2.0, 1.0), True), ((1.0, 1.0), False),
+                                          ((1.0, 2.0), False), ((1.0, math.nan), False)])
+@torch.no_grad()
+def test_a_tweak_goes_where_the_model_is_not_better_with_it(scores, want):
+    """The judge is asked about the held-out windows: first without the tweak, then with it."""
+    windows = [torch.ones(1, 5, 2) * (1 + i) for i in range(4)]
+    targets = [scaled(x, 2.0) for x in windows]
+    block, asked, answers = Scale(), [], list(scores)
+
+    def judge(outputs):
+        asked.append(outputs)
+        return answers.pop(0)
+
+    kept = nt.best_tweak(block, windows, targets, (), [to(2.0, block, [])], judge)
+    assert kept == want and block.attn_norm.weight.item() == (2.0 if want else 1.0)
+    assert [len(outputs) for outputs in asked] == [1, 1]
+    assert torch.equal(asked[0][0], windows[3]) and torch.equal(asked[1][0], targets[3])
+
+@pytest.mark.parametrize("i", [0, 1])
+@torch.no_grad()
+def test_the_judge_is_the_divergence_of_the_model_with_dense_blocks_after(i, teacher, ids):
+    """By the plain model: blocks up to i are others, and torch's kl_div, at every fourth token."""
+    model = copy.deepcopy(teacher)
+    for block in model.blocks[:i + 1]:
+        for p in block.parameters():
+            p.mul_(1.1)
+    log_p, log_q = (m(ids)[0][:, ::4].log_softmax(-1).flatten(0, 1) for m in (teacher, model))
+    want = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+    tables = teacher.rope(ids)
+    windows = teacher.embed(ids).split(1)
+    wanted = nt.read_by_head(teacher, 0, windows, tables)
+    for block in model.blocks[:i + 1]:
+        windows = [block(x, *tables) for x in windows]
+    assert want > 1e-3
+    found = nt.divergence_after(teacher, i, wanted, tables, windows)
+    assert found == pytest.approx(want.item(), rel=1e-4)
 
 @torch.no_grad()
 def test_the_distance_that_decides_counts_every_token_by_its_direction():
@@ -348,7 +392,7 @@ def test_the_distance_that_decides_counts_every_token_by_its_direction():
 @torch.no_grad()
 def test_a_quarter_of_the_windows_is_held_out_and_at_least_one(n, held_out):
     windows, block, seen = [torch.ones(1, 2, 2)] * n, Scale(), []
-    nt.best_tweak(block, windows, windows, (), [to(1.0, block, seen)])
+    nt.best_tweak(block, windows, windows, (), [to(1.0, block, seen)], judge=None)
     assert len(seen[0][1]) == n - held_out
 
 def test_three_rates_are_tried_in_proportion_to_the_norms_weights(
