@@ -416,7 +416,7 @@ class LRQATLinear(GridLinear):
 
 # Peak rate divided by --lr, for each kind of parameter. Ours differs: they suit a hundred
 # steps. (The paper's are 1, 1, 0.01 and 0.05 times 1e-3.)
-RATES = {"A": 1.0, "B": 1.0, "scale": 0.03, "weight": 0.03}
+RATES = {"A": 1.0, "B": 1.0, "scale": 0.03, "weight": 0.1}
 
 def linear_schedule(step, steps, peak):
     """Up from 0 over the first tenth of the steps, then down to 0 (the paper's). A run of a
