@@ -748,6 +748,7 @@ DECODE = {
     (8, 16): Span(1, 128, False),
 }
 DECODE_FEW = {                 # instead, for few outputs
+    (3, 8): Span(1, 256, False),
     (1, 16): Span(1, 256, False),
     (3, 16): Span(1, 256, False),
 }
@@ -769,7 +770,9 @@ class Tile(NamedTuple):
 
 # 4 warps: two programs an SM, so that one unpacks while the other multiplies. From 160 tokens on
 # BLOCK_K is 64: the weights of a step stand in registers twice, unpacked and in use, beside the
-# sums. At 256 tokens these fill the registers of 8 warps.
+# sums. At 256 tokens these fill the registers of 8 warps. Of two tiles that are predicted to take
+# as long the first is taken: at 320 tokens that of 128 outputs, which reads x half as often (4 bits
+# and 14336 x 4096, 300 tokens 68 us in place of 72, 640 tokens 136 in place of 147).
 TILES = (
     Tile(32, 0, 64, 128, warps=4, stages=4),
     Tile(64, 0, 64, 128, warps=4, stages=4),
@@ -778,6 +781,7 @@ TILES = (
     Tile(128, 32, 64, 64, warps=4, stages=4),
     Tile(128, 64, 64, 64, warps=4, stages=4),
     Tile(256, 0, 128, 64, warps=8, stages=4),
+    Tile(256, 64, 128, 64, warps=8, stages=3),
     Tile(256, 64, 64, 64, warps=4, stages=3),
     Tile(128, 0, 128, 128, warps=8, stages=3),
 )
@@ -819,8 +823,9 @@ def choose_tile(M, w):
     """The Tile for FEW < M <= FUSED tokens, with the parts of k that make it fastest."""
     found = []
     for tile in TILES:
-        # Many tokens: tiles of the most outputs, which read x the least often.
-        if M > 640 and tile.BLOCK_N < 128:
+        # Many tokens: tiles of the most outputs, which read x the least often. That of 320 tokens
+        # is slower by then, as few registers are left to unpack ahead (768 tokens: 202 us to 152).
+        if M > 640 and (tile.BLOCK_N < 128 or tile.EXTRA):
             continue
         tile = tile._replace(BLOCK_K=math.gcd(tile.BLOCK_K, w.group, w.shape[1]))
         for split in (8, 4, 2, 1):
@@ -830,9 +835,9 @@ def choose_tile(M, w):
                 found.append(tile._replace(split=split))
 
     # Of equal ones: at 8 bits the tile of more outputs, which reads x less often (at 96 tokens and
-    # 14336 x 4096 38 us in place of 45); with fewer bits the one of which two share an SM.
+    # 14336 x 4096 38 us in place of 45); with fewer bits the first in TILES.
     def rank(tile):
-        outputs = -tile.BLOCK_N if w.bits == 8 else tile.BLOCK_N
+        outputs = -tile.BLOCK_N if w.bits == 8 else 0
         return predicted_time(M, w, tile), outputs, -tile.split
     tile = min(found, key=rank)
 
