@@ -560,6 +560,28 @@ def _scaled(a, g, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.conste
     else:
         return a * scale
 
+# Few tiles leave processors idle. Then SPLIT programs share a tile, each over a part of k. Each
+# leaves its sum in `parts` and draws the tile's next ticket; the one that draws the last goes on
+# from here with the sum of all.
+
+@triton.jit
+def _is_early(tickets, pid, SPLIT: tl.constexpr):
+    """Whether other parts of tile pid are still to come, after this program left its own."""
+    tl.debug_barrier()
+    ticket = tl.atomic_add(tickets + pid, 1, sem="acq_rel")
+    return ticket < SPLIT - 1
+
+@triton.jit
+def _sum_of_parts(acc, parts, pid, at, SIZE: tl.constexpr, SPLIT: tl.constexpr):
+    """Add the SPLIT parts of tile pid to zeros, in their order: the same bits every time.
+
+    A part is SIZE numbers, of which this is those at `at`, in the shape and the type of acc.
+    """
+    acc = tl.zeros(acc.shape, acc.dtype)
+    for i in range(0, SPLIT):
+        acc += tl.load(parts + (pid * SPLIT + i) * SIZE + at)
+    return acc
+
 @triton.jit(do_not_specialize=["M", "MASK"])
 def _tile(x, x2, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.constexpr,
           GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK_M: tl.constexpr, EXTRA: tl.constexpr,
@@ -581,8 +603,6 @@ def _tile(x, x2, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.cons
     Triton copies words, grids and x into shared memory some steps ahead of their use (num_stages).
     A step's BLOCK_K k's lie under one grid. They are B whole blocks of words, or part of one, whose
     words are then shifted so that the part's stripes come first.
-    With SPLIT > 1 each program leaves its sum in `parts`, and the one that draws the tile's last
-    ticket adds them up, in their order: the same bits every time.
     """
     dt: tl.constexpr = y.dtype.element_ty
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
@@ -643,7 +663,6 @@ def _tile(x, x2, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.cons
             acc2 = tl.dot(a, b2, acc2)
 
     if SPLIT > 1:
-        # Leave this part's sum. Unless all others are there, another program goes on from here.
         size: tl.constexpr = BLOCK_N * (BLOCK_M + EXTRA)
         mine = parts + (pid * SPLIT + tl.program_id(1)) * size
         at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
@@ -652,17 +671,11 @@ def _tile(x, x2, words, high, grid, y, parts, tickets, M, O, N, MASK, C: tl.cons
             row = BLOCK_N * BLOCK_M + tl.arange(0, BLOCK_N) * EXTRA
             at2 = row[:, None] + tl.arange(0, EXTRA)[None, :]
             tl.store(mine + at2, acc2)
-        tl.debug_barrier()
-        ticket = tl.atomic_add(tickets + pid, 1, sem="acq_rel")
-        if ticket < SPLIT - 1:
+        if _is_early(tickets, pid, SPLIT):
             return
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for i in range(0, SPLIT):
-            acc += tl.load(parts + (pid * SPLIT + i) * size + at)
+        acc = _sum_of_parts(acc, parts, pid, at, size, SPLIT)
         if EXTRA:
-            acc2 = tl.zeros((BLOCK_N, EXTRA), tl.float32)
-            for i in range(0, SPLIT):
-                acc2 += tl.load(parts + (pid * SPLIT + i) * size + at2)
+            acc2 = _sum_of_parts(acc2, parts, pid, at2, size, SPLIT)
 
     tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], acc.to(dt),
              mask=(m < M)[None, :] & (n < N)[:, None])
@@ -1213,17 +1226,12 @@ def _quest_matmul(a, a_scale, a_sum, w, w_scale, w_sum, y, parts, tickets, M, N,
                              out_dtype=tl.int32)
 
     if SPLIT > 1:
-        # Leave this part's sum. The program that comes last adds up all of them.
         size: tl.constexpr = BLOCK_N * BLOCK_M
         at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         tl.store(parts + (pid * SPLIT + tl.program_id(1)) * size + at, acc)
-        tl.debug_barrier()
-        ticket = tl.atomic_add(tickets + pid, 1, sem="acq_rel")
-        if ticket < SPLIT - 1:
+        if _is_early(tickets, pid, SPLIT):
             return
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-        for i in range(0, SPLIT):
-            acc += tl.load(parts + (pid * SPLIT + i) * size + at)
+        acc = _sum_of_parts(acc, parts, pid, at, size, SPLIT)
 
     # The half steps that 8-bit codes lack. a_sum and w_sum are sums of 2 q + 1; packed codes of w
     # stand in acc as 2^(8-b) (q + 1/2) = 2^(7-b) (2 q + 1).
