@@ -954,8 +954,9 @@ class PackedAffine(QuantLinear):
                     group_size=group_size, signed=zero_point is None)
         tensors = dict(packed=pack(q, bits), scale=half_if_held(scale, scale))
         if zero_point is not None:
-            if zero_point.max() >= 2**bits:
-                raise ValueError(f"the zero point {zero_point.max():g} is no code of {bits} bits")
+            largest = zero_point.max().item()          # a number: a byte cannot hold 2^8
+            if largest >= 2**bits:
+                raise ValueError(f"the zero point {largest:g} is no code of {bits} bits")
             tensors["zeros"] = pack(zero_point.t(), bits)
         return cls(spec, tensors)
 

@@ -291,9 +291,13 @@ def as_it_was(layer, other):
     return layer
 
 def sliced(layer, other):
-    """Outputs 16 to 47, as views of the tensors that it had; codebooks serve all outputs."""
+    """Outputs 16 to 47, as views of the tensors that it had; codebooks serve all outputs. Zero
+    points are packed along the outputs: a byte holds those of 8 / bits of them."""
     for name, t in list(layer.named_buffers()):
-        if name != "codebooks":
+        if name == "zeros":
+            bits = layer.spec["bits"]
+            layer.zeros = t[:, 16 * bits // 8:48 * bits // 8]
+        elif name != "codebooks":
             setattr(layer, name, t[16:48])
     return layer
 
@@ -333,6 +337,12 @@ def exact_product(layer, x):
         x = fake_quant_tokens(x, layer.a_bits).cpu().double()
         return x @ layer.weight().double().T
     return layer(x.cpu().double())
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_layers_and_their_slices_are_what_the_gpu_tests_take_them_for(name):
+    """On any machine: the weight of a slice is a slice of the weight."""
+    whole = LAYERS[name](0).weight()
+    assert torch.equal(sliced(LAYERS[name](0), None).weight(), whole[16:48])
 
 @pytest.mark.skipif(not GPU, reason="of layers on a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
