@@ -80,24 +80,32 @@ METHODS = {
 }
 FLOOR = 0.001                          # nats; what is lower is drawn here, as an open marker
 
-def draw_methods(found, path, model):
-    """Draw the loss above the dense model against bits per weight, a line for each method.
+MEASURES = {
+    "gap": ("nats lost", "Validation loss above the 16-bit model"),
+    "kl": ("nats away", "KL divergence of the predictions from the 16-bit model's"),
+}
+MOST_BITS = 4                          # more are not drawn: there the methods hardly differ
 
-    found: what report.methods returns; model: what the subtitle says of the model.
+def draw_methods(found, path, model, measure="gap"):
+    """Draw how far each method is from the dense model against bits per weight, a line for each.
+
+    found: what report.methods returns; model: what the subtitle says of the model; measure: "gap",
+    the difference of the losses, or "kl", the divergence of the predictions.
     """
-    # Points of each line: bits per weight and the mean difference to dense.
+    unit, what = MEASURES[measure]
+
+    # Points of each line: bits per weight and the mean distance.
     points = collections.defaultdict(list)
     for (bits, name), runs in found.items():
         name = "QuEST" if name.startswith(f"QuEST W{bits:g}A{bits:g}") else name
-        gaps = [r["gap"] for r in runs if r["gap"] is not None]
-        if name in METHODS and gaps:
+        gaps = [r[measure] for r in runs if r[measure] is not None]
+        if name in METHODS and gaps and bits <= MOST_BITS:
             points[name].append((statistics.mean(r["bpw"] for r in runs), statistics.mean(gaps)))
     at_2 = [gap for name in points for bpw, gap in points[name] if 1.9 < bpw < 2.7]
 
     fig, ax = axes_of(5.0, "At 2 bits the choice of method decides: "
-                      f"{min(at_2):.2f} to {max(at_2):.2f} nats lost",
-                      f"Validation loss above the 16-bit model, {model}. Lower and further left is "
-                      "better.")
+                      f"{min(at_2):.2f} to {max(at_2):.2f} {unit}",
+                      f"{what}, {model}. Lower and further left is better.")
     ends = []
     for name, line in METHODS.items():
         if name not in points:
@@ -115,12 +123,18 @@ def draw_methods(found, path, model):
     label_ends(ax, ends, 4.5, 0.155)
     equal_loss(ax, points)
 
-    ax.set_yscale("log")
-    ax.set_ylim(0.0008, 12)
+    # The axes: the lowest decade and 1 bit only where something is there.
+    everything = [point for line in points.values() for point in line]
     ticks = [0.001, 0.01, 0.1, 1, 10]
-    ax.set_yticks(ticks, ["0.001\nor less", *(f"{t:g}" for t in ticks[1:])])
-    ax.set_xlim(0.95, 4.42)
-    ax.set_xticks([1, 2, 3, 4])
+    labels = ["0.001\nor less", *(f"{t:g}" for t in ticks[1:])]
+    if min(gap for _, gap in everything) > 0.01:
+        del ticks[0], labels[0]
+    ax.set_yscale("log")
+    ax.set_ylim(0.8 * ticks[0], 12)
+    ax.set_yticks(ticks, labels)
+    least = 1 if min(bpw for bpw, _ in everything) < 1.9 else 2
+    ax.set_xlim(least - 0.05, 4.42)
+    ax.set_xticks(range(least, 5))
     ax.set_xlabel("bits per weight, with scales and codebooks")
     ax.set_ylabel("nats per token")
     fig.subplots_adjust(left=0.105, right=0.745, top=0.875, bottom=0.105)

@@ -71,7 +71,8 @@ ARMS = {("normtweak", "rtn"): "RTN", ("normtweak", "rtn-tweak"): "RTN + tweak",
         ("lrqat", "dense, longer"): "dense, longer",
         ("pvtune", "as fitted"): "codebooks, as fitted", ("pvtune", "P only"): "codebooks, P only",
         ("pvtune", "STE"): "codebooks, STE", ("pvtune", "PV"): "codebooks, PV",
-        ("pvtune-affine", "PV"): "PV, affine grid"}
+        ("pvtune-affine", "P only"): "P only, affine grid",
+        ("pvtune-affine", "STE"): "STE, affine grid", ("pvtune-affine", "PV"): "PV, affine grid"}
 SCRATCH = {"dense": "dense", "quest": "QuEST", "lsq": "LSQ", "ste": "straight-through",
            "clip": "clipped gradient", "trust": "QuEST without Hadamard"}
 
@@ -87,7 +88,7 @@ def methods(rows):
                 start = "from scratch" if base is None else "from the dense model"
                 name += f" W{r['w_bits']}A{r['a_bits']}, {start}"
             keep = {k: r[k] for k in ("val_loss", "bits_per_byte", "bpw", "seconds", "peak_bytes")}
-            keep["kl"] = r.get("kl")
+            keep |= {k: r.get(k) for k in ("kl", "same_top")}
             control = dense.get(r["seed"]) if base is None else base
             gap = None if control is None else r["val_loss"] - control
             found[r["w_bits"], name][r["seed"]] = keep | {"gap": gap}
@@ -102,21 +103,29 @@ def methods(rows):
     return {key: list(runs.values()) for key, runs in found.items()}
 
 def print_methods(found):
-    print("\n| bits | method | bits/weight | seeds | val loss | minus dense | bits/byte | "
-          "seconds | peak GiB |\n" + "|---" * 9 + "|")
+    """Print a line for each of the methods. Where a row has the distance from the dense model, so
+    has the table: KL divergence in nats per token, and how often both have the same top token."""
+    has_distance = any(r.get("kl") is not None for runs in found.values() for r in runs)
+    distance = ("KL", "same top") if has_distance else ()
+    print()
+    print_head("bits", "method", "bits/weight", "seeds", "val loss", "minus dense", *distance,
+               "bits/byte", "seconds", "peak GiB")
     order = lambda item: (-item[0][0], statistics.mean(r["val_loss"] for r in item[1]))
     for (bits, name), runs in sorted(found.items(), key=order):
-        loss, std = mean_std([r["val_loss"] for r in runs])
+        # The dense model's distance from itself says nothing.
         gaps = [r["gap"] for r in runs if r["gap"] is not None] if name != "dense" else []
+        far = ()
+        if has_distance:
+            kl, same = ([r[k] for r in runs if r.get(k) is not None] for k in ("kl", "same_top"))
+            far = (f"{statistics.mean(kl):.4f}" if kl else "",
+                   f"{statistics.mean(same):.1f} %" if same else "")
         average = {k: statistics.mean(r[k] for r in runs)
                    for k in ("bpw", "bits_per_byte", "seconds")}
         peak = max(r["peak_bytes"] or 0 for r in runs) / 2**30
-        print(f"| {bits} | {name} | {average['bpw']:.2f} | {len(runs)} | {loss:.4f}"
-              + (f" ± {std:.4f}" if len(runs) > 1 else "") + " | "
-              + ("{:+.4f} ± {:.4f}".format(*mean_std(gaps)) if len(gaps) > 1 else
-                 f"{gaps[0]:+.4f}" if gaps else "")
-              + f" | {average['bits_per_byte']:.4f} | {average['seconds']:.0f} | "
-              + (f"{peak:.1f} |" if peak else "|"))
+        print_line(bits, name, f"{average['bpw']:.2f}", len(runs),
+                   with_std([r["val_loss"] for r in runs]), with_std(gaps, "+") if gaps else "",
+                   *far, f"{average['bits_per_byte']:.4f}", f"{average['seconds']:.0f}",
+                   f"{peak:.1f}" if peak else "")
 
 # The short table: a line's label, what trains in it, and its name among the methods. QuEST's name
 # has bits of its own in every column.
@@ -172,6 +181,7 @@ def with_std(values, sign=""):
     """Mean and deviation as a table's cell; a single value has no deviation. sign: "+" for
     differences."""
     mean, std = mean_std(values)
+    mean = round(mean, 4) + 0                          # + 0: no minus before 0
     return f"{mean:{sign}.4f}" + (f" ± {std:.4f}" if len(values) > 1 else "")
 
 def print_tweaks(rows):
@@ -350,7 +360,7 @@ def main():
         figures.draw_methods(methods(big), HERE / "methods.png", "30M parameters, one text")
         if smollm2.exists():
             found = methods(read_rows(smollm2))
-            figures.draw_methods(found, HERE / "smollm2.png", "SmolLM2-135M")
+            figures.draw_methods(found, HERE / "smollm2.png", "SmolLM2-135M", "kl")
         figures.draw_curves([r for r in big if "arms" not in r], HERE / "curves.png")
         figures.draw_quest(table, HERE / "quest.png")
         plot(kernels, HERE / "kernels.png")
