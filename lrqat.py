@@ -65,7 +65,7 @@ import torch.nn.functional as F
 from model import UsageError
 from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.data import batch
-from nanobit.defaults import UNSET, suit
+from nanobit.defaults import UNSET, suit, weight_share
 from nanobit.distill import WithTeacher, add_teacher, open_teacher
 from nanobit.ranks import say
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header,
@@ -415,8 +415,9 @@ class LRQATLinear(GridLinear):
 # ---- The rates -----------------------------------------------------------------------
 
 # Peak rate divided by --lr, for each kind of parameter. Ours differs: they suit a hundred
-# steps. (The paper's are 1, 1, 0.01 and 0.05 times 1e-3.)
-RATES = {"A": 1.0, "B": 1.0, "scale": 0.03, "weight": 0.1}
+# steps. (The paper's are 1, 1 and 0.01 times 1e-3, and 0.05 for the weights of full QAT, whose
+# share here is nanobit.defaults.weight_share.)
+RATES = {"A": 1.0, "B": 1.0, "scale": 0.03}
 
 def linear_schedule(step, steps, peak):
     """Up from 0 over the first tenth of the steps, then down to 0 (the paper's). A run of a
@@ -430,8 +431,9 @@ def linear_schedule(step, steps, peak):
 def arm_optimizer(model, lr):
     """AdamW over what learns, each kind at its own peak rate; weight decay for W alone."""
     learn = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    rates = RATES | {"weight": weight_share(sum(p.numel() for _, p in learn))}
     groups = []
-    for kind, rate in RATES.items():
+    for kind, rate in rates.items():
         params = [p for name, p in learn if name.endswith("." + kind)]
         decay = 0.1 if kind == "weight" else 0.0
         if params:

@@ -17,17 +17,16 @@ The idea:
   3. Before the next block, train this block's two norm weights by Adam, one pass, so that mean
      and variance of every channel match the float block's on the same input. Codes and scales do
      not move, and the norms stay float32: the result is as small and as fast as before.
-  4. Ours: a block is tweaked at three rates, and a quarter of the windows, which was held out,
-     decides which of the three is best, and whether it stays: only where the predictions of the
-     whole model come closer to the dense model's.
+  4. Ours: train on three quarters of the windows, at three rates. On the last quarter, the held-out
+     windows, pick the rate with which the block's outputs come closest to the float block's. Keep
+     that tweak if the model's predictions, all later blocks being dense, come closer too.
 
 The symbols:
   gamma      a norm's weight, (C,): all that is ever trained
-  windows    the inputs of a block, a list of N / B batches (B, T, C), of one window each unless
-             --batch-size is given; they come from the quantized blocks before, and on their way
-             through the model they are called the quantized stream
+  windows    the inputs of a block, a list of N / B batches (B, T, C); B is 1 unless --batch-size
+             is given. They come from the quantized blocks before: the quantized stream
   targets    what the float block makes of the same windows
-  f, q       one window's output, of the float block and of the quantized one
+  f, q       one batch's output, of the float block and of the quantized one
   host       the method that quantizes: "rtn" (round to nearest) or "gptq"
   tables     cos and sin of the positions, (T, hs) each, hs the head size; every block takes them
 
@@ -173,7 +172,7 @@ def round_block(block, bits, group_size=-1, symmetric=False):
 # ---- The same for large models: one block in float at a time ----------------------------------
 # norm_tweaking keeps all weights as floats. compress keeps the integer codes, and needs
 # float32 copies of a single block. It also reports the loss, and takes a student that is
-# packed already.
+# packed already. Unless --keep-all is given, it chooses among tweaks, as the next section says.
 
 class BlockLoss(NamedTuple):
     """The mean channel loss of one block, before and after its tweak."""
@@ -198,7 +197,9 @@ def compress(student, teacher, ids, args, host=None, tweak=True):
     L = len(student.blocks)
     tables = student.rope(ids)
     windows = student.embed(ids).float().split(args.batch_size)        # (B, T, C) each
-    wanted = read_by_head(teacher, 0, held_out(windows), tables)       # (n, C)
+    if tweak and not args.keep_all:                    # then held-out windows decide
+        dense_windows = held_out(teacher.embed(ids).float().split(args.batch_size))
+        wanted = read_by_head(teacher, 0, dense_windows, tables)       # (n, C)
     for i in progress(range(L), f"{arm_name(host, tweak)}: block"):
         # The float32 copies: one to be quantized, and one to compare it with.
         block = float_copy(student.blocks[i])
@@ -245,14 +246,16 @@ def compress(student, teacher, ids, args, host=None, tweak=True):
 #      blocks are dense? `divergence_after`
 #
 # The second alone would do, but takes all later blocks for every rate. The first alone does not do:
-# on SmolLM2-135M, rounded to nearest with 3 bits, it kept 28 of 30 tweaks, each of which brought its
-# block closer, and the loss rose from 3.06 to 3.13. A few channels of a few tokens are larger by
-# orders of magnitude than all others there, and a small error of theirs reaches every later block.
+# on SmolLM2-135M, rounded to nearest with 3 bits in groups of 64, it kept 28 of 30 tweaks, each of
+# which brought its block closer, and the validation loss on Python's library rose from 3.06 to
+# 3.13. It counts all tokens alike, and the model does not: probably a few tokens with huge channels
+# reach every later block.
 
-HELD_OUT = 4                  # one batch of windows in so many is held out
+HELD_OUT = 4                  # the last of so many parts of the windows is held out
 
-# Times --lr. The best rate depends on the block, the bits and the model. From 3M to 135M parameters
-# it was between 3e-3 and 3e-2, and the optimum was flat.
+# Factors of a norm's rate. With a factor of 1 it is --lr, times what block_rate adds, times the
+# mean absolute weight of the norm. The best product of factor and --lr depends on the block, the bits
+# and the model. From 3M to 135M parameters it was between 3e-3 and 3e-2, and the optimum was flat.
 RATES = (0.2, 1, 5)
 
 def possible_tweaks(block, float_block, tables, args, i, L):
@@ -321,8 +324,8 @@ def output_distance(block, windows, targets, tables):
     """How far a block's outputs are from the targets: the mean square of the difference, after each
     token was divided by its root mean square.
 
-    Unlike the channel loss, this distance is zero only where every output is right. Why divide?
-    Whatever reads an output reads it through a norm, which does the same. Without the division, the
+    Unlike the channel loss, this distance is zero only where every token is right up to a positive
+    factor. Why divide? The norm that reads an output next does the same. Without the division, the
     few tokens whose channels are a thousand times larger would decide alone.
     """
     total = 0
@@ -335,7 +338,7 @@ def normed(x):
     """Each token divided by its root mean square."""
     return F.rms_norm(x, x.shape[-1:])
 
-EVERY = 4                     # the predictions of so many tokens are compared: every fourth
+EVERY = 4                     # predictions are compared at every fourth token: heads are large
 
 def divergence_after(teacher, i, wanted, tables, outputs):
     """KL(dense model || model whose blocks after block i are dense), mean over tokens.
@@ -345,8 +348,8 @@ def divergence_after(teacher, i, wanted, tables, outputs):
     found = read_by_head(teacher, i + 1, outputs, tables)              # (n, C)
     tokens = teacher.tokens_at_once()
     total = 0
-    for w, f in zip(wanted.split(tokens), found.split(tokens)):
-        total = total + kl_loss(teacher.head(w), teacher.head(f)) * len(w)
+    for dense, mixed in zip(wanted.split(tokens), found.split(tokens)):
+        total = total + kl_loss(teacher.head(dense), teacher.head(mixed)) * len(dense)
     return (total / len(found)).item()
 
 def read_by_head(teacher, first, windows, tables):

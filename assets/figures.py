@@ -98,7 +98,7 @@ def draw_methods(found, path, model, measure="gap"):
     points = collections.defaultdict(list)
     for (bits, name), runs in found.items():
         name = "QuEST" if name.startswith(f"QuEST W{bits:g}A{bits:g}") else name
-        gaps = [r[measure] for r in runs if r[measure] is not None]
+        gaps = [r[measure] for r in runs if r.get(measure) is not None]
         if name in METHODS and gaps and bits <= MOST_BITS:
             points[name].append((statistics.mean(r["bpw"] for r in runs), statistics.mean(gaps)))
     at_2 = [gap for name in points for bpw, gap in points[name] if 1.9 < bpw < 2.7]
@@ -115,7 +115,7 @@ def draw_methods(found, path, model, measure="gap"):
         ax.plot(bpw, drawn, color=line.color, lw=line.width, marker=line.marker, ms=5,
                 zorder=2 if line.thin else 3)
 
-        # An open marker: no loss that could be drawn on a logarithmic axis.
+        # An open marker: below FLOOR, where a logarithmic axis cannot show it.
         for x, gap in zip(bpw, gaps):
             if gap < FLOOR:
                 ax.plot(x, FLOOR, marker=line.marker, ms=7, mfc="white", mec=line.color, zorder=4)

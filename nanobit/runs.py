@@ -101,7 +101,8 @@ def new_model(args, data):
         args.size = os.path.basename(os.path.abspath(args.model))
         return model.train()
     if content["tokenizer"] != data.spec:
-        raise UsageError(f"--model {args.model} has another tokenizer than this --data and --vocab")
+        raise UsageError(f"--model {args.model} has another tokenizer than this --data and "
+                         "--vocab; give the flags that made it")
     if dataclasses.replace(model.config, seq_len=args.seq_len) != config:
         raise UsageError(f"--model {args.model} has another shape than --size {args.size}"
                          f"{' --tied' * args.tied}; give the flags that made it")

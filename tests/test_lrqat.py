@@ -734,6 +734,15 @@ def test_optimizer_has_two_rates_and_no_decay():
     full = arm_optimizer(small_model(arm="full")[0], 1e-2).param_groups
     assert sorted(g["weight_decay"] for g in full) == [0, 0.1]
 
+@pytest.mark.parametrize("learnable, share", [(9_999_999, 0.03), (10_000_000, 0.1)])
+def test_the_weights_of_a_large_model_learn_faster(learnable, share):
+    weight = torch.nn.Parameter(torch.empty(learnable, device="meta"))
+    m = torch.nn.Module()
+    m.linear = torch.nn.Module()
+    m.linear.weight = weight
+    [group] = arm_optimizer(m, 1e-2).param_groups
+    assert group["peak"] == pytest.approx(share * 1e-2) and group["params"] == [weight]
+
 def test_progress_counts_the_integers_that_the_adapters_moved():
     """Of the whole model's: none at first, then those of rows that A B pushes up by one step."""
     m, _, _ = small_model(phi="fp32")
