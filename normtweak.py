@@ -254,8 +254,9 @@ def compress(student, teacher, ids, args, host=None, tweak=True):
 HELD_OUT = 4                  # the last of so many parts of the windows is held out
 
 # Factors of a norm's rate. With a factor of 1 it is --lr, times what block_rate adds, times the
-# mean absolute weight of the norm. The best product of factor and --lr depends on the block, the bits
-# and the model. From 3M to 135M parameters it was between 3e-3 and 3e-2, and the optimum was flat.
+# mean absolute weight of the norm. The best product of factor and --lr depends on the block, the
+# bits and the model. From 3M to 135M parameters it was between 3e-3 and 3e-2, and the optimum was
+# flat.
 RATES = (0.2, 1, 5)
 
 def possible_tweaks(block, float_block, tables, args, i, L):

@@ -113,9 +113,9 @@ LOGITS = 2**26                   # at most so many of each model are held at a t
 def divergence(student, teacher, idx):
     """KL(teacher || student) after each of the ids (B, T), mean over tokens.
 
-    The heads compute the logits of n tokens at a time, which are LOGITS of them (268 MB in float32);
-    of a lean student 256 tokens. If the batch has more than n tokens, the backward pass computes
-    each part's logits once more, so that they are not kept.
+    The heads compute the logits of n tokens at a time, which are LOGITS of them (268 MB in
+    float32); of a lean student 256 tokens. If the batch has more than n tokens, the backward pass
+    computes each part's logits once more, so that they are not kept.
     """
     # What the two heads read: the last norm's output, for all tokens.
     with torch.no_grad():
