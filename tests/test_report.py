@@ -229,10 +229,12 @@ def test_every_committed_row_of_a_kernel_is_one_of_todays_benchmark(monkeypatch)
                         lambda calls, owner: time_kernels.Graph(None, calls, 20, owner))
     monkeypatch.setattr(time_kernels, "times_of", lambda graphs: [1.0] * len(graphs))
     monkeypatch.setattr(time_kernels, "COPIES", 1)
-    candidate = types.SimpleNamespace(name="ours", grouped=False,
-                                      make=lambda O, C, bits: lambda x: None)
-    (today,), fault = time_kernels.measure_here([("8x8", 1, candidate, 4)], 1.0, None)
-    assert fault is None
+    cublas, ours = (types.SimpleNamespace(name=name, grouped=False,
+                                          make=lambda O, C, bits: lambda x: None)
+                    for name in ("cuBLAS", "ours"))
+    jobs = [("8x8", 1, cublas, 16), ("8x8", 1, ours, 4), ("8x8", 2, ours, 4)]
+    (_, today), fault = time_kernels.measure_here(jobs, 1.0, None)     # two tokens: no cuBLAS
+    assert fault is None and (today["kernel"], today["batch"]) == ("ours", 1)
     for row in KERNELS:
         assert set(today) <= set(row) <= set(today) | BY_HAND
         python, script, *argv = shlex.split(row["command"])
