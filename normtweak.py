@@ -60,6 +60,7 @@ import torch.nn.functional as F
 from model import UsageError
 from nanobit.checkpoint import load_checkpoint
 from nanobit.cli import add_flags, number, Parser, resolve, run
+from nanobit.compare import check_same_tokens
 from nanobit.data import batch
 from nanobit.ranks import progress, say
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
@@ -622,7 +623,7 @@ def load_models(args):
     student = None
     packed_path = args.model
     if args.teacher:
-        student = load_packed(args)
+        student, tokenizer = load_packed(args)
         args.model = args.teacher                      # only while load_base reads it from there
     teacher, data = load_base(args, as_stored=True)
     args.model = packed_path
@@ -631,11 +632,14 @@ def load_models(args):
     if student and student.config != teacher.config:
         raise UsageError(f"--teacher {args.teacher} is not what {args.model} was made from: "
                          f"{teacher.config} there, {student.config} here")
+    if student:
+        check_same_tokens(student, tokenizer, f"--model {args.model}", teacher, data.spec,
+                          f"--teacher {args.teacher}", "give the dense model that it was made from")
     check_groups(teacher, args.group_size)
     return student, teacher, data
 
 def load_packed(args):
-    """The packed --model. Its own grid takes the place of the command's flags."""
+    """The packed --model and its tokenizer. Its grid takes the place of the command's flags."""
     model, content = load_checkpoint(args.model, args.device, getattr(torch, args.dtype))
     specs = list(content["linears"].values())
     if {spec["kind"] for spec in specs} != {"affine"}:
@@ -647,7 +651,7 @@ def load_packed(args):
     args.a_bits = spec["a_bits"]
     args.group_size = spec["group_size"]
     args.symmetric = spec["signed"]                    # codes around zero, no zero points
-    return model
+    return model, content["tokenizer"]
 
 class Arm(NamedTuple):
     """One row of the table."""

@@ -808,6 +808,16 @@ def test_bad_input_is_one_line(base, teacher, data, ids, options, tmp_path, caps
     flags = flags.replace("BASE", base).replace("PACKED", packed)
     check_refused(call(capsys, f"normtweak.py --out {tmp_path} {flags}"), message)
 
+def test_a_teacher_of_another_tokenizer_is_refused(base, teacher, data, ids, options, tmp_path):
+    """One whose last two merges have changed places."""
+    model, _ = compress(teacher, ids[:2], options(), tweak=False)
+    spec = copy.deepcopy(data.spec)
+    spec[-2:] = reversed(spec[-2:])
+    save_checkpoint(str(tmp_path / "p.pt"), model, method="rtn", tokenizer=spec,
+                    data=data.digest, settings={})
+    with pytest.raises(UsageError, match="has another tokenizer of"):
+        nt.load_models(options("--model", str(tmp_path / "p.pt"), "--teacher", base))
+
 def test_a_teacher_of_another_shape_is_refused(base, teacher, data, ids, options, tmp_path):
     model, _ = compress(teacher, ids[:2], options(), tweak=False)
     model.config.n_layer = 2
