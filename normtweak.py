@@ -62,6 +62,7 @@ from nanobit.checkpoint import load_checkpoint
 from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.compare import check_same_tokens
 from nanobit.data import batch
+from nanobit.distill import divergence_of_heads
 from nanobit.ranks import progress, say
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
                           load_base, score, through_the_file)
@@ -229,7 +230,8 @@ def compress(student, teacher, ids, args, host=None, tweak=True):
             else:
                 judge = functools.partial(divergence_after, teacher, i, wanted, tables)
                 kept = best_tweak(block, windows, targets, tables, tweaks, judge)
-            outputs = [block(x, *tables) for x in windows]
+            if kept:
+                outputs = [block(x, *tables) for x in windows]
         losses.append(BlockLoss(before, mean_loss(targets, outputs), kept))
         windows = outputs
 
@@ -348,11 +350,7 @@ def divergence_after(teacher, i, wanted, tables, outputs):
     outputs: of block i, a list of (B, T, C). wanted: `read_by_head` of the dense model, (n, C).
     """
     found = read_by_head(teacher, i + 1, outputs, tables)              # (n, C)
-    tokens = teacher.tokens_at_once()
-    total = 0
-    for dense, mixed in zip(wanted.split(tokens), found.split(tokens)):
-        total = total + kl_loss(teacher.head(dense), teacher.head(mixed)) * len(dense)
-    return (total / len(found)).item()
+    return divergence_of_heads(teacher, teacher, found, wanted).item()
 
 def read_by_head(teacher, first, windows, tables):
     """What the dense model's head reads if its blocks from number `first` on, counted from 0, read
@@ -629,10 +627,10 @@ def load_models(args):
     args.model = packed_path
 
     # Do the two belong together, and do the groups fit?
-    if student and student.config != teacher.config:
-        raise UsageError(f"--teacher {args.teacher} is not what {args.model} was made from: "
-                         f"{teacher.config} there, {student.config} here")
     if student:
+        if student.config != teacher.config:
+            raise UsageError(f"--teacher {args.teacher} is not what {args.model} was made from: "
+                             f"{teacher.config} there, {student.config} here")
         check_same_tokens(student, tokenizer, f"--model {args.model}", teacher, data.spec,
                           f"--teacher {args.teacher}", "give the dense model that it was made from")
     check_groups(teacher, args.group_size)

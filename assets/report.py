@@ -107,7 +107,6 @@ def print_methods(found):
     has the table: KL divergence in nats per token, and how often both have the same top token."""
     has_distance = any(r.get("kl") is not None for runs in found.values() for r in runs)
     distance = ("KL", "same top") if has_distance else ()
-    print()
     print_head("bits", "method", "bits/weight", "seeds", "val loss", "minus dense", *distance,
                "bits/byte", "seconds", "peak GiB")
     order = lambda item: (-item[0][0], statistics.mean(r["val_loss"] for r in item[1]))
@@ -164,8 +163,7 @@ def print_law(rows):
     cells = {(r["linear_params"], r["tokens"], r["w_bits"]): r["val_loss"] for r in rows}
     bits = sorted({key[2] for key in cells}, reverse=True)
     names = ["dense" if b == 16 else f"W{b}A{b}" for b in bits]
-    print(f"\n| parameters in linears | training tokens | {' | '.join(names)} |\n"
-          + "|---" * (len(bits) + 2) + "|")
+    print_head("parameters in linears", "training tokens", *names)
     for N, D in sorted({key[:2] for key in cells}):
         losses = (f"{cells[N, D, b]:.4f}" if (N, D, b) in cells else "" for b in bits)
         print(f"| {N / 1e6:.2f}M | {D / 1e6:.1f}M | " + " | ".join(losses) + " |")

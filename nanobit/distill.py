@@ -111,17 +111,21 @@ class WithTeacher(nn.Module):
 LOGITS = 2**26                   # at most so many of each model are held at a time
 
 def divergence(student, teacher, idx):
-    """KL(teacher || student) after each of the ids (B, T), mean over tokens.
-
-    The heads compute the logits of n tokens at a time, which are LOGITS of them (268 MB in
-    float32); of a lean student 256 tokens. If the batch has more than n tokens, the backward pass
-    computes each part's logits once more, so that they are not kept.
-    """
+    """KL(teacher || student) after each of the ids (B, T), mean over tokens."""
     # What the two heads read: the last norm's output, for all tokens.
     with torch.no_grad():
         teacher_x = teacher.norm(teacher.trunk(idx)).flatten(0, 1)         # (B T, C of the teacher)
     x = student.norm(student.trunk(idx)).flatten(0, 1)                     # (B T, C)
+    return divergence_of_heads(student, teacher, x, teacher_x)
 
+def divergence_of_heads(student, teacher, x, teacher_x):
+    """KL(teacher || student) where the student's head reads x (N, C) and the teacher's teacher_x
+    (N, C of the teacher), mean over the N tokens.
+
+    The heads compute the logits of n tokens at a time, which are LOGITS of them (268 MB in
+    float32); of a lean student 256 tokens. If there are more than n tokens, the backward pass
+    computes each part's logits once more, so that they are not kept.
+    """
     def kl(x, teacher_x):
         """The divergence of n tokens, summed."""
         with torch.no_grad():

@@ -200,7 +200,8 @@ def test_every_committed_row_has_a_command_of_today_with_the_rows_settings(
                 rule = nanobit.defaults.RULES[row["method"]]
                 want = rule.rate(args.bits, is_large=row["params"] >= nanobit.defaults.LARGE)
             if field == "code_lr" and want is None:    # not given: from the fit
-                want = pytest.approx(0.01, rel=10)
+                assert 0 < row[field] < 0.1, row["command"]
+                continue
             if field == "teacher" and want is None:    # not given: the base itself
                 want = args.model
             assert row[field] == want, (field, row["command"])

@@ -6,16 +6,16 @@
     python tests/time_kernels.py --sweep --out sweep.jsonl      # other tiles than the tables have
 
 Ours and most peers multiply bfloat16 activations x (M, C) with layers of random weights (O, C), on
-grids in groups of 128. A CUDA graph reads at least 200 MB of copies of the weights in turn, so that no call
-finds its weights in the L2 cache. The graphs of all candidates are replayed in turns, three times,
-so that they share what the GPU's clock does; a time is the median replay.
-The peers are torch's own products and, where they are installed, gemlite, humming and aqlm. What
-torch's 8-bit products need besides, quantizing x, is not timed.
+grids in groups of 128. A CUDA graph reads at least 200 MB of copies of the weights in turn, so that
+no call finds its weights in the L2 cache. The graphs of all candidates are replayed in turns, three
+times, so that they share what the GPU's clock does; a time is the median replay. The peers are
+torch's own products and, where they are installed, gemlite, humming and aqlm. What torch's 8-bit
+products need besides, quantizing x, is not timed.
 
-First all of it is compiled, by up to 16 processes. Then another process measures:
-a kernel that touches memory which is not there leaves its process without CUDA. If a peer does that,
-a new process goes on without it; one of ours ends the benchmark. Last it prints what was
-asked of the kernels and missed; tests/kernel_rows.py prints that and the tables from the rows.
+First all of it is compiled, by up to 16 processes. Then another process measures: a kernel that
+touches memory which is not there leaves its process without CUDA. If a peer does that, a new
+process goes on without it; one of ours ends the benchmark. Last it prints what was asked of the
+kernels and missed; tests/kernel_rows.py prints that and the tables from the rows.
 
 --sweep times tiles that kernels.py does not choose, for 17 to 1024 tokens. A model of waves and
 padding picks those that may be fast; each is held to the result of the present tile before it is
