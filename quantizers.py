@@ -916,6 +916,12 @@ class QuantLinear(nn.Module):
         return PackedQuest.from_weight(w, bits, a_bits, grid, rotated, w_scale, a_scale)
 
     @staticmethod
+    def quest_from_codes(q, scale, keep, bits, a_bits, grid="uniform", rotated=True):
+        """The same from codes q (O, C) and scales (O, 1) that `quest_codes` or a kernel returned;
+        keep: bool (O, C), which of them stay on the grid "sparse", else None."""
+        return PackedQuest.from_codes(q, scale, keep, bits, a_bits, grid, rotated)
+
+    @staticmethod
     def vq(codes, codebooks, scales):
         """From what `vq_fit` returns; codebooks and scales become float16 where that holds them."""
         return PackedVQ.from_codes(codes, codebooks, scales)
@@ -1039,16 +1045,22 @@ class PackedQuest(QuantLinear):
         with full_float32():                           # where rotate takes the plain product
             h = rotate(w) if rotated else w
         q, scale, _ = quest_codes(h, bits, grid, w_scale)
+        keep = keep_two_of_four(h) if grid == "sparse" else None
+        return cls.from_codes(q, scale, keep, bits, a_bits, grid, rotated, a_scale)
+
+    @classmethod
+    def from_codes(cls, q, scale, keep, bits, a_bits, grid, rotated, a_scale=None):
+        """keep: bool (O, C), which codes stay; for the grid "sparse" alone."""
         tensors = dict(scale=scale.view(-1, 1), a_scale=a_scale)
+        O, C = q.shape
         if grid == "fp4":
             q = fp4_indices(q)
         if grid == "sparse":
             # Half of the codes, the same number in each row, and one bit per pair of inputs that
             # says which they are.
-            keep = keep_two_of_four(h)
-            q = q[keep].view(w.size(0), -1)
+            q = q[keep].view(O, -1)
             tensors["keep"] = pack(keep[:, ::2], 1)
-        spec = dict(kind="quest", bits=bits, in_features=w.size(1), a_bits=a_bits, grid=grid,
+        spec = dict(kind="quest", bits=bits, in_features=C, a_bits=a_bits, grid=grid,
                     signed=grid != "fp4", rotate=rotated)
         return cls(spec, {"packed": pack(q, bits), **tensors})
 

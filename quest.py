@@ -262,6 +262,13 @@ class FusedQuest(torch.autograd.Function):
         gx = kernels.rotate_trusted(gxs, x_trusted, x_hat.dtype)
         return gx, None, None, *gws
 
+def fused_products(x, bits, a_bits, *weights):
+    """What FusedQuest returns, where no gradient is asked for. x is then rounded by the kernel that
+    rounds a packed layer's inputs: it adds up in another order than training's, in less time."""
+    a = kernels.hadamard_quantize(x, a_bits)
+    ws = [kernels.hadamard_quantize(weight, bits) for weight in weights]
+    return [kernels.quest_matmul(a, w, a_bits, bits, x.dtype) for w in ws]
+
 class QuestLinear(nn.Module):
     """A linear with quantized weights and inputs; `weight` is the float32 master (O, C)."""
     watch = None                 # set by look_on: called with each linear and its x (B, C)
@@ -293,7 +300,8 @@ class QuestLinear(nn.Module):
             for m in linears:
                 QuestLinear.watch(m, flat)
         if first.has_kernels(x):
-            ys = FusedQuest.apply(flat, first.bits, first.a_bits, *weights)
+            compute = FusedQuest.apply if torch.is_grad_enabled() else fused_products
+            ys = compute(flat, first.bits, first.a_bits, *weights)
         else:
             ys = QuestFunction.apply(flat, first.bits, first.a_bits, first.grid, first.quantizer,
                                      *weights)
@@ -310,16 +318,30 @@ class QuestLinear(nn.Module):
         whether a kernel computes it."""
         if not self.has_kernels(x):
             return to_grid(self.weight, self.bits, self.grid, self.quantizer).levels
-        # The kernel's codes are 2 q + 1, twice the levels; at 8 bits int8 cannot hold that: q.
-        codes = kernels.hadamard_quantize(self.weight, self.bits, x.dtype)[0]
-        return codes + 0.5 if self.bits == 8 else codes / 2
+        q, _ = kernel_codes(self.weight, self.bits)
+        return q + code_offset(self.bits)
 
     @torch.no_grad()
-    def packed(self):
-        """The same layer from packed codes and one float32 scale a row."""
+    def packed(self, dtype):
+        """The same layer from packed codes and one float32 scale a row. The codes are rounded by
+        what rounds them in training with inputs of dtype, so that the file has training's own:
+        where a value lies next to a border, a kernel and PyTorch may take different sides."""
         weight = whole(self.weight)                    # with --fsdp from all ranks
-        return QuantLinear.quest(weight, self.bits, self.a_bits, self.grid,
-                                 rotated=QUANTIZERS[self.quantizer].rotates)
+        keep = None
+        if self.has_kernels(weight[:1].to(dtype)):
+            q, scale = kernel_codes(weight, self.bits)
+        else:
+            w = to_grid(weight, self.bits, self.grid, self.quantizer)
+            q, scale, keep = w.codes, w.scale, w.kept
+        return QuantLinear.quest_from_codes(q, scale, keep, self.bits, self.a_bits, self.grid,
+                                            rotated=QUANTIZERS[self.quantizer].rotates)
+
+def kernel_codes(weight, bits):
+    """The codes q int8 (O, C) and scales (O, 1) of a weight, as FusedQuest multiplies with them."""
+    codes, scale, _ = kernels.hadamard_quantize(weight, bits)
+    if bits != 8:
+        codes = codes >> 1                             # 2 q + 1, or with three levels 2 q
+    return codes, scale[:, None]
 
 # ---- What the run looks at --------------------------------------------------------------------
 
@@ -391,7 +413,7 @@ class LsqLinear(QuestLinear):
         return (w - 0.5).round() + 0.5                 # v + (q - v) is q but for a last digit
 
     @torch.no_grad()
-    def packed(self):
+    def packed(self, dtype):
         a_step = None if self.a_bits == 16 else self.a_step.detach()
         return QuantLinear.quest(self.weight, self.bits, self.a_bits, self.grid, rotated=False,
                                  w_scale=self.w_step.detach(), a_scale=a_step)
@@ -473,7 +495,7 @@ def report(args, model, data, path, scores, live, result, base, params):
     base: the dense --model, with which the result is compared; None if it began at random."""
     linear = sum(m.weight.numel() for _, m in model.linears())
     if args.bits < 16:
-        model.replace_linears(lambda name, linear: linear.packed())
+        model.replace_linears(lambda name, linear: linear.packed(model.dtype))
     method = args.quantizer if args.bits < 16 else "dense"
     model, reloaded = through_the_file(path, model, args, data, method, base)
     base_loss = reloaded["loss"] - reloaded["loss_gap"] if base else None

@@ -203,6 +203,41 @@ def test_on_a_gpu_only_quest_on_the_uniform_grid_goes_to_its_kernels(how, monkey
     else:
         assert not calls and (y - layer(x)).abs().max() < 1e-5
 
+@pytest.mark.parametrize("bits", [4, 1.58, 8])
+def test_what_rounds_in_training_also_rounds_for_the_file(bits, monkeypatch):
+    """A kernel and PyTorch may round a value next to a border to different sides."""
+    offset = quantizers.code_offset(bits)
+    q = torch.randint(-1, 2 if bits == 1.58 else 1, (8, 128)).to(torch.int8)
+    scale = torch.rand(8) + 1
+    class Kernels:
+        quest_fits = staticmethod(lambda x, bits, a_bits: x.dtype == torch.bfloat16)
+        @staticmethod
+        def hadamard_quantize(w, bits):
+            return q if bits == 8 else (2 * (q + offset)).to(torch.int8), scale, None
+    monkeypatch.setattr(quest, "kernels", Kernels, raising=False)
+    monkeypatch.setattr(quest, "whole", lambda w: w.as_subclass(OnGpu))
+    layer = QuestLinear(randn(8, 128).float(), bits, bits)
+    packed = layer.packed(torch.bfloat16)
+    assert torch.equal(packed.levels(torch.float32), q + offset)
+    assert torch.equal(packed.scale, scale[:, None])
+    assert torch.equal(layer.levels(torch.ones(1, 128).bfloat16().as_subclass(OnGpu)), q + offset)
+
+    # Float32 is rounded by PyTorch, and then so is the file.
+    monkeypatch.setattr(quest, "whole", lambda w: w)
+    levels = quest.to_grid(layer.weight, bits, "uniform", "quest").levels
+    assert torch.equal(layer.packed(torch.float32).levels(torch.float32), levels)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("how", [how for how in QUEST if max(how[:2]) <= 8], ids=str)
+@pytest.mark.parametrize("C", [576, 1536])             # 128 divides one: a kernel computes it
+def test_a_gpus_file_has_the_bits_of_evaluation(how, C):
+    layer = QuestLinear(randn(512, C, seed=1).float().cuda(), *how)
+    x = randn(300, C).to("cuda", torch.bfloat16)
+    packed = layer.packed(torch.bfloat16)
+    assert torch.equal(packed.levels(torch.float32), layer.levels(x).float())
+    with torch.no_grad():
+        assert torch.equal(packed(x), layer(x))
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("how", [how for how in QUEST if max(how[:2]) <= 8], ids=str)
 def test_a_gpus_output_and_gradients_are_a_cpus(how):
@@ -230,7 +265,7 @@ def test_packed_checkpoint_reproduces_the_logits_of_training(tmp_path, how):
     fit(model, idx, 3)
     live = model.train()(idx)[0]
     assert torch.equal(model.eval()(idx)[0], live)
-    model.replace_linears(lambda name, m: m.packed())
+    model.replace_linears(lambda name, m: m.packed(torch.float32))
     save_checkpoint(tmp_path / "m.pt", model, tokenizer="gpt2")
     loaded, _ = load_checkpoint(str(tmp_path / "m.pt"))
     assert all(isinstance(m, QuantLinear) for _, m in loaded.linears())
