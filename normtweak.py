@@ -62,6 +62,7 @@ from nanobit.checkpoint import load_checkpoint
 from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.compare import check_same_tokens
 from nanobit.data import batch
+from nanobit.defaults import host_of
 from nanobit.distill import divergence_of_heads
 from nanobit.ranks import progress, say
 from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
@@ -229,7 +230,7 @@ def compress(student, teacher, ids, args, host=None, tweak=True):
                 kept = True
             else:
                 judge = functools.partial(divergence_after, teacher, i, wanted, tables)
-                kept = best_tweak(block, windows, targets, tables, tweaks, judge)
+                kept = best_tweak(block, windows, targets, outputs, tables, tweaks, judge)
             if kept:
                 outputs = [block(x, *tables) for x in windows]
         losses.append(BlockLoss(before, mean_loss(targets, outputs), kept))
@@ -292,11 +293,12 @@ def held_out(windows):
     rest: the splits dev and val have no part in it."""
     return windows[len(windows) - max(1, len(windows) // HELD_OUT):]
 
-def best_tweak(block, windows, targets, tables, tweaks, judge):
+def best_tweak(block, windows, targets, outputs, tables, tweaks, judge):
     """Apply the tweak that brings the block closest to the float one on windows that were held out
     of it, if `judge` finds the model better with it. Returns whether one was applied.
 
-    judge: the outputs of the block on the held-out windows -> how bad the model is with them.
+    outputs: of the block as it is now. judge: the outputs of a block on the held-out windows -> how
+    bad the model is with them.
     """
     n = len(windows) - len(held_out(windows))
 
@@ -304,39 +306,40 @@ def best_tweak(block, windows, targets, tables, tweaks, judge):
     # any number, and is not kept.
     gammas = [block.attn_norm.weight, block.mlp_norm.weight]
     before = [gamma.clone() for gamma in gammas]
-    best = before
-    least = output_distance(block, windows[n:], targets[n:], tables)
+    best = None                                        # the norms' weights with the best tweak,
+    best_outputs = outputs[n:]                         # and the outputs; of no tweak to begin with
+    least = output_distance(best_outputs, targets[n:])
     for tweak in tweaks:
         tweak(windows[:n], targets[:n])
-        found = output_distance(block, windows[n:], targets[n:], tables)
-        if found < least:
+        found = [block(x, *tables) for x in windows[n:]]
+        distance = output_distance(found, targets[n:])
+        if distance < least:
             best = [gamma.clone() for gamma in gammas]
-            least = found
+            best_outputs = found
+            least = distance
         restore(gammas, before)
-    if best is before:                                 # still that list: no tweak was better
-        return False
 
     # Is the model better with the best of them?
-    without = judge([block(x, *tables) for x in windows[n:]])
+    if best is None:
+        return False
+    without = judge(outputs[n:])
+    if not judge(best_outputs) < without:
+        return False
     restore(gammas, best)
-    if judge([block(x, *tables) for x in windows[n:]]) < without:
-        return True
-    restore(gammas, before)
-    return False
+    return True
 
-def output_distance(block, windows, targets, tables):
-    """How far a block's outputs are from the targets: the mean square of the difference, after each
-    token was divided by its root mean square.
+def output_distance(outputs, targets):
+    """How far a block's outputs are from the targets, lists of (B, T, C): the mean square of the
+    difference, after each token was divided by its root mean square.
 
     Unlike the channel loss, this distance is zero only where every token is right up to a positive
     factor. Why divide? The norm that reads an output next does the same. Without the division, the
     few tokens whose channels are a thousand times larger would decide alone.
     """
     total = 0
-    for x, f in zip(windows, targets):
-        q = block(x, *tables)                                          # (B, T, C)
+    for q, f in zip(outputs, targets):
         total = total + F.mse_loss(normed(q), normed(f))
-    return (total / len(windows)).item()
+    return (total / len(targets)).item()
 
 def normed(x):
     """Each token divided by its root mean square."""
@@ -573,6 +576,8 @@ def tweak_by_least_squares(block, float_block, windows, tables, ridge=0.01):
 def main():
     args = parse_args()
     student, teacher, data = load_models(args)
+    if not (student or args.host):
+        args.host = host_of(teacher, args.device)
     arms = chosen_arms(args, student)
     keep_model(args, *[arm.path for arm in arms])      # refuses to write over --model
     header(f"normtweak | W{args.bits}A{args.a_bits}", args, teacher, data)
@@ -582,8 +587,9 @@ def main():
     ids = calibration(teacher, data, args)                             # (N, T)
     show_calibration(ids, time.perf_counter() - start, teacher, data, args)
 
-    # The dense model is what all are compared with.
-    base = score(teacher, data, args)
+    # The dense model is what all are compared with: each arm needs its last block's outputs.
+    outputs = []
+    base = score(teacher, data, args, base_outputs=outputs)
     rows = {"dense": arm_row(base, 16.0, 0.0)}
     table = [table_row("dense", base, rows["dense"])]
 
@@ -594,7 +600,8 @@ def main():
         losses = compress(model, teacher, ids, args, arm.host, arm.tweak)
         seconds = time.perf_counter() - start
         bpw, _ = bits_per_weight(model)
-        model, scores = through_the_file(arm.path, model, args, data, arm.name, teacher)
+        model, scores = through_the_file(arm.path, model, args, data, arm.name, teacher, outputs,
+                                         tell=arm is arms[0])
         kept = {}
         choice = ""
         if arm.tweak:
@@ -662,10 +669,10 @@ def chosen_arms(args, student):
     """Every host that the run uses, without and with the tweak."""
     if student:
         hosts = (None,)                                # its codes exist already
-    elif args.host:
-        hosts = (args.host,)
-    else:
+    elif args.host == "both":
         hosts = ("rtn", "gptq")
+    else:
+        hosts = (args.host,)
 
     arms = []
     for host in hosts:
@@ -727,7 +734,8 @@ def parse_args(argv=None):
         help="closed: least squares instead of --loss and --lr (default: adam)")
     add("--calib", choices=("self", "data", "random"), default="self",
         help="calibration: text by the model, training text, random tokens (default: self)")
-    add("--host", choices=("rtn", "gptq"), help="quantize by this one alone (default: by both)")
+    add("--host", choices=("rtn", "gptq", "both"), help="what quantizes (default: both; on a CPU "
+        "gptq alone for a model of 10M weights and more)")
     add("--teacher", help="dense checkpoint of a packed --model, whose codes stay as they are")
     add_flags(p)
 

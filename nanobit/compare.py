@@ -29,18 +29,16 @@ class Differences(NamedTuple):
     prob: torch.Tensor           # probability of the right token: the model's minus the base's
     loss: torch.Tensor           # loss in nats: the model's minus the base's
 
-def differences(base_logits, logits, targets):
-    """Logits (n, vocab) of both models and targets (n,) -> Differences of (n,) each, float32."""
-    # p is the base's prediction, q the model's.
-    log_p = F.log_softmax(base_logits.float(), -1)                         # (n, vocab)
-    log_q = F.log_softmax(logits.float(), -1)                              # (n, vocab)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)       # of equal logits exactly 0
+def differences(log_p, log_q, targets):
+    """Log-probabilities (n, vocab) of the base, p, and of the model, q, and targets (n,) ->
+    Differences of (n,) each, float32."""
+    kl = log_p.exp().mul_(log_p - log_q).sum(-1)       # of equal predictions exactly 0
+    same = log_p.argmax(-1) == log_q.argmax(-1)
 
     # The right token, under both.
     right = targets[:, None]
     log_p_right = log_p.gather(1, right)[:, 0]                             # (n,)
     log_q_right = log_q.gather(1, right)[:, 0]                             # (n,)
-    same = base_logits.argmax(-1) == logits.argmax(-1)
     return Differences(kl, same.float(), log_q_right.exp() - log_p_right.exp(),
                        log_p_right - log_q_right)
 
@@ -71,35 +69,36 @@ def statistics(found, seq_len):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")              # as in `evaluate`
-def compare(base, model, tokens, seq_len, tokenizer=None, batch_size=None):
+def compare(base, model, tokens, seq_len, tokenizer=None, batch_size=None, base_outputs=None):
     """What `evaluate` returns of the model, bit for bit, and the `statistics` of its distance from
     the base, in one pass over the windows. Both models have one vocabulary and one device.
 
-    It takes twice the time of `evaluate`: a pass of the base, one of the model, and a little for
-    the softmaxes. Of logits it holds those of 2^26 / vocab tokens of both, with as much again
-    for their softmaxes and the divergence, some 1.5 GB; of each token it keeps four numbers.
+    base_outputs: the base's last block's outputs, for each batch of windows in order, where
+    `evaluate` has kept them; otherwise they are computed here. It takes twice the time of
+    `evaluate`, with them a quarter more: a pass of the base, one of the model, and a little for the
+    softmaxes. Of logits it holds those of 2^26 / vocab tokens of both, with as much again for their
+    softmaxes and the divergence, some 1.5 GB; of each token it keeps four numbers.
     """
     windows = ValWindows(model, tokens, seq_len, batch_size)
     n = model.tokens_at_once()
     total = 0.0
     found = []
-    for part in progress(windows.parts, "comparing"):
+    for i, part in enumerate(progress(windows.parts, "comparing")):
         # Both models, up to their heads.
         ids, targets = windows.batch(part)
-        base_x = base.trunk(ids).flatten(0, 1).split(n)                    # parts of (n, C)
+        base_x = base_outputs[i] if base_outputs else base.trunk(ids)
+        base_x = base_x.flatten(0, 1).split(n)                             # parts of (n, C)
         model_x = model.trunk(ids).flatten(0, 1).split(n)
         y_parts = targets.flatten().split(n)                               # parts of (n,)
 
-        # Their logits for n tokens at a time. The loss is summed in the order of
-        # LLaMA.loss_in_parts, which `evaluate` calls.
+        # Their predictions for n tokens at a time. The loss is summed in the order of
+        # LLaMA.loss_in_parts, which `evaluate` calls; cross_entropy takes the same two steps.
         loss = 0
         for x_base, x, y in zip(base_x, model_x, y_parts):
-            logits, _ = model.predict(x[None])                             # (1, n, vocab)
-            base_logits, _ = base.predict(x_base[None])                    # (1, n, vocab)
-            logits = logits[0]
-            base_logits = base_logits[0]
-            loss = loss + F.cross_entropy(logits.float(), y, reduction="sum")
-            found.append(torch.stack(differences(base_logits, logits, y)))  # (4, n)
+            log_p = log_probabilities(base, x_base)                        # (n, vocab)
+            log_q = log_probabilities(model, x)
+            loss = loss + F.nll_loss(log_q, y, reduction="sum")
+            found.append(torch.stack(differences(log_p, log_q, y)))        # (4, n)
 
         # As `evaluate` does, a mean and back: the same rounding, bit for bit.
         total += (loss / targets.numel()).item() * targets.numel()
@@ -107,6 +106,11 @@ def compare(base, model, tokens, seq_len, tokenizer=None, batch_size=None):
     # One Differences of the whole text, from rows in the order of its fields.
     whole = Differences(*torch.cat(found, dim=1))
     return scores_of(total, tokens, tokenizer) | statistics(whole, seq_len)
+
+def log_probabilities(model, x):
+    """Of the tokens that come next, where the last block's outputs are x (n, C): (n, vocab)."""
+    logits, _ = model.predict(x[None])                                     # (1, n, vocab)
+    return F.log_softmax(logits[0].float(), -1)
 
 def check_same_tokens(model, tokenizer, name, other, other_tokenizer, other_name, fix):
     """Raise UsageError where two models do not predict the same tokens: `name` and `other_name` are

@@ -2,7 +2,8 @@
 
   1. `window` gives --seq-len: the model's own window, but at most 512 tokens. nanobit/runs.py
      asks for it when it opens the model.
-  2. `suit` sets --steps, --batch-size and --lr by RULES, for the scripts that start from a dense
+  2. `host_of` gives normtweak.py's --host.
+  3. `suit` sets --steps, --batch-size and --lr by RULES, for the scripts that start from a dense
      model. What starts from random weights has its settings in model.py's PRESETS.
 
 The rates follow small searches on the tiny base (2.5M weights in its linears, windows of 128
@@ -14,6 +15,8 @@ LR-QAT and PV-Tuning: the rates here were within 0.004 nats of the best of three
 import math
 from typing import Callable, NamedTuple
 
+import torch
+
 from nanobit.ranks import world_size
 
 WINDOW = 512                     # tokens
@@ -23,6 +26,15 @@ def window(longest):
     """Tokens of a window for a model whose own window has `longest`. A model of the hub has 2,048
     or more. 512 are enough to compare methods by, and cost a quarter of the time."""
     return min(longest, WINDOW)
+
+def is_large(model):
+    return sum(linear.weight.numel() for _, linear in model.linears()) >= LARGE
+
+def host_of(model, device):
+    """normtweak.py's --host. Both hosts, where that is quick: on two CPU cores SmolLM2-135M takes
+    MINUTES_GPTQ minutes with GPTQ alone, of which half are scores, and MINUTES_BOTH with both."""
+    slow = torch.device(device).type == "cpu" and is_large(model)
+    return "gptq" if slow else "both"
 
 class Rule(NamedTuple):
     """How long to train, and at which peak rate."""
@@ -91,18 +103,16 @@ UNSET = {"steps": 0, "batch_size": 0, "lr": 0.0, "seq_len": 0}
 def suit(args, model, method, bits):
     """Set --steps, --batch-size and --lr where they are still 0, that is, not given. The script
     trains from the dense `model`. args.seq_len has to be set already."""
-    # Small or large?
-    weights = sum(linear.weight.numel() for _, linear in model.linears())
-    is_large = weights >= LARGE
+    large = is_large(model)
 
     # Steps and rate, by the method's rule.
     rule = RULES[method]
-    args.steps = args.steps or (rule.large_steps if is_large else rule.small_steps)
-    args.lr = args.lr or rule.rate(bits, is_large)
+    args.steps = args.steps or (rule.large_steps if large else rule.small_steps)
+    args.lr = args.lr or rule.rate(bits, large)
 
     # About so many tokens a step. The batch is a multiple of the micro-batches and of the ranks, so
     # that each gets an equal part.
     if not args.batch_size:
-        windows = max(1, (LARGE_TOKENS if is_large else TOKENS) // args.seq_len)
+        windows = max(1, (LARGE_TOKENS if large else TOKENS) // args.seq_len)
         parts = math.lcm(args.accumulate, world_size())
         args.batch_size = math.ceil(windows / parts) * parts

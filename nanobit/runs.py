@@ -208,19 +208,20 @@ def hold(folder):
 
 # ---- The result: a file, its scores, its row ----------------------------------------------------
 
-def through_the_file(path, model, args, data, method, base=None):
+def through_the_file(path, model, args, data, method, base=None, base_outputs=None, tell=True):
     """Save a result, load it again and `score` that -> (model, scores). What is reported of a
-    packed model is thereby what its file holds. Embedding and head get --embed-bits here."""
+    packed model is thereby what its file holds. Embedding and head get --embed-bits here; tell:
+    print what that costs."""
     linears = any(isinstance(m, QuantLinear) for _, m in model.linears())
     packs = linears and args.embed_bits < 16 and not packed_embedding_weights(model)
     if packs:
         floats = pack_embedding(model, args.embed_bits)
     save_result(path, model, args, data, method)
     model, _ = load_checkpoint(path, args.device, model.dtype)
-    scores = score(model, data, args, base)
+    scores = score(model, data, args, base, base_outputs)
 
     # What that cost: the loss of the same model with embedding and head as they were.
-    if packs:
+    if packs and tell:
         packed = (model.embed, model.head)
         float_embedding(model, *floats)
         before = dev_loss(model, data, args.seq_len)
@@ -234,13 +235,18 @@ def save_result(path, model, args, data, method):
     save_checkpoint(path, model, method=method, settings=settings(args), tokenizer=data.spec,
                     data=data.digest, command=command_line())
 
-def score(model, data, args, base=None):
+def score(model, data, args, base=None, base_outputs=None):
     """Losses on the whole validation split, which is only reported, and "dev_loss", by which
-    settings are chosen. With a dense base also how far the model is from it, in twice the time."""
+    settings are chosen. With a dense base also how far the model is from it.
+
+    base_outputs: a list, for runs with several arms. The call that scores the base itself fills it,
+    and those that compare with the base need not compute the base's blocks again.
+    """
     if base:
-        scores = compare(base, model, data.val, args.seq_len, data.tokenizer)
+        scores = compare(base, model, data.val, args.seq_len, data.tokenizer,
+                         base_outputs=base_outputs)
     else:
-        scores = evaluate(model, data.val, args.seq_len, data.tokenizer)
+        scores = evaluate(model, data.val, args.seq_len, data.tokenizer, keep=base_outputs)
     return scores | {"dev_loss": dev_loss(model, data, args.seq_len)}
 
 def show(scores):

@@ -169,16 +169,24 @@ def check_finite(losses, first, saved, path):
 
 # ---- The losses ---------------------------------------------------------------------------------
 
+KEPT = 2**30             # bytes of a model's outputs that `evaluate` keeps where it is asked to
+
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")              # no compiling for these shapes
-def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
+def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None, keep=None):
     """Mean loss over non-overlapping windows; every token but the first is scored once.
 
     tokens: ids (n,) -> {"loss": nats per token, "ppl": its exponential} and, with a tokenizer,
     "bits_per_byte" of the text that was tokenized, the only one to compare across tokenizers.
     batch_size: windows at a time, see ValWindows. nanobit/compare.py does the same for two models.
+    keep: a list that gets the LLaMA's last block's outputs, for `compare`, if they are few.
     """
     windows = ValWindows(model, tokens, seq_len, batch_size)
+
+    # What is kept stays on the device: of large models too much.
+    keeps = keep is not None
+    if keeps:
+        keeps = len(tokens) * model.config.n_embd * model.dtype.itemsize <= KEPT
 
     # Add up their losses. A lean model never holds the logits of all tokens.
     was_lean = model.lean
@@ -186,7 +194,12 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None):
     total = 0.0
     for part in progress(windows.parts, "evaluating"):
         x, y = windows.batch(part)
-        total += model(x, y)[1].item() * y.numel()
+        if keeps:
+            keep.append(model.trunk(x))                                    # (windows, tokens, C)
+            loss = model.predict(keep[-1], y)[1]
+        else:
+            loss = model(x, y)[1]
+        total += loss.item() * y.numel()
     model.lean = was_lean
     return scores_of(total, tokens, tokenizer)
 

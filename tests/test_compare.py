@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import model
 import nanobit.checkpoint
 import nanobit.data
+import nanobit.train
 from conftest import TEXT, call, check_refused, random_base
 from nanobit.compare import Differences, compare, differences, standard_error, statistics
 from nanobit.train import evaluate
@@ -25,6 +26,10 @@ def random_logits(n, vocab, distance):
     """Logits of a base, of a model that is so far from it, and targets."""
     base = 3 * torch.randn(n, vocab)
     return base, base + distance * torch.randn(n, vocab), torch.randint(vocab, (n,))
+
+def found_in(base, ours, targets):
+    """`differences` of logits."""
+    return differences(F.log_softmax(base.float(), -1), F.log_softmax(ours.float(), -1), targets)
 
 def softmax64(logits):
     """Probabilities in float64, numpy."""
@@ -53,7 +58,7 @@ def rounded(m, bits):
 @pytest.mark.parametrize("distance", [3.0, 0.3, 0.01])
 def test_differences_are_the_closed_form_of_each_token(distance):
     base, ours, targets = random_logits(200, 37, distance)
-    found = differences(base, ours, targets)
+    found = found_in(base, ours, targets)
     p = softmax64(base)
     q = softmax64(ours)
     for i, y in enumerate(targets.tolist()):
@@ -67,7 +72,7 @@ def test_two_tokens_by_hand():
     """p = (3/4, 1/4), q = (1/2, 1/2): KL = 3/4 ln 3/2 + 1/4 ln 1/2. The other token has q = p."""
     base = torch.tensor([[3.0, 1.0], [1.0, 3.0]]).log()
     ours = torch.tensor([[1.0, 1.0], [1.0, 3.0]]).log()
-    found = differences(base, ours, torch.tensor([1, 1]))
+    found = found_in(base, ours, torch.tensor([1, 1]))
     kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert found.kl.tolist() == pytest.approx([kl, 0], abs=1e-7)
     assert found.same.tolist() == [1, 1]
@@ -87,13 +92,13 @@ def test_the_divergence_is_from_the_base_to_the_model():
     unsure = torch.zeros(1, 2)
     sure = torch.tensor([[20.0, 0.0]])
     y = torch.tensor([0])
-    assert differences(unsure, sure, y).kl.item() == pytest.approx(10 - math.log(2), abs=1e-5)
-    assert differences(sure, unsure, y).kl.item() == pytest.approx(math.log(2), abs=1e-5)
+    assert found_in(unsure, sure, y).kl.item() == pytest.approx(10 - math.log(2), abs=1e-5)
+    assert found_in(sure, unsure, y).kl.item() == pytest.approx(math.log(2), abs=1e-5)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_logits_differ_by_exactly_nothing(dtype):
     base = (30 * torch.randn(50, 1000)).to(dtype)
-    found = differences(base, base.clone(), torch.randint(1000, (50,)))
+    found = found_in(base, base.clone(), torch.randint(1000, (50,)))
     assert not found.kl.any() and not found.prob.any() and not found.loss.any()
     assert found.same.all()
 
@@ -101,7 +106,7 @@ def test_equal_logits_differ_by_exactly_nothing(dtype):
 
 @pytest.mark.parametrize("n", [96, 100])               # the last window is whole, or has 4 tokens
 def test_statistics_are_those_of_the_tokens(n):
-    found = differences(*random_logits(n, 11, 0.5))
+    found = found_in(*random_logits(n, 11, 0.5))
     s = statistics(found, 8)
     kl, same, prob, loss = (x.double().numpy() for x in found)
     in_order = np.sort(kl)
@@ -142,7 +147,7 @@ def test_the_error_is_as_large_as_means_really_scatter():
 
 def test_the_paired_error_is_smaller_than_that_of_two_losses():
     base, ours, y = random_logits(640, 37, 0.1)
-    paired = statistics(differences(base, ours, y), 16)["loss_gap_error"]
+    paired = statistics(found_in(base, ours, y), 16)["loss_gap_error"]
     unpaired = math.hypot(*(standard_error(F.cross_entropy(x, y, reduction="none").numpy(), 16)
                             for x in (base, ours)))
     assert paired < unpaired / 5
@@ -164,7 +169,7 @@ def test_the_comparison_is_that_of_all_logits_at_once():
         y = torch.from_numpy(tokens[i + 1:i + 17])
         x = torch.from_numpy(tokens[i:i + len(y)])[None]
         with torch.no_grad():
-            parts.append(torch.stack(differences(base(x)[0][0], packed(x)[0][0], y)))
+            parts.append(torch.stack(found_in(base(x)[0][0], packed(x)[0][0], y)))
     expected = statistics(Differences(*torch.cat(parts, 1)), 16)
     assert expected["kl"] > 0.001
     for name in expected:
@@ -192,6 +197,25 @@ def test_the_loss_is_that_of_evaluate_to_the_last_bit(at_once, monkeypatch):
     assert {name: found[name] for name in scores} == scores
     gap = scores["loss"] - evaluate(base, tokens, 16)["loss"]
     assert found["loss_gap"] == pytest.approx(gap, abs=1e-6)
+
+@pytest.mark.parametrize("n", [16 * 9 + 6, 2**13 + 40])    # one batch of windows, and several
+def test_outputs_of_the_base_that_evaluate_kept_serve_as_well(n, monkeypatch):
+    base = tiny(0)
+    packed = rounded(base, 3)
+    tokens = np.random.default_rng(2).integers(61, size=n)
+    kept = []
+    assert evaluate(base, tokens, 16, keep=kept) == evaluate(base, tokens, 16)
+    assert sum(x.shape[:2].numel() for x in kept) == n - 1
+    expected = compare(base, packed, tokens, 16)
+    blocks = []
+    base.blocks[0].register_forward_pre_hook(lambda *_: blocks.append(1))
+    assert compare(base, packed, tokens, 16, base_outputs=kept) == expected and not blocks
+
+    # Too many are not kept; `compare` then computes them, as without a list.
+    monkeypatch.setattr(nanobit.train, "KEPT", n * 32 * 4 - 1)
+    kept = []
+    assert evaluate(base, tokens, 16, keep=kept)["loss"] > 0 and kept == []
+    assert compare(base, packed, tokens, 16, base_outputs=kept) == expected and blocks
 
 def test_never_more_logits_than_asked_for(monkeypatch):
     base = tiny(0)

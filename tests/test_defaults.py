@@ -8,7 +8,7 @@ import lrqat
 import pvtune
 import quest
 from model import LLaMA, LlamaConfig
-from nanobit.defaults import LARGE, UNSET, suit, window
+from nanobit.defaults import LARGE, UNSET, host_of, suit, window
 
 def model(n_embd, n_layer=1):
     """Only the sizes of its weights are looked at."""
@@ -49,6 +49,11 @@ def test_a_batch_can_be_cut_into_equal_parts(accumulate, batch_size):
     args = unset(accumulate=accumulate, seq_len=512)
     suit(args, model(64), "lrqat", 2)
     assert args.batch_size == batch_size
+
+def test_both_hosts_where_that_is_quick():
+    small, large = model(64), model(1024)
+    assert [host_of(m, device) for m in (small, large) for device in ("cpu", "cuda:0")] == [
+        "both", "both", "gptq", "both"]
 
 def test_windows_are_the_models_own_where_these_are_short():
     assert [window(n) for n in (64, 512, 8192)] == [64, 512, 512]

@@ -431,9 +431,9 @@ def test_a_row_after_a_torn_one_stands_on_a_line_of_its_own(capsys, monkeypatch)
 
 def test_the_row_is_written_where_the_folder_is_gone(capsys, monkeypatch):
     evaluate = nanobit.train.evaluate
-    def and_remove(*args):
+    def and_remove(*args, **how):
         shutil.rmtree("out")
-        return evaluate(*args)
+        return evaluate(*args, **how)
     monkeypatch.setattr(nanobit.runs, "evaluate", and_remove)
     assert call(capsys, f"model.py {SHORT}")[0] == 0
     assert len(rows()) == 1 and os.listdir("out") == ["results.jsonl"]
@@ -454,7 +454,7 @@ def test_out_may_be_a_link(capsys, link):
     assert len(rows("target/results.jsonl")) == 1 and os.path.islink("out")
 
 def test_ctrl_c_after_the_training_names_the_file_that_is_there(capsys, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **how):
         raise KeyboardInterrupt
     monkeypatch.setattr(nanobit.runs, "evaluate", interrupt)
     status, _, err = call(capsys, f"model.py {SHORT}")

@@ -333,7 +333,7 @@ def test_the_weight_that_is_nearest_on_the_held_out_windows_stays(goal, want):
         """Better with every change."""
         return float(all(map(torch.equal, outputs, windows[6:])))
 
-    kept = nt.best_tweak(block, windows, targets, (), tweaks, judge)
+    kept = nt.best_tweak(block, windows, targets, windows, (), tweaks, judge)
     assert block.attn_norm.weight.item() == pytest.approx(want)
     assert block.mlp_norm.weight.item() == 1.0 and kept == (want != 1.0)
     # Each of them began from the untouched norms, and saw the first three quarters alone.
@@ -353,7 +353,8 @@ def test_a_tweak_goes_where_the_model_is_not_better_with_it(scores, want):
         asked.append(outputs)
         return answers.pop(0)
 
-    kept = nt.best_tweak(block, windows, targets, (), [to(2.0, block, [])], judge)
+    kept = nt.best_tweak(block, windows, targets, windows, (), [to(2.0, block, [])],
+                         judge)
     assert kept == want and block.attn_norm.weight.item() == (2.0 if want else 1.0)
     assert [len(outputs) for outputs in asked] == [1, 1]
     assert torch.equal(asked[0][0], windows[3]) and torch.equal(asked[1][0], targets[3])
@@ -385,14 +386,14 @@ def test_the_distance_that_decides_counts_every_token_by_its_direction():
     f = torch.tensor([[[3.0, 4], [3000, 4000]]])
     q = torch.tensor([[[4.0, 3], [4000, 3000]]])
     for x, target in ((q, f), (q[:, :1], f[:, :1]), (7 * q, f)):
-        assert nt.output_distance(Scale(), [x], [target], ()) == pytest.approx(0.08, rel=1e-5)
-    assert nt.output_distance(Scale(), [q, f], [f, f], ()) == pytest.approx(0.04, rel=1e-5)
+        assert nt.output_distance([x], [target]) == pytest.approx(0.08, rel=1e-5)
+    assert nt.output_distance([q, f], [f, f]) == pytest.approx(0.04, rel=1e-5)
 
 @pytest.mark.parametrize("n, held_out", [(2, 1), (3, 1), (4, 1), (8, 2), (64, 16)])
 @torch.no_grad()
 def test_a_quarter_of_the_windows_is_held_out_and_at_least_one(n, held_out):
     windows, block, seen = [torch.ones(1, 2, 2)] * n, Scale(), []
-    nt.best_tweak(block, windows, windows, (), [to(1.0, block, seen)], judge=None)
+    nt.best_tweak(block, windows, windows, windows, (), [to(1.0, block, seen)], judge=None)
     assert len(seen[0][1]) == n - held_out
 
 def test_three_rates_are_tried_in_proportion_to_the_norms_weights(
