@@ -96,7 +96,7 @@ def draw_methods(found, path, model, measure="gap"):
 
     # Points of each line: bits per weight and the mean distance.
     points = collections.defaultdict(list)
-    for (bits, name), runs in found.items():
+    for (bits, name, _), runs in found.items():
         name = "QuEST" if name.startswith(f"QuEST W{bits:g}A{bits:g}") else name
         gaps = [r[measure] for r in runs if r.get(measure) is not None]
         if name in METHODS and gaps and bits <= MOST_BITS:
@@ -196,6 +196,61 @@ def draw_memory(rows, path):
     fig.subplots_adjust(left=0.235, right=0.985, top=0.80, bottom=0.135)
     save(fig, path)
 
+# Products in the figure: (kernel, bits) -> how they look.
+PRODUCTS = {
+    ("lowbit_matmul", 2): Line("ours, 2 bits", LR_QAT),
+    ("lowbit_matmul", 4): Line("ours, 4 bits", PV),
+    ("quest_linear", 4): Line("ours, QuEST W4A4", QUEST),
+    ("humming", 2): Line("humming, 2 bits", "#777777", "s", thin=True),
+    ("humming", 4): Line("humming, 4 bits", "#a2a2a2", "s", thin=True),
+    ("tinygemm", 4): Line("tinygemm, 4 bits", DARK, "x", thin=True),
+    ("gemlite", 4): Line("gemlite, 4 bits", LIGHT, "^", thin=True),
+}
+TOKEN_TICKS = (1, 4, 16, 64, 256, 1024, 4096)
+
+def draw_kernels(rows, path):
+    """Draw the speed-up over cuBLAS against the number of tokens, ours and the peers', of the rows'
+    first shape."""
+    shape = rows[0]["shape"]
+    speeds = collections.defaultdict(dict)
+    for row in rows:
+        if row["shape"] == shape:
+            speeds[row["kernel"], row["bits"]][row["batch"]] = row["cublas"]
+
+    O, C = shape.split("x")
+    best = speeds["lowbit_matmul", 2][1]
+    fig, ax = axes_of(4.6, f"One token: 2-bit weights {best:.1f} times as fast as cuBLAS; many "
+                      "tokens: as fast",
+                      f"Speed-up over cuBLAS in bfloat16, {O} outputs x {C} inputs, one H100")
+    starts = []
+    for product, line in PRODUCTS.items():
+        if product in speeds:
+            tokens, speed = zip(*sorted(speeds[product].items()))
+            ax.plot(tokens, speed, color=line.color, lw=line.width, marker=line.marker, ms=3.5,
+                    zorder=2 if line.thin else 3)
+            starts.append((speed[0], line))
+
+    # Labels at the lines' first points: there the lines are farthest apart.
+    places = apart([speed for speed, _ in starts], 0.19)
+    for (speed, line), place in zip(starts, places):
+        ax.annotate(line.label, (1, place), xytext=(-8, 0), textcoords="offset points", ha="right",
+                    va="center", color=line.color, fontsize=9.5, annotation_clip=False)
+
+    ax.axhline(1, color=DARK, lw=1.0, ls="--", zorder=0)
+    ax.annotate("cuBLAS", (4096, 1), xytext=(0, 4), textcoords="offset points", ha="right",
+                color=DARK, fontsize=9.5)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(TOKEN_TICKS, [f"{n:,}" for n in TOKEN_TICKS])
+    ax.minorticks_off()
+    ax.set_xlim(0.9, 4600)
+    ax.set_ylim(0, None)
+    ax.set_yticks(range(5), [f"{n}x" for n in range(5)])
+    ax.yaxis.tick_right()
+    ax.spines["left"].set_visible(False)
+    ax.set_xlabel("tokens at once")
+    fig.subplots_adjust(left=0.215, right=0.955, top=0.86, bottom=0.105)
+    save(fig, path)
+
 # QuEST and its baselines: each label starts with what is different from QuEST.
 BASELINES = {
     "quest": Line("QuEST", QUEST),
@@ -207,10 +262,13 @@ BASELINES = {
 
 def draw_quest(table, path):
     """Draw QuEST's loss above dense and its baselines', by bit-width. table: of `summarize`."""
-    points = collections.defaultdict(list)
-    for (size, _, method, grid, w, a, _), _, _, gap in table:
-        if (size, grid) == ("tiny", "uniform") and w == a < 16 and gap and method in BASELINES:
-            points[method].append((w, *gap))
+    points = collections.defaultdict(list)             # (bits, mean, deviation)
+    for setting, _, _, gaps in table:
+        s = setting
+        drawn = (s.size, s.grid) == ("tiny", "uniform") and s.w_bits == s.a_bits < 16
+        if drawn and gaps and s.method in BASELINES:
+            deviation = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
+            points[s.method].append((s.w_bits, statistics.mean(gaps), deviation))
 
     fig, ax = axes_of(4.4, "Without a mask on the gradient, rounding costs three times as much",
                       "Validation loss above dense, 3M parameters, 0.32 tokens per parameter; mean "

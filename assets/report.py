@@ -19,50 +19,103 @@ import collections
 import pathlib
 import statistics
 import sys
+from typing import NamedTuple
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
 import figures
 from nanobit.cli import run                            # as the scripts end and write
 from nanobit.runs import read_rows
-from kernel_rows import (OTHERS, WEIGHTS, plot, print_asked, print_head, print_line,
-                         print_speedups)
+from kernel_rows import OTHERS, WEIGHTS, print_asked, print_head, print_line, print_speedups
 
-def setting(row):
-    """What identifies a run apart from its seed."""
-    return (row.get("size", "tiny"), row["tokens"], row["method"], row.get("grid") or "uniform",
-            row["w_bits"], row["a_bits"], row["group_size"])
+# ---- Cells --------------------------------------------------------------------------------------
+
+def mean_of(rows, field):
+    return statistics.mean(row[field] for row in rows)
 
 def mean_std(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
+def with_std(values, sign="", digits=4):
+    """Mean and deviation as a table's cell; a single value has no deviation. sign: "+" for
+    differences."""
+    mean, std = mean_std(values)
+    mean = round(mean, digits) + 0                     # + 0: no minus before 0
+    cell = f"{mean:{sign}.{digits}f}"
+    return cell + f" ± {std:.{digits}f}" if len(values) > 1 else cell
+
+def split(rows, *names):
+    """{values of the named fields: the rows that have these}. A field that a row lacks is None."""
+    parts = collections.defaultdict(list)
+    for row in rows:
+        parts[tuple(row.get(name) for name in names)].append(row)
+    return parts
+
+# ---- Runs from scratch --------------------------------------------------------------------------
+
+class Setting(NamedTuple):
+    """What identifies a run apart from its seed."""
+    size: str
+    tokens: int
+    method: str
+    grid: str
+    w_bits: float
+    a_bits: float
+    group_size: int
+
+class Line(NamedTuple):
+    """A line of the table of runs from scratch."""
+    setting: Setting
+    runs: list                   # a row for each seed
+    losses: list                 # their validation losses
+    gaps: list                   # those less the dense run's of the same seed, size and tokens
+
+def setting_of(row):
+    return Setting(row.get("size", "tiny"), row["tokens"], row["method"],
+                   row.get("grid") or "uniform", row["w_bits"], row["a_bits"], row["group_size"])
+
 def summarize(rows):
-    """[(setting, rows, mean and std of val_loss, the same of its difference to dense or None)]."""
+    """Rows -> a Line for each setting, in the order of the table."""
     groups = collections.defaultdict(dict)
     for row in rows:
-        groups[setting(row)][row["seed"]] = row        # a repeated seed: the last run counts
-    dense = {(key[:2], seed): row["val_loss"] for key, runs in groups.items()
-             if key[2] == "dense" for seed, row in runs.items()}
+        groups[setting_of(row)][row["seed"]] = row     # a repeated seed: the last run counts
+
+    # The dense losses that others are compared with.
+    dense = {}
+    for setting, runs in groups.items():
+        if setting.method == "dense":
+            for seed, row in runs.items():
+                dense[setting.size, setting.tokens, seed] = row["val_loss"]
+
     table = []
-    for key, runs in groups.items():
-        paired = [row["val_loss"] - dense[key[:2], seed] for seed, row in runs.items()
-                  if (key[:2], seed) in dense]
-        table.append((key, list(runs.values()), mean_std([r["val_loss"] for r in runs.values()]),
-                      mean_std(paired) if paired else None))
-    return sorted(table, key=lambda line: (line[0][:2], -line[0][4], -line[0][5], line[2][0]))
+    for setting, runs in groups.items():
+        losses = [row["val_loss"] for row in runs.values()]
+        gaps = []
+        for seed, row in runs.items():
+            base = dense.get((setting.size, setting.tokens, seed))
+            if base is not None:
+                gaps.append(row["val_loss"] - base)
+        table.append(Line(setting, list(runs.values()), losses, gaps))
+
+    # A size and its tokens together, then many bits before few, then the lowest loss first.
+    def place(line):
+        s = line.setting
+        return s.size, s.tokens, -s.w_bits, -s.a_bits, statistics.mean(line.losses)
+    return sorted(table, key=place)
 
 def print_table(table):
-    print("| method | grid | W bits | A bits | bits/weight | tokens | seeds | val loss | "
-          "minus dense | ppl | bits/byte | seconds |")
-    print("|---" * 12 + "|")
-    for (size, tokens, method, grid, w, a, group), runs, loss, gap in table:
-        average = {k: statistics.mean(r[k] for r in runs)
-                   for k in ("bpw", "val_ppl", "bits_per_byte", "seconds")}
-        minus = "" if gap is None or method == "dense" else f"{gap[0]:+.3f} ± {gap[1]:.3f}"
-        print(f"| {method} | {grid} | {w} | {a} | {average['bpw']:.2f} | {tokens / 1e6:.2f}M | "
-              f"{len(runs)} | {loss[0]:.3f} ± {loss[1]:.3f} | {minus} | "
-              f"{average['val_ppl']:.2f} | {average['bits_per_byte']:.3f} | "
-              f"{average['seconds']:.0f} |")
+    print_head("method", "grid", "W bits", "A bits", "bits/weight", "tokens", "seeds", "val loss",
+               "minus dense", "ppl", "bits/byte", "seconds")
+    for setting, runs, losses, gaps in table:
+        minus = ""
+        if gaps and setting.method != "dense":
+            minus = with_std(gaps, "+", digits=3)
+        print_line(setting.method, setting.grid, setting.w_bits, setting.a_bits,
+                   f"{mean_of(runs, 'bpw'):.2f}", f"{setting.tokens / 1e6:.2f}M", len(runs),
+                   with_std(losses, digits=3), minus, f"{mean_of(runs, 'val_ppl'):.2f}",
+                   f"{mean_of(runs, 'bits_per_byte'):.3f}", f"{mean_of(runs, 'seconds'):.0f}")
+
+# ---- Methods on one base ------------------------------------------------------------------------
 
 # (script, arm) as the table of methods names them; other arms have tables of their own.
 ARMS = {("normtweak", "rtn"): "RTN", ("normtweak", "rtn-tweak"): "RTN + tweak",
@@ -76,54 +129,84 @@ ARMS = {("normtweak", "rtn"): "RTN", ("normtweak", "rtn-tweak"): "RTN + tweak",
 SCRATCH = {"dense": "dense", "quest": "QuEST", "lsq": "LSQ", "ste": "straight-through",
            "clip": "clipped gradient", "trust": "QuEST without Hadamard"}
 
+# Settings of a run by which a method may have several lines.
+SETTINGS = ("group_size", "scheme", "symmetric", "tokens", "lr", "teacher", "calib", "keep_all")
+
+class Method(NamedTuple):
+    """What identifies a line of the table of methods."""
+    bits: float
+    name: str
+    settings: tuple = ()         # the values of SETTINGS; a row may lack some
+
 def methods(rows):
-    """{(bits, method): one dict a seed}, of runs on one base and runs from scratch of its size."""
-    dense = {r["seed"]: r["val_loss"] for r in rows if r["method"] == "dense"}
+    """{Method: one dict a seed}, of runs on one base and runs from scratch of its size."""
+    dense = {row["seed"]: row["val_loss"] for row in rows if row["method"] == "dense"}
     found = collections.defaultdict(dict)
-    for r in rows:
-        if "arms" not in r:
-            base = r.get("base_val_loss")              # of the --model that it began with
-            name = SCRATCH.get(r["method"], r["method"])
-            if r["method"] != "dense":
-                start = "from scratch" if base is None else "from the dense model"
-                name += f" W{r['w_bits']}A{r['a_bits']}, {start}"
-            keep = {k: r[k] for k in ("val_loss", "bits_per_byte", "bpw", "seconds", "peak_bytes")}
-            keep |= {k: r.get(k) for k in ("kl", "same_top")}
-            control = dense.get(r["seed"]) if base is None else base
-            gap = None if control is None else r["val_loss"] - control
-            found[r["w_bits"], name][r["seed"]] = keep | {"gap": gap}
+    for row in rows:
+        seed = row["seed"]
+        settings = tuple(row.get(name) for name in SETTINGS)
+
+        # A run of several arms: what is known by name. What comes of no training, or of other
+        # training than the last arm's, is the same whatever was trained, and how.
+        if "arms" in row:
+            for arm, scores in row["arms"].items():
+                name = name_of_arm(row, arm)
+                if name:
+                    dense_arm = scores["bpw"] == 16
+                    bits = 16 if dense_arm else round(row["w_bits"])
+                    gap = scores["val_loss"] - row["base_val_loss"]
+                    key = Method(bits, name, () if dense_arm else settings)
+                    found[key][seed] = scores | {"gap": gap}
             continue
-        affine = r["method"] == "pvtune" and r["scheme"] == "affine"
-        for arm, row in r["arms"].items():
-            name = ARMS.get((r["method"] + "-affine" * affine, arm))
-            if name:
-                bits = 16 if row["bpw"] == 16 else round(r["w_bits"])
-                gap = row["val_loss"] - r["base_val_loss"]
-                found[bits, name][r["seed"]] = row | {"gap": gap}
-    return {key: list(runs.values()) for key, runs in found.items()}
+
+        # A run of quest.py: from scratch, or from the dense model that the row has the loss of.
+        base = row.get("base_val_loss")
+        name = SCRATCH.get(row["method"], row["method"])
+        if row["method"] != "dense":
+            start = "from scratch" if base is None else "from the dense model"
+            name += f" W{row['w_bits']}A{row['a_bits']}, {start}"
+        control = dense.get(seed) if base is None else base
+        gap = None if control is None else row["val_loss"] - control
+        found[Method(row["w_bits"], name, settings)][seed] = row | {"gap": gap}
+    return {method: list(runs.values()) for method, runs in found.items()}
+
+def name_of_arm(row, arm):
+    """What the table of methods calls an arm of a row; None where it does not show it."""
+    script = row["method"]
+    if script == "pvtune" and row["scheme"] == "affine":
+        script = "pvtune-affine"
+    return ARMS.get((script, arm))
+
+def known(runs, field):
+    """The values of a field, of the runs that have one."""
+    return [run[field] for run in runs if run.get(field) is not None]
 
 def print_methods(found):
     """Print a line for each of the methods. Where a row has the distance from the dense model, so
     has the table: KL divergence in nats per token, and how often both have the same top token."""
-    has_distance = any(r.get("kl") is not None for runs in found.values() for r in runs)
+    has_distance = any(known(runs, "kl") for runs in found.values())
     distance = ("KL", "same top") if has_distance else ()
     print_head("bits", "method", "bits/weight", "seeds", "val loss", "minus dense", *distance,
                "bits/byte", "seconds", "peak GiB")
-    order = lambda item: (-item[0][0], statistics.mean(r["val_loss"] for r in item[1]))
-    for (bits, name), runs in sorted(found.items(), key=order):
+
+    def place(method):
+        return -method.bits, mean_of(found[method], "val_loss")
+
+    for method in sorted(found, key=place):
         # The dense model's distance from itself says nothing.
-        gaps = [r["gap"] for r in runs if r["gap"] is not None] if name != "dense" else []
+        runs = found[method]
+        gaps = known(runs, "gap") if method.name != "dense" else []
         far = ()
         if has_distance:
-            kl, same = ([r[k] for r in runs if r.get(k) is not None] for k in ("kl", "same_top"))
+            kl = known(runs, "kl")
+            same = known(runs, "same_top")
             far = (f"{statistics.mean(kl):.4f}" if kl else "",
                    f"{statistics.mean(same):.1f} %" if same else "")
-        average = {k: statistics.mean(r[k] for r in runs)
-                   for k in ("bpw", "bits_per_byte", "seconds")}
-        peak = max(r["peak_bytes"] or 0 for r in runs) / 2**30
-        print_line(bits, name, f"{average['bpw']:.2f}", len(runs),
-                   with_std([r["val_loss"] for r in runs]), with_std(gaps, "+") if gaps else "",
-                   *far, f"{average['bits_per_byte']:.4f}", f"{average['seconds']:.0f}",
+        peak = max(run["peak_bytes"] or 0 for run in runs) / 2**30
+        print_line(method.bits, method.name, f"{mean_of(runs, 'bpw'):.2f}", len(runs),
+                   with_std([run["val_loss"] for run in runs]),
+                   with_std(gaps, "+") if gaps else "", *far,
+                   f"{mean_of(runs, 'bits_per_byte'):.4f}", f"{mean_of(runs, 'seconds'):.0f}",
                    f"{peak:.1f}" if peak else "")
 
 # The short table: a line's label, what trains in it, and its name among the methods. QuEST's name
@@ -141,46 +224,56 @@ SHORT = (("round to nearest (RTN)", "nothing", "RTN"),
 
 def print_short(found):
     """Print methods as lines and bits as columns: the loss above dense in nats per token, and in
-    brackets the KL divergence from the dense model where the rows have one."""
-    widths = sorted({bits for bits, _ in found if bits < 16}, reverse=True)
-    kl = " (KL)" if any(r.get("kl") is not None for runs in found.values() for r in runs) else ""
-    print_head("method", "what trains", *(f"{bits:g} bit{'s' * (bits > 1)}{kl}" for bits in widths))
+    brackets the KL divergence from the dense model where the rows have one. Of a method with
+    several settings the last one's."""
+    widths = sorted({method.bits for method in found if method.bits < 16}, reverse=True)
+    heads = []
+    for bits in widths:
+        plural = "s" if bits > 1 else ""
+        kl = " (KL)" if any(known(runs, "kl") for runs in found.values()) else ""
+        heads.append(f"{bits:g} bit{plural}{kl}")
+    print_head("method", "what trains", *heads)
+
+    by_name = {(method.bits, method.name): runs for method, runs in found.items()}
     for label, trains, name in SHORT:
-        cells = [short_cell(found.get((bits, name.format(bits)), [])) for bits in widths]
+        cells = [short_cell(by_name.get((bits, name.format(bits)), [])) for bits in widths]
         if any(cells):
             print_line(label, trains, *(cell or "–" for cell in cells))
 
 def short_cell(runs):
-    gaps = [r["gap"] for r in runs if r["gap"] is not None]
+    gaps = known(runs, "gap")
     if not gaps:
         return ""
-    cell = f"{round(statistics.mean(gaps), 3) + 0:.3f}"                # + 0: no minus before 0
-    kls = [r["kl"] for r in runs if r.get("kl") is not None]
+    cell = with_std([statistics.mean(gaps)], digits=3)
+    kls = known(runs, "kl")
     return f"{cell} ({statistics.mean(kls):.3f})" if kls else cell
+
+# ---- The scaling law, and each script's own comparisons -----------------------------------------
 
 def print_law(rows):
     """Losses of the scaling law's runs: a line a size and token count, a column a precision."""
-    cells = {(r["linear_params"], r["tokens"], r["w_bits"]): r["val_loss"] for r in rows}
-    bits = sorted({key[2] for key in cells}, reverse=True)
-    names = ["dense" if b == 16 else f"W{b}A{b}" for b in bits]
-    print_head("parameters in linears", "training tokens", *names)
-    for N, D in sorted({key[:2] for key in cells}):
-        losses = (f"{cells[N, D, b]:.4f}" if (N, D, b) in cells else "" for b in bits)
-        print(f"| {N / 1e6:.2f}M | {D / 1e6:.1f}M | " + " | ".join(losses) + " |")
-
-def split(rows, *names):
-    """{values of the named fields: the rows that have these}. A field that a row lacks is None."""
-    parts = collections.defaultdict(list)
+    losses = {}
     for row in rows:
-        parts[tuple(row.get(name) for name in names)].append(row)
-    return parts
+        losses[row["linear_params"], row["tokens"], row["w_bits"]] = row["val_loss"]
+    widths = sorted({bits for _, _, bits in losses}, reverse=True)
 
-def with_std(values, sign=""):
-    """Mean and deviation as a table's cell; a single value has no deviation. sign: "+" for
-    differences."""
-    mean, std = mean_std(values)
-    mean = round(mean, 4) + 0                          # + 0: no minus before 0
-    return f"{mean:{sign}.4f}" + (f" ± {std:.4f}" if len(values) > 1 else "")
+    names = ["dense" if bits == 16 else f"W{bits}A{bits}" for bits in widths]
+    print_head("parameters in linears", "training tokens", *names)
+    for N, D in sorted({(N, D) for N, D, _ in losses}):
+        cells = [f"{losses[N, D, b]:.4f}" if (N, D, b) in losses else "" for b in widths]
+        print_line(f"{N / 1e6:.2f}M", f"{D / 1e6:.1f}M", *cells)
+
+class Tweak(NamedTuple):
+    """What identifies a line of the table of tweaks."""
+    w_bits: int
+    a_bits: int
+    host: str
+    grid: str
+    calibration: str
+    solver: str
+    loss: str
+    lr: float
+    kept: str
 
 def print_tweaks(rows):
     """Print what normtweak.py's rows say: a host's loss without and with the tweak, and the
@@ -188,32 +281,36 @@ def print_tweaks(rows):
     their own."""
     for setup in split(rows, "base_val_loss", "tokens", "group_size", "act_order").values():
         # Both losses of each host, by the run's settings and its seed.
-        pairs = collections.defaultdict(dict)
+        without = collections.defaultdict(dict)
+        tweaked = collections.defaultdict(dict)
         for row in setup:
-            grid = "symmetric" if row["symmetric"] else "asymmetric"
             # Rows without the field were measured before there was a choice: all tweaks stayed.
-            keep_all = row.get("keep_all", True)
-            kept = "all" if keep_all else "by held-out windows"
-            tweak = row["calib"], row["solver"], row["loss"], row["lr"], kept
+            kept = "all" if row.get("keep_all", True) else "by held-out windows"
+            grid = "symmetric" if row["symmetric"] else "asymmetric"
             for host in ("rtn", "gptq", "packed"):
                 if host + "-tweak" in row["arms"]:
-                    key = row["w_bits"], row["a_bits"], host, grid, *tweak
-                    losses = [row["arms"][arm]["val_loss"] for arm in (host, host + "-tweak")]
-                    pairs[key][row["seed"]] = losses
+                    key = Tweak(row["w_bits"], row["a_bits"], host, grid, row["calib"],
+                                row["solver"], row["loss"], row["lr"], kept)
+                    without[key][row["seed"]] = row["arms"][host]["val_loss"]
+                    tweaked[key][row["seed"]] = row["arms"][host + "-tweak"]["val_loss"]
 
         print_head("W bits", "A bits", "host", "grid", "calibration", "solver", "loss", "lr",
                    "kept", "seeds", "without", "with", "difference")
-        for key, seeds in sorted(pairs.items(), key=lambda item: item[0]):
-            without, tweaked = (statistics.mean(losses) for losses in zip(*seeds.values()))
-            print_line(*key, len(seeds), f"{without:.4f}", f"{tweaked:.4f}",
-                       with_std([b - a for a, b in seeds.values()], "+"))
+        for key in sorted(without):
+            before = list(without[key].values())       # in the order of the seeds' runs, both
+            after = list(tweaked[key].values())
+            print_line(*key, len(before), f"{statistics.mean(before):.4f}",
+                       f"{statistics.mean(after):.4f}",
+                       with_std([b - a for a, b in zip(before, after)], "+"))
 
 def print_lrqat(rows):
     """Print what lrqat.py's rows say: its arms, and the variants of LR-QAT. Runs on other bases or
     tokens, by another loss, or with other groups or activations, have tables of their own."""
-    rows = [row | {"taught": row.get("teacher", "none") != "none"} for row in rows
-            if row["method"] == "lrqat"]
-    for setup in split(rows, "base_val_loss", "tokens", "group_size", "a_bits", "kv_bits",
+    runs = []
+    for row in rows:
+        if row["method"] == "lrqat":
+            runs.append(row | {"taught": row.get("teacher", "none") != "none"})
+    for setup in split(runs, "base_val_loss", "tokens", "group_size", "a_bits", "kv_bits",
                        "taught").values():
         print_arms(setup)
         print_variants(setup)
@@ -226,35 +323,38 @@ def print_arms(rows):
     # does not train has no rate.
     runs = collections.defaultdict(dict)
     for row in rows:
-        if (row["phi"], row["init"], row["rank"]) == ("fixed", "zero", 32):
-            for arm, found in row["arms"].items():
-                bits = 16 if arm.startswith("dense") else row["w_bits"]
-                rate = "" if arm in ("dense", "RTN", "GPTQ") else row["lr"]
-                runs[bits, arm, rate][row["seed"]] = found
+        if (row["phi"], row["init"], row["rank"]) != ("fixed", "zero", 32):
+            continue                                   # a variant: see print_variants
+        for arm, found in row["arms"].items():
+            bits = 16 if arm.startswith("dense") else row["w_bits"]
+            rate = "" if arm in ("dense", "RTN", "GPTQ") else row["lr"]
+            runs[bits, arm, rate][row["seed"]] = found
     if not runs:
         return
 
+    # Of each arm the rate that is best on dev, and there the mean loss on val.
     best = {}
     for (bits, arm, rate), seeds in runs.items():
-        dev = statistics.mean(r["dev_loss"] for r in seeds.values())
+        dev = mean_of(seeds.values(), "dev_loss")
         if (bits, arm) not in best or dev < best[bits, arm][0]:
             best[bits, arm] = dev, rate, list(seeds.values())
-    losses = {key: [r["val_loss"] for r in seeds] for key, (_, _, seeds) in best.items()}
+    loss = {key: mean_of(seeds, "val_loss") for key, (_, _, seeds) in best.items()}
 
     control = (16, "dense, longer")
-    if control not in losses and rows[0]["taught"]:
+    if control not in loss and rows[0]["taught"]:
         control = (16, "dense")
 
     print_head("bits", "arm", "rate", "seeds", "val loss", "recovered", "flipped")
-    for (bits, arm), (_, rate, seeds) in sorted(best.items(), key=lambda item: item[0]):
+    for bits, arm in sorted(best):
+        _, rate, seeds = best[bits, arm]
         recovered = flipped = ""
-        if bits < 16 and control in losses:
-            rtn, dense, loss = (statistics.mean(losses[key]) for key in (
-                (bits, "RTN"), control, (bits, arm)))
-            recovered = f"{100 * (rtn - loss) / (rtn - dense):.0f} %"
+        if bits < 16 and control in loss:
+            rtn = loss[bits, "RTN"]
+            recovered = f"{100 * (rtn - loss[bits, arm]) / (rtn - loss[control]):.0f} %"
         if "flipped" in seeds[0]:
-            flipped = f"{100 * statistics.mean(r['flipped'] for r in seeds):.1f} %"
-        print_line(bits, arm, rate, len(seeds), with_std(losses[bits, arm]), recovered, flipped)
+            flipped = f"{100 * mean_of(seeds, 'flipped'):.1f} %"
+        print_line(bits, arm, rate, len(seeds), with_std([r["val_loss"] for r in seeds]),
+                   recovered, flipped)
 
 def print_variants(rows):
     """Print LR-QAT's loss by phi, start and rank, a column for each bit-width, at its default rate
@@ -266,11 +366,12 @@ def print_variants(rows):
             runs[how, row["w_bits"]][row["seed"]] = row["arms"]["LR-QAT"]["val_loss"]
     if not runs:
         return
+
     widths = sorted({bits for _, bits in runs})
     print_head("phi", "start", "rank", *(f"{bits} bits" for bits in widths))
     for how in sorted({how for how, _ in runs}):
-        print_line(*how, *(with_std(list(runs[how, bits].values())) if (how, bits) in runs else ""
-                           for bits in widths))
+        losses = [list(runs.get((how, bits), {}).values()) for bits in widths]
+        print_line(*how, *(with_std(seeds) if seeds else "" for seeds in losses))
 
 def print_memory(rows):
     """Print the peaks and the speed that tests/time_lrqat_memory.py measured, a line for each arm
@@ -287,6 +388,13 @@ def print_memory(rows):
                 peak = f"{found['peak'] / 2**30:.2f}" if "peak" in found else ""
                 print_line(*run, arm, peak, f"{found['tokens/s']:.0f}")
 
+class PVArm(NamedTuple):
+    """What identifies a line of the table of PV-Tuning; rates are "" where an arm has none."""
+    arm: str
+    lr: object = ""
+    code_lr: object = ""
+    rank: str = ""
+
 def print_pv(rows):
     """Print what pvtune.py's rows say of every arm and, paired by seed, what it wins over P only at
     the rate that the dev split chooses. Settings that fewer seeds tried than others were a search
@@ -294,77 +402,107 @@ def print_pv(rows):
     schemes have tables of their own."""
     for (note, *_), setup in split(rows, "note", "base_val_loss", "tokens", "scheme", "w_bits",
                                    "group_size", "tau").items():
-        # What the rows say of an arm, by arm, rates and seed. P only has no rate of codes.
-        runs = collections.defaultdict(dict)
-        for row in setup:
-            for arm, found in row["arms"].items():
-                how = row["lr"], row["code_lr"], row["rank"]
-                if arm in ("dense", "RTN", "as fitted"):
-                    how = "", "", ""
-                elif arm == "P only":
-                    how = row["lr"], "", ""
-                runs[arm, *how][row["seed"]] = found
-        most = max(len(seeds) for (_, lr, *_), seeds in runs.items() if lr)
-        runs = {key: seeds for key, seeds in runs.items() if not key[1] or len(seeds) == most}
+        runs = runs_of_pv(setup)
 
-        p_only = min((seeds for (arm, *_), seeds in runs.items() if arm == "P only"), default={},
-                     key=lambda seeds: statistics.mean(r["dev_loss"] for r in seeds.values()))
+        # The rate of P only that is best on dev.
+        p_only = {}
+        p_rates = [key for key in runs if key.arm == "P only"]
+        if p_rates:
+            p_only = runs[min(p_rates, key=lambda key: mean_of(runs[key].values(), "dev_loss"))]
+
         if note:
             print(f"\n{note}")
         print_head("scheme", "arm", "lr", "code lr", "ranking", "bits/weight", "seeds", "dev loss",
                    "val loss", "minus P only", "codes changed", "budget used")
-        order = lambda item: statistics.mean(r["val_loss"] for r in item[1].values())
-        for (arm, *how), seeds in sorted(runs.items(), key=order):
-            dev, loss = ([r[k] for r in seeds.values()] for k in ("dev_loss", "val_loss"))
+        for key in sorted(runs, key=lambda key: mean_of(runs[key].values(), "val_loss")):
+            seeds = runs[key]
+            found = list(seeds.values())
             minus = changed = budget = ""
-            found = next(iter(seeds.values()))
-            if "changed" in found:
-                changed, budget = (f"{100 * statistics.mean(r[k] for r in seeds.values()):.2f} %"
-                                   for k in ("changed", "budget"))
-                won = [seeds[s]["val_loss"] - p_only[s]["val_loss"] for s in seeds if s in p_only]
+            if "changed" in found[0]:
+                changed = f"{100 * mean_of(found, 'changed'):.2f} %"
+                budget = f"{100 * mean_of(found, 'budget'):.2f} %"
+                won = []
+                for seed in seeds:
+                    if seed in p_only:
+                        won.append(seeds[seed]["val_loss"] - p_only[seed]["val_loss"])
                 minus = with_std(won, "+") if won else ""
-            print_line(setup[0]["scheme"], arm, *how, f"{found['bpw']:.2f}", len(seeds),
-                       with_std(dev), with_std(loss), minus, changed, budget)
+            print_line(setup[0]["scheme"], *key, f"{found[0]['bpw']:.2f}", len(found),
+                       with_std([r["dev_loss"] for r in found]),
+                       with_std([r["val_loss"] for r in found]), minus, changed, budget)
 
-def main():
-    # Which rows: the given files', or the committed ones' of all methods side by side.
-    small, smollm2 = HERE / "results.jsonl", HERE / "smollm2.jsonl"
-    rows = []
-    for path in sys.argv[1:] or [path for path in (small, smollm2) if path.exists()]:
-        rows += read_rows(path)
-    rows = [r for r in rows if r.get("val_loss") is not None]      # else bytes and speed alone
-    bases = {r["params"] for r in rows if "arms" in r}
-    table = summarize([r for r in rows if r["params"] not in bases])
+def runs_of_pv(rows):
+    """{PVArm: {seed: what a row says of it}}, of the settings that most seeds tried."""
+    runs = collections.defaultdict(dict)
+    for row in rows:
+        for arm, found in row["arms"].items():
+            key = PVArm(arm, row["lr"], row["code_lr"], row["rank"])
+            if arm in ("dense", "RTN", "as fitted"):
+                key = PVArm(arm)
+            elif arm == "P only":
+                key = PVArm(arm, row["lr"])
+            runs[key][row["seed"]] = found
+
+    most = max(len(seeds) for key, seeds in runs.items() if key.lr)
+    return {key: seeds for key, seeds in runs.items() if not key.lr or len(seeds) == most}
+
+# ---- All of it ----------------------------------------------------------------------------------
+
+def read_scored(path):
+    """The rows of a file that have a loss; others hold bytes and speed alone."""
+    return [row for row in read_rows(path) if row.get("val_loss") is not None]
+
+def print_tables(rows):
+    """Print the table of runs from scratch, and two tables of methods for each base -> (that table,
+    {a base's parameters: its methods})."""
+    bases = {row["params"] for row in rows if "arms" in row}
+    table = summarize([row for row in rows if row["params"] not in bases])
     if table:
         print_table(table)
+
+    found = {}
     for params in sorted(bases):
-        found = methods([r for r in rows if r["params"] == params])
-        print_methods(found)
-        print_short(found)
+        found[params] = methods([row for row in rows if row["params"] == params])
+        print_methods(found[params])
+        print_short(found[params])
+    return table, found
+
+def main():
+    # The rows of the user's own runs, all together.
     if sys.argv[1:]:
+        rows = []
+        for path in sys.argv[1:]:
+            rows += read_scored(path)
+        print_tables(rows)
         return
-    law, kernels, pv, lr = (read_rows(HERE / f"{name}.jsonl")
-                            for name in ("law", "kernels", "pvtune", "lrqat"))
-    print_law(law)
+
+    # The committed rows. Each file's have a text of their own.
+    rows = read_scored(HERE / "results.jsonl")
+    table, found = print_tables(rows)
+    (big, on_30m), = found.items()
+    _, on_smollm2 = print_tables(read_scored(HERE / "smollm2.jsonl"))
+    (_, on_smollm2), = on_smollm2.items()
+
+    lrqat = read_rows(HERE / "lrqat.jsonl")
+    kernels = read_rows(HERE / "kernels.jsonl")
+    print_law(read_rows(HERE / "law.jsonl"))
     print_tweaks(read_rows(HERE / "normtweak.jsonl"))
-    print_lrqat(lr)
-    print_memory(lr)
-    print_pv(pv)
+    print_lrqat(lrqat)
+    print_memory(lrqat)
+    print_pv(read_rows(HERE / "pvtune.jsonl"))
     print_speedups(kernels, WEIGHTS)
     print_speedups(kernels, OTHERS)
     print_asked(kernels)
-    big = [r for r in read_rows(small) if r["params"] in bases]
+
     try:
-        figures.draw_methods(methods(big), HERE / "methods.png", "30M parameters, one text")
-        if smollm2.exists():
-            found = methods(read_rows(smollm2))
-            figures.draw_methods(found, HERE / "smollm2.png", "SmolLM2-135M", "kl")
-        figures.draw_curves([r for r in big if "arms" not in r], HERE / "curves.png")
+        figures.draw_methods(on_30m, HERE / "methods.png", "30M parameters, one text")
+        figures.draw_methods(on_smollm2, HERE / "smollm2.png", "SmolLM2-135M", "kl")
+        scratch = [row for row in rows if row["params"] == big and "arms" not in row]
+        figures.draw_curves(scratch, HERE / "curves.png")
         figures.draw_quest(table, HERE / "quest.png")
-        plot(kernels, HERE / "kernels.png")
-        figures.draw_memory(lr, HERE / "memory.png")
+        figures.draw_kernels(kernels, HERE / "kernels.png")
+        figures.draw_memory(lrqat, HERE / "memory.png")
     except ModuleNotFoundError as e:
-        print(f"{e.name} is not installed (pip install -e '.[plot]'): not all figures drawn")
+        print(f"{e.name} is not installed (pip install -e '.[plot]'): no figures drawn")
 
 if __name__ == "__main__":
     run(main)

@@ -1,4 +1,4 @@
-"""What the rows of time_kernels.py say: the tables of docs/kernels.md, what was asked, the figure.
+"""What the rows of time_kernels.py say: the tables of docs/kernels.md, and what was asked.
 
     python tests/kernel_rows.py                        # of assets/kernels.jsonl
     python tests/kernel_rows.py rows.jsonl             # of a run of your own
@@ -118,65 +118,6 @@ def print_asked(rows):
     print(f"\nquest_linear W4A4, 4096 × 4096, speed-up over cuBLAS; asked: at least {QUEST}")
     print_head(*(f"{M} tokens" for M in speeds))
     print_line(*(f"{speed:.2f}" for speed in speeds.values()))
-
-# ---- The figure ---------------------------------------------------------------------------------
-
-LINES = {          # of the figure: (kernel, bits) -> label and colour; peers are grey
-    ("lowbit_matmul", 2): ("ours, 2 bits", "#1f77b4"),
-    ("lowbit_matmul", 4): ("ours, 4 bits", "#17becf"),
-    ("quest_linear", 4): ("ours, QuEST W4A4", "#d62728"),
-    ("humming", 2): ("humming, 2 bits", "#555555"),
-    ("humming", 4): ("humming, 4 bits", "#888888"),
-    ("tinygemm", 4): ("tinygemm, 4 bits", "#aaaaaa"),
-    ("gemlite", 4): ("gemlite, 4 bits", "#bbbbbb"),
-}
-
-def plot(rows, path):
-    """Draw the speed-up over cuBLAS against the number of tokens, for ours and the peers.
-
-    rows: what `measure` returns, or those of a file that --out wrote; of their first shape.
-    """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    shape = rows[0]["shape"]
-    figure, ax = plt.subplots(figsize=(8.3, 4.4))
-    ends = []
-    for (kernel, bits), (label, color) in LINES.items():
-        line = sorted((r["batch"], r["cublas"]) for r in rows
-                      if (r["shape"], r["kernel"], r["bits"]) == (shape, kernel, bits))
-        if not line:
-            continue
-        tokens, speed = zip(*line)
-        ours = kernel in ("lowbit_matmul", "quest_linear")
-        ax.plot(tokens, speed, "o-", color=color, markersize=3.5, linewidth=2 if ours else 1.2)
-        ends.append((speed[0], label, color))
-
-    # Labels at the lines' first points, each at least 0.17 above the one below.
-    height = -1
-    for speed, label, color in sorted(ends):
-        height = max(speed, height + 0.17)
-        ax.annotate(label, (1, height), xytext=(-8, 0), textcoords="offset points", ha="right",
-                    va="center", color=color, fontsize=9)
-
-    ax.axhline(1, color="#777777", linewidth=1)
-    ax.annotate("cuBLAS bfloat16", (4096, 1), xytext=(0, 4), textcoords="offset points",
-                ha="right", color="#777777", fontsize=9)
-    ax.set_xscale("log", base=2)
-    tokens = [n for n in SHOWN if n <= max(r["batch"] for r in rows)]
-    ax.set_xticks(tokens, [str(n) for n in tokens])
-    ax.minorticks_off()
-    ax.set_xlim(0.9, 4600)
-    ax.set_ylim(0, None)
-    ax.set_yticks(range(6), [f"{n}x" for n in range(6)])
-    ax.yaxis.tick_right()
-    ax.set_xlabel("tokens at once")
-    O, C = shape.split("x")
-    ax.set_title(f"Speed-up over cuBLAS, {O} outputs x {C} inputs, one H100", fontsize=11)
-    ax.spines[["top", "left"]].set_visible(False)
-    ax.grid(axis="y", alpha=0.25)
-    figure.subplots_adjust(left=0.22, right=0.95, top=0.92, bottom=0.11)
-    figure.savefig(path, dpi=160, facecolor="white")
 
 def main():
     rows = read_rows(sys.argv[1] if sys.argv[1:] else ROOT / "assets" / "kernels.jsonl")

@@ -43,7 +43,7 @@ import triton
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import kernels
-from kernel_rows import plot, print_asked
+from kernel_rows import print_asked
 from kernels import (LowBit, QuestTile, Tile, hadamard_quantize, lowbit_matmul, plain_matmul,
                      quest_linear, quest_matmul, quest_operand, vq_matmul)
 from model import UsageError
@@ -288,7 +288,6 @@ def parse_args(argv=None):
     add("--only", nargs="+", choices=[c.name for c in CANDIDATES],
         help="these candidates (default: every one installed)")
     add("--out", help="append the rows to this file, one JSON object each")
-    add("--plot", help="draw speed-ups over cuBLAS at the first shape into this file")
     add("--sweep", action="store_true", help="time other tiles of lowbit_matmul and quest_matmul")
     add("--minutes", type=number(float, 0), default=7, help="the most of a sweep (default: 7)")
     args = p.parse_args(argv)
@@ -613,8 +612,6 @@ def main():
     if not args.only:
         measure_rotation(copy)
     print_asked(rows)
-    if args.plot:
-        plot(rows, args.plot)
 
 if __name__ == "__main__":
     run(main)
