@@ -37,12 +37,14 @@ def test_seeds_become_mean_deviation_and_paired_difference():
     dense, quest = [3.0, 3.1, 3.3], [3.2, 3.25, 3.6]
     rows = [row("dense", s, x, w_bits=16, a_bits=16) for s, x in enumerate(dense)]
     rows += [row("quest", s, x) for s, x in enumerate(quest)] + [row("quest", 0, 3.2)]  # again
-    (_, _, loss, _), (_, runs, quest_loss, gap) = report.summarize(rows)
-    assert loss == pytest.approx((np.mean(dense), np.std(dense, ddof=1)))
-    assert len(runs) == 3
-    assert quest_loss == pytest.approx((np.mean(quest), np.std(quest, ddof=1)))
+    of_dense, of_quest = report.summarize(rows)
+    assert of_dense.losses == dense and of_dense.gaps == [0, 0, 0]
+    assert len(of_quest.runs) == 3 and of_quest.losses == quest
     paired = np.subtract(quest, dense)
-    assert gap == pytest.approx((paired.mean(), paired.std(ddof=1)))
+    assert of_quest.gaps == pytest.approx(paired)
+    assert report.mean_std(quest) == pytest.approx((np.mean(quest), np.std(quest, ddof=1)))
+    cell = f"{paired.mean():+.3f} ± {paired.std(ddof=1):.3f}"
+    assert report.with_std(of_quest.gaps, "+", digits=3) == cell
 
 def test_arms_of_a_run_become_lines_beside_runs_from_scratch(capsys):
     arm = lambda loss, bpw: {"val_loss": loss, "bits_per_byte": loss / 2, "bpw": bpw,
@@ -55,10 +57,11 @@ def test_arms_of_a_run_become_lines_beside_runs_from_scratch(capsys):
         "as fitted": arm(9.0, 2.1), "PV": arm(3.2, 2.3)}))
     rows.append(row("quest", 0, 3.4, base_val_loss=3.3))
     found = report.methods(rows)
-    assert set(found) == {(16, "dense"), (16, "dense, longer"), (2, "LR-QAT"),
+    names = {(method.bits, method.name): runs for method, runs in found.items()}
+    assert set(names) == {(16, "dense"), (16, "dense, longer"), (2, "LR-QAT"),
                           (2, "PV, affine grid"), (2, "QuEST W2A2, from scratch"),
                           (2, "QuEST W2A2, from the dense model")}
-    (taught,) = found[2, "QuEST W2A2, from the dense model"]
+    (taught,) = names[2, "QuEST W2A2, from the dense model"]
     assert taught["gap"] == pytest.approx(0.1)
     report.print_methods(found)
     lines = capsys.readouterr().out.strip().splitlines()
@@ -67,15 +70,34 @@ def test_arms_of_a_run_become_lines_beside_runs_from_scratch(capsys):
                         "| 1 | 2.0 |")
     assert "| 2 | QuEST W2A2, from scratch | 2.10 | 1 | 3.5000 | +0.5000 | 1.7500 |" in lines[-1]
 
+def test_runs_with_other_settings_are_other_lines_and_not_other_seeds(capsys):
+    """Groups of 64 after rows without groups, at the same bits, with the same seed and with another;
+    the short table shows what was run last."""
+    rows = []
+    for seed, group_size, loss in ((0, -1, 3.4), (1, -1, 3.6), (0, 64, 3.2)):
+        arm = {"val_loss": loss, "bits_per_byte": 1.0, "bpw": 2.1 if group_size < 0 else 2.5,
+               "seconds": 1.0, "peak_bytes": 0}
+        rows.append(row("normtweak", seed, loss, base_val_loss=3.0, group_size=group_size,
+                        arms={"gptq": arm}))
+    found = report.methods(rows)
+    report.print_methods(found)
+    lines = capsys.readouterr().out.strip().splitlines()[2:]
+    assert [line.split(" | ")[:5] for line in lines] == [
+        ["| 2", "GPTQ", "2.50", "1", "3.2000"], ["| 2", "GPTQ", "2.10", "2", "3.5000 ± 0.1414"]]
+    report.print_short(found)
+    assert "| GPTQ | nothing | 0.200 |" in capsys.readouterr().out
+
 def test_the_short_table_has_bits_as_columns_and_kl_in_brackets(capsys):
-    found = {(16, "dense"): [{"gap": None}], (4, "GPTQ"): [{"gap": 0.0}, {"gap": -0.0006}],
-             (2, "GPTQ"): [{"gap": 0.25}], (2, "QuEST W2A2, from the dense model"): [{"gap": 1.0}]}
+    M = report.Method
+    found = {M(16, "dense"): [{"gap": None}], M(4, "GPTQ"): [{"gap": 0.0}, {"gap": -0.0006}],
+             M(2, "GPTQ"): [{"gap": 0.25}],
+             M(2, "QuEST W2A2, from the dense model"): [{"gap": 1.0}]}
     report.print_short(found)
     assert capsys.readouterr().out.strip().splitlines() == [
         "| method | what trains | 4 bits | 2 bits |", "|---|---|---|---|",
         "| GPTQ | nothing | 0.000 | 0.250 |",
         "| QuEST: activations too | everything | – | 1.000 |"]
-    report.print_short({(1, "RTN"): [{"gap": 0.1, "kl": 0.2}, {"gap": 0.2, "kl": 0.4}]})
+    report.print_short({M(1, "RTN"): [{"gap": 0.1, "kl": 0.2}, {"gap": 0.2, "kl": 0.4}]})
     assert capsys.readouterr().out.strip().splitlines()[0::2] == [
         "| method | what trains | 1 bit (KL) |",
         "| round to nearest (RTN) | nothing | 0.150 (0.300) |"]
@@ -86,8 +108,8 @@ def test_a_file_of_the_users_own_runs_is_enough(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
     report.main()
     out = capsys.readouterr().out
-    assert "| quest | uniform | 2 | 2 | 2.10 | 0.00M | 1 | 3.500 ± 0.000 |" in out
-    assert out.count("\n|") == 3
+    assert "| quest | uniform | 2 | 2 | 2.10 | 0.00M | 1 | 3.500 |" in out
+    assert out.count("\n|") == 4
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "none.jsonl")])
     with pytest.raises(SystemExit) as stopped:
         nanobit.cli.run(report.main)
@@ -104,12 +126,12 @@ def test_torn_rows_and_rows_without_a_loss_are_left_out(tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
     nanobit.cli.run(report.main)
     out, err = capsys.readouterr()
-    assert out.count("\n|") == 3 and "| quest |" in out and "| ste |" in out
+    assert out.count("\n|") == 4 and "| quest |" in out and "| ste |" in out
     assert err.count("\n") == 1 and "line 2, 3, 4, 5," in err
 
 def test_a_narrow_terminal_shows_the_table(tmp_path, monkeypatch):
     path, raw = tmp_path / "results.jsonl", io.BytesIO()
-    path.write_text(json.dumps(row("quest", 0, 3.5)))
+    path.write_text("".join(json.dumps(row("quest", seed, 3.5)) + "\n" for seed in (0, 1)))
     monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", errors="strict"))
     nanobit.cli.run(report.main)
