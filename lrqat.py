@@ -68,8 +68,8 @@ from nanobit.data import batch
 from nanobit.defaults import UNSET, suit, weight_share
 from nanobit.distill import WithTeacher, add_teacher, open_teacher
 from nanobit.ranks import say
-from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header,
-                          keep_model, load_base, score, show, show_distance, through_the_file)
+from nanobit.runs import (arm_row, definite_hessian, finish, header, keep_model, load_base, score,
+                          show, show_distance, suit_groups, through_the_file)
 from nanobit.train import train_arm
 from quantizers import (EPS, QuantLinear, bits_per_weight, block_hessians, dequantize, gptq,
                         half_if_held, rtn)
@@ -749,8 +749,8 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--bits", type=number(int, 2, 8), default=2,
         help="of weights; 2: asymmetric (default: 2)")
-    add("--group-size", type=number(int, -1), default=-1,
-        help="inputs a scale; -1: all (default)")
+    add("--group-size", type=number(int, -1), help="inputs that share a scale; -1: all of a row "
+        "(default: -1; for a model of 10M weights and more 128, or what divides its inputs)")
     add("--arm", choices=ALONE,
         help="train this arm only, and pack it (default: train all, pack lr-qat)")
     add("--phi", choices=tuple(PHI), default="fixed",
@@ -786,7 +786,7 @@ def check_phi(args):
 
 def check_shapes(model, args):
     """Raise UsageError for a rank, group or phi that some linear of the model cannot have."""
-    check_groups(model, args.group_size)
+    suit_groups(args, model)
     for name, linear in model.linears():
         O, C = linear.weight.shape
         if args.rank > min(O, C):

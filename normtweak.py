@@ -65,8 +65,8 @@ from nanobit.data import batch
 from nanobit.defaults import host_of
 from nanobit.distill import divergence_of_heads
 from nanobit.ranks import progress, say
-from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
-                          load_base, score, through_the_file)
+from nanobit.runs import (arm_row, definite_hessian, finish, header, keep_model, load_base, score,
+                          suit_groups, through_the_file)
 from nanobit.selftext import own_text
 from nanobit.train import kl_loss
 from quantizers import (QuantLinear, bits_per_weight, collect_hessians, dequantize,
@@ -640,7 +640,7 @@ def load_models(args):
                              f"{teacher.config} there, {student.config} here")
         check_same_tokens(student, tokenizer, f"--model {args.model}", teacher, data.spec,
                           f"--teacher {args.teacher}", "give the dense model that it was made from")
-    check_groups(teacher, args.group_size)
+    suit_groups(args, teacher)
     return student, teacher, data
 
 def load_packed(args):
@@ -717,8 +717,8 @@ def parse_args(argv=None):
     p = Parser(prog="normtweak.py", description="Quantize, then tweak the norms (Norm Tweaking).")
     add = p.add_argument
     add("--bits", type=number(int, 1, 8), default=2, help="of the weights, 1 to 8 (default: 2)")
-    add("--group-size", type=number(int, -1), default=-1,
-        help="input channels that share one scale; -1: one scale a row (default: -1)")
+    add("--group-size", type=number(int, -1), help="inputs that share a scale; -1: all of a row "
+        "(default: -1; for a model of 10M weights and more 128, or what divides its inputs)")
     add("--symmetric", action="store_true", help="grids without zero points")
     add("--act-order", action="store_true", help="GPTQ rounds the columns of the largest inputs "
         "first, as in the paper's runs (default: from left to right, as everywhere here)")

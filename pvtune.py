@@ -73,8 +73,8 @@ from nanobit.data import batch
 from nanobit.defaults import UNSET, suit
 from nanobit.distill import WithTeacher
 from nanobit.ranks import from_rank_0, Progress, say, world_size
-from nanobit.runs import (arm_row, check_groups, definite_hessian, finish, header, keep_model,
-                          load_base, score, show, show_distance, through_the_file)
+from nanobit.runs import (arm_row, definite_hessian, finish, header, keep_model, load_base, score,
+                          show, show_distance, suit_groups, through_the_file)
 from nanobit.train import train_arm
 from quantizers import (EPS, QuantLinear, affine_codes, bits_per_weight, block_hessians, dequantize,
                         full_float32, gptq, output_error, rtn, unpack, vq_dequantize, vq_fit,
@@ -1113,7 +1113,8 @@ def parse_args(argv=None):
     p.add_argument("--scheme", help="MxBgG: M codebooks of 2^B vectors of G weights; or affine, a "
                    "grid of --bits (default: BITSx4g4)")
     p.add_argument("--group-size", type=number(int, -1),
-                   help="affine: inputs a scale; -1: all (default: -1)")
+                   help="affine: inputs that share a scale; -1: all of a row (default: -1; for a "
+                   "model of 10M weights and more 128, or what divides its inputs)")
     p.add_argument("--variant", choices=tuple(VARIANTS),
                    help="only this arm (default: p, ste and pv)")
     p.add_argument("--rank", choices=("residual", "improvement"), default="residual",
@@ -1138,8 +1139,6 @@ def parse_args(argv=None):
     check_args(args)
     if args.scheme != "affine":
         args.group_size = parse_scheme(args.scheme).group_size
-    elif args.group_size is None:
-        args.group_size = -1
     if args.smoke and not args.steps:
         args.steps = 6
     return resolve(args)
@@ -1157,7 +1156,7 @@ def check_args(args):
 def check_shapes(model, args):
     """Raise UsageError for a group or a codebook that some linear of the model cannot have."""
     if args.scheme == "affine":
-        check_groups(model, args.group_size)
+        suit_groups(args, model)
         return
     _, B, g = parse_scheme(args.scheme)
     K = 2**B

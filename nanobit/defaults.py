@@ -2,7 +2,7 @@
 
   1. `window` gives --seq-len: the model's own window, but at most 512 tokens. nanobit/runs.py
      asks for it when it opens the model.
-  2. `host_of` gives normtweak.py's --host.
+  2. `host_of` gives normtweak.py's --host, `group_of` the --group-size of all.
   3. `suit` sets --steps, --batch-size and --lr by RULES, for the scripts that start from a dense
      model. What starts from random weights has its settings in model.py's PRESETS.
 
@@ -32,9 +32,19 @@ def is_large(model):
 
 def host_of(model, device):
     """normtweak.py's --host. Both hosts, where that is quick: on two CPU cores SmolLM2-135M takes
-    MINUTES_GPTQ minutes with GPTQ alone, of which half are scores, and MINUTES_BOTH with both."""
+    some 19 minutes with GPTQ alone, a third of them for scores."""
     slow = torch.device(device).type == "cpu" and is_large(model)
     return "gptq" if slow else "both"
+
+GROUP = 128                      # inputs that share a scale: the usual size
+
+def group_of(model):
+    """--group-size. Small models get a scale a row. Large ones get groups, of GROUP inputs or of as
+    many below it as divide the inputs of every linear: 64 for SmolLM2-135M."""
+    if not is_large(model):
+        return -1
+    g = math.gcd(GROUP, *[linear.in_features for _, linear in model.linears()])
+    return g if g >= 32 else -1                        # below 32 scales take half a bit a weight
 
 class Rule(NamedTuple):
     """How long to train, and at which peak rate."""

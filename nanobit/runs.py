@@ -2,7 +2,7 @@
 
 In the order in which a script calls them:
   1. `load_base` or `new_model` give it a model, and its text.
-  2. `check_groups` and `keep_model` refuse flags that would not work, before anything is computed.
+  2. `suit_groups` and `keep_model` refuse flags that would not work, before anything is computed.
   3. `header` says what runs, and locks the folder --out.
   4. `through_the_file` saves a packed model and scores what the file holds; `score` another one.
   5. `finish` adds the row of results to OUT/results.jsonl, then prints it.
@@ -29,7 +29,7 @@ from nanobit.checkpoint import (float_embedding, load_checkpoint, pack_embedding
                                 packed_embedding_weights, save_checkpoint, tensor_bytes)
 from nanobit.compare import compare
 from nanobit.data import load_data
-from nanobit.defaults import window
+from nanobit.defaults import group_of, window
 from nanobit.hf import read_hf_config
 from nanobit.hf_tokenizer import read_hf_tokenizer
 from nanobit.ranks import first_rank_first, put, rank, say, world_size
@@ -141,13 +141,17 @@ def keep_model(args, *paths):
             raise UsageError(f"--model {args.model} is the file that this run writes; give another "
                              "--out")
 
-def check_groups(model, group_size):
-    """Raise UsageError for a --group-size that does not divide a linear's inputs; -1: a row."""
+def suit_groups(args, model):
+    """Set --group-size where it is None, that is, not given. Raise UsageError for one that does not
+    divide a linear's inputs; -1: a row."""
+    if args.group_size is None:
+        args.group_size = group_of(model)
     for name, linear in model.linears():
         C = linear.in_features
-        if group_width(C, group_size) is None:
-            raise UsageError(f"--group-size {group_size} does not divide the {C} input channels of "
-                             f"{name}; try {math.gcd(C, 128)}, or -1 (one scale per row)")
+        if group_width(C, args.group_size) is None:
+            raise UsageError(f"--group-size {args.group_size} does not divide the {C} input "
+                             f"channels of {name}; try {math.gcd(C, 128)}, or -1 (one scale per "
+                             "row)")
 
 @contextlib.contextmanager
 def definite_hessian(name, tokens, fix):

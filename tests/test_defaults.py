@@ -8,7 +8,7 @@ import lrqat
 import pvtune
 import quest
 from model import LLaMA, LlamaConfig
-from nanobit.defaults import LARGE, UNSET, host_of, suit, window
+from nanobit.defaults import LARGE, UNSET, group_of, host_of, suit, window
 
 def model(n_embd, n_layer=1):
     """Only the sizes of its weights are looked at."""
@@ -54,6 +54,13 @@ def test_both_hosts_where_that_is_quick():
     small, large = model(64), model(1024)
     assert [host_of(m, device) for m in (small, large) for device in ("cpu", "cuda:0")] == [
         "both", "both", "gptq", "both"]
+
+def test_groups_of_a_large_model_divide_the_inputs_of_all_linears():
+    def wide(n_embd):
+        with torch.device("meta"):
+            return LLaMA(LlamaConfig(300, 1, n_embd, 4, 4, 4096, 128))
+    found = [group_of(m) for m in (model(64), wide(1024), wide(1024 + 64), wide(1024 + 16))]
+    assert found == [-1, 128, 64, -1]
 
 def test_windows_are_the_models_own_where_these_are_short():
     assert [window(n) for n in (64, 512, 8192)] == [64, 512, 512]

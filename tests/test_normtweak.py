@@ -50,7 +50,8 @@ def data(tmp_path_factory):
 @pytest.fixture
 def options(tmp_path):
     """Flags of a run by the paper's rule, which keeps every tweak."""
-    common = ["--out", str(tmp_path), "--steps", "8", "--seq-len", "24", "--keep-all"]
+    common = ["--out", str(tmp_path), "--steps", "8", "--seq-len", "24", "--keep-all",
+              "--group-size", "-1"]
     return lambda *argv: nt.parse_args([*common, *argv])
 
 @pytest.fixture(scope="module")

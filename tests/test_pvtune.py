@@ -1313,4 +1313,4 @@ def test_schemes_follow_from_the_bits():
     for bits in (1, 2, 3):
         args = pvtune.parse_args(["--bits", str(bits), "--device", "cpu"])
         assert args.scheme == f"{bits}x4g4" and args.group_size == 4
-    assert pvtune.parse_args(["--scheme", "affine", "--device", "cpu"]).group_size == -1
+    assert pvtune.parse_args(["--scheme", "affine", "--device", "cpu"]).group_size is None
