@@ -24,17 +24,20 @@ What limits y = x w_hat^T, for M tokens and a weight of O outputs and C inputs?
 How the file goes:
 
   the plain kernel      reads a checkpoint's own bytes; any group, 1 to 8 bits. The product on GPUs
-                        other than Hopper, and what the tests hold the tuned kernels to
+                        other than Hopper up to 1024 tokens, and what the tests hold the tuned
+                        kernels to. Then, in a list, why it is slow
   the packed order      how the tuned kernels want the bits to lie, and why
   the fields of a word  `_numbers`: from words to the floats that the tensor cores take
   up to 16 tokens       `_decode`: weights go from memory straight into tensor cores' registers
-  up to 1024 tokens     `_tile`: the same for tiles of tokens, with x in shared memory
+  up to 1024 tokens     `_tile`: tiles of tokens; words and x come by way of shared memory, the
+                        unpacked weights stay in registers
   more                  `_dequantize`: parts of the weight in 16 bits, and cuBLAS
+  which of the three    and in which tiles: plain Python
   QuEST                 `hadamard_quantize` (rotation, scale, codes and trust mask in one pass),
                         `rotate_trusted` (the backward pass), `quest_matmul` (integers)
   additive codebooks    `vq_matmul`: products by look-ups
   GPTQ's columns        `gptq_columns`: the column loop of quantizers.gptq
-  what a layer calls    `linear(layer, x)`
+  what a layer calls    `linear(layer, x)`; last, the minute that `python kernels.py` takes
 
 Shapes: M tokens, O output and C input channels, g = group_size, G = C / g groups. Tile sizes and
 splits of k are chosen by functions of plain Python, from small tables measured on an H100.
@@ -128,8 +131,9 @@ def plain_matmul(x, packed, scale, zero_point, bits, group_size=-1):
 #    float, a multiplication, a rounding. Memory at its full pace leaves time for 1.2 a bit.
 # 3. A warp's 32 lanes walk along the outputs, whose rows lie far apart in memory: each load touches
 #    many cache lines for a few bytes of each.
-# 4. The weight is the dot's right operand. Hopper's tensor cores read that from shared memory, so
-#    each tile is written there, and the warps wait for each other, at every step of k.
+# 4. The weight is the dot's right operand. With 64 tokens and more Hopper's tensor cores read that
+#    from shared memory, so each tile is written there, and the warps wait for each other, at every
+#    step of k.
 # 5. A tile of outputs is one program, whatever C: 4096 outputs are 64 programs for 132 processors.
 # 6. Above 64 tokens a weight is unpacked once for every tile of tokens.
 # The tuned kernels have an answer to each: whole words of codes in the order of the tensor cores'
@@ -177,7 +181,9 @@ def launch(early):
 #     half h              1                |           0
 #     plane j   3      2      1      0     | 3      2      1      0
 #
-# Two neighbouring k's are thus one field of either half, and one instruction serves both.
+# Two neighbouring k's are thus one field of either half, and one instruction serves both. One case
+# worked out, at 4 bits: thread 5 is r8 = 1, i = 1. Its word 3 is r16 = 1, p = 1: output 8 + 1 = 9.
+# There bits 7-4 are half 0 and plane j = 1, so stripe 0 and plane 1: k = 8 + 4 + 2 + 0 = 14.
 # 3 bits are words of the low two bits, blocks of 128 k's, beside words of the third, 256 k's.
 
 class LowBit(NamedTuple):
@@ -303,7 +309,14 @@ def _numbers(w, high, zero, MASK, FIRST: tl.constexpr, STRIPES: tl.constexpr, A:
         * 2^-f + c      q - zero_point              c = -(2^(P-f) + zero_point)
 
     Shifting by nibbles and not by fields saves shifts: planes of one nibble (four at 1 bit, two at
-    2 bits) share the shifted word. And all of this is done to both halves of a word at once.
+    2 bits) share the shifted word. Then f is not 0. The same with 2 bits, for plane j = 1, f = 2:
+
+        half a word     hhgg ffee ddcc bbaa         the field is b
+        & mask << f     0000 0000 0000 bb00         no shift: it is in the lowest nibble
+        | 2^P           0100 0011 0000 bb00         bfloat16: 128 + 4 q
+        * 1/4 + c       q - zero_point              c = -(32 + zero_point)
+
+    And all of this is done to both halves of a word at once.
     """
     # j runs within a thread: all that depends on it alone is a constant to the compiler.
     LOW: tl.constexpr = 2 if BITS == 3 else BITS       # bits of a field of w
@@ -347,7 +360,8 @@ def _with_third_bit(t, high, mask, j, FIRST: tl.constexpr, STRIPES: tl.constexpr
     """3 bits: the words t inside their mask of two bits a half, the third bit above them."""
     h = tl.reshape(high, (A, B, 8, 4, 2, 2, 1)).to(tl.uint32, bitcast=True)
     place = j // 4 * 4 + j // 2 % 2                    # of the stripe's first, see `_places`
-    # Shifted by place - 2, which may be negative for the first stripes, but not from the fifth on
+    # Shifted by place - 2. Of the stripes 0 to 3 that may be negative, and << 2 loses no bit that
+    # is used; of the stripes 4 to 7 it is not, and << 2 would lose some. No call has both kinds.
     h = h << 2 >> place if FIRST + STRIPES <= 4 else h >> place - 2        # 2 bits above it
     return h ^ (h ^ t) & mask                          # t where the mask is set, else h
 
@@ -442,8 +456,9 @@ def _decode(x, words, high, grid, y, M, O, N, MASK, C: tl.constexpr, GROUP: tl.c
         part += a b                 one tensor-core instruction a plane and 8 tokens
 
     Both have the k's in the order (plane, i, p, h), so that the four that thread i holds of a plane
-    are neighbours: what Triton calls kWidth = 4. After a group's k's, or the span's, SUB in number,
-    the part times the group's scale is added to the sum: a multiplication an output, not a weight.
+    are neighbours: what Triton calls kWidth = 4. After SUB k's (gcd of span and group: they lie
+    under one grid) the part times their scale is added to the sum: a multiplication an output, not
+    a weight.
     """
     dt: tl.constexpr = x.dtype.element_ty
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
@@ -539,15 +554,17 @@ def _registers(n):
 
 @triton.jit
 def _scaled(a, g, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr):
-    """`_numbers` a times the scales in words g of the grid, as an operand (BLOCK_N, BLOCK_K).
+    """`_numbers` a times the scales in words g of the grid, as an operand (BLOCK_N, BLOCK_K). The
+    scale and the product are rounded to 16 bits here, as in a dense 16-bit weight; `_decode` has
+    both in float32.
 
     The k's come in the order (plane, p, i, h), that of wgmma's left operand: thread i of a row
     holds pairs h of 2 i and of 8 + 2 i.
 
     Triton 3.6 unpacks the next step's numbers while wgmma multiplies, but may put them into the
     very registers that wgmma still reads: wrong sums. So these products, PAIRS of them a piece of
-    assembly, wait for it: what comes before, `_numbers`, overlaps. PAIRS = 0: no wgmma here,
-    nothing to wait for.
+    assembly, wait for it: what comes before, `_numbers`, overlaps. (False below, is_pure, keeps
+    them where they are.) PAIRS = 0: no wgmma here, nothing to wait for.
     """
     scale = tl.reshape(_scale_of(g), (BLOCK_N // 16, 1, 2, 8))
     scale = tl.reshape(tl.trans(scale, (0, 1, 3, 2)), (BLOCK_N // 16, 1, 8, 1, 2, 1, 1, 1))
@@ -741,8 +758,8 @@ PIECE = 2 * 132 * 256 * 128    # outputs x tokens of a written part: two tiles o
 class Span(NamedTuple):
     """What a warp of `_decode` does in a step."""
     tiles: int                 # of 16 outputs; T of the kernel
-    inputs: int                # k's; SPAN of the kernel
-    wait: bool                 # for all loads, before the first product
+    inputs: int                # k's; SPAN of the kernel: whole blocks of words, at 3 bits 256
+    wait: bool                 # a barrier between the loads and the first product
 
 # (bits, tokens up to), measured on an H100. One tile: more programs in flight hide the memory's
 # latency. From 9 tokens on reading x costs more than that, and two tiles share it. 256 k's: 512
@@ -783,9 +800,9 @@ class Tile(NamedTuple):
 
 # 4 warps: two programs an SM, so that one unpacks while the other multiplies. From 160 tokens on
 # BLOCK_K is 64: the weights of a step stand in registers twice, unpacked and in use, beside the
-# sums. At 256 tokens these fill the registers of 8 warps. Of two tiles that are predicted to take
-# as long the first is taken: at 320 tokens that of 128 outputs, which reads x half as often (4 bits
-# and 14336 x 4096, 300 tokens 68 us in place of 72, 640 tokens 136 in place of 147).
+# sums. At 256 tokens these fill the registers of 8 warps. Of the two tiles of 320 tokens that of
+# 128 outputs reads x half as often (4 bits and 14336 x 4096, 300 tokens 68 us in place of 72, 640
+# tokens 136 in place of 147); `choose_tile` takes the first of two that are level.
 TILES = (
     Tile(32, 0, 64, 128, warps=4, stages=4),
     Tile(64, 0, 64, 128, warps=4, stages=4),
@@ -833,7 +850,13 @@ def count_tiles(M, O, tile):
     return triton.cdiv(O, tile.BLOCK_N) * triton.cdiv(M, tile.tokens)
 
 def choose_tile(M, w):
-    """The Tile for FEW < M <= FUSED tokens, with the parts of k that make it fastest."""
+    """The Tile for FEW < M <= FUSED tokens, with the parts of k that make it fastest:
+
+    1. Every tile of TILES is tried, of more than 640 tokens those with the most outputs alone.
+    2. Its k is split into 8, 4, 2 parts and not, as far as that keeps processors busy.
+    3. `predicted_time` is least; then see `rank`.
+    4. x is loaded by TMA where that pays.
+    """
     found = []
     for tile in TILES:
         # Many tokens: tiles of the most outputs, which read x the least often. That of 320 tokens
@@ -848,7 +871,7 @@ def choose_tile(M, w):
                 found.append(tile._replace(split=split))
 
     # Of equal ones: at 8 bits the tile of more outputs, which reads x less often (at 96 tokens and
-    # 14336 x 4096 38 us in place of 45); with fewer bits the first in TILES.
+    # 14336 x 4096 38 us in place of 45); then the one in more parts; then the first in TILES.
     def rank(tile):
         outputs = -tile.BLOCK_N if w.bits == 8 else 0
         return predicted_time(M, w, tile), outputs, -tile.split
@@ -860,7 +883,8 @@ def choose_tile(M, w):
     return tile._replace(tma=tma)
 
 def predicted_time(M, w, tile):
-    """What the busiest SM has to do, in the time of one multiplication a token and output.
+    """What the busiest SM has to do. The unit is the time of one multiply-add. Bits do not count:
+    unpacking costs about the same at all of them.
 
     Unpacking and scaling a weight costs as much as multiplying it with 80 tokens. A program of 4
     warps without a second one beside it, which works while it waits, takes a tenth longer. Where k
@@ -1370,6 +1394,14 @@ def use_tma(M, N, b, dtype):
         return False
     enough = count_quest_tiles(M, N, QUEST_TMA) >= SMS
     return b == 8 and enough and N % 8 == 0 and dtype.itemsize == 2
+
+def quest_planes(bits, K):
+    """How many codes a byte holds in the weight that `quest_operand` gives."""
+    if bits == 1 and K % 256 == 0:
+        return 8
+    if bits == 2:
+        return 4
+    return 2 if bits <= 4 else 1
 
 def quest_operand(packed, scale, bits, K):
     """A checkpoint's packed weight and scale -> w of quest_matmul. 1, 2, 4 and 8 bits stay as they

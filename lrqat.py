@@ -25,7 +25,8 @@ The symbols:
   s0, z    scale and zero point (O, G) of the grid that rounds W0 best, frozen; only the
            2-bit grid has a zero point
   phi      the format in which W0 / s0 (at 2 bits W0 / s0 + z) is stored; see PHI
-  Phi      W0 in steps of its grid, after phi (O, C); `codes` is Phi as it is stored
+  Phi      W0 in steps of its grid, after phi (O, C); `codes` is Phi as it is stored. With
+           --init svd the first alpha/r A B is taken off before phi
   A, B     the adapters (O, r) and (r, C), which learn; r is the rank
   Z        the latent weight in steps of the grid, Phi + alpha/r A B
   Q        its integers, clip(round(Z)), from qmin to qmax
@@ -34,10 +35,10 @@ The symbols:
 
 The printed words:
   learn      parameters that learn
-  recovered  the share of the loss between RTN and the dense model, trained as long by the
-             same loss, that an arm wins back. A base that learns from itself stays what it
-             is, so this is "dense". Learning from the text it is "dense, longer": with --arm
-             that is not trained, and no share is printed
+  recovered  the share of the loss between RTN and the control that an arm wins back. The
+             control is the dense base where it is its own teacher, from which it has nothing
+             to learn; otherwise "dense, longer", the base trained as long by the same loss.
+             With --arm that is not trained, and no share is printed
   flipped    the share of the integers Q that A B changed
 
 Paper: LR-QAT, Bondarenko et al. 2024 (arXiv 2406.06385).
@@ -114,8 +115,8 @@ class PlainLRQAT(nn.Module):
         # would change at every step, and all of W0 would have to be kept.
         qmin, qmax = code_range(bits)
         v = W0 / spread(s0, C) + spread(z, C)
-        unit = 2 ** (8 - bits)
-        self.Phi = (v.clamp(qmin, qmax) * unit).round() / unit        # (O, C)
+        fraction = 2 ** (8 - bits)
+        self.Phi = (v.clamp(qmin, qmax) * fraction).round() / fraction        # (O, C)
 
         # (LoRA has the two names the other way round: here A is the factor of the outputs.)
         # A starts at zero, so that A B is zero and training starts from the rounded model.
@@ -197,9 +198,9 @@ PHI = {
     "bf16": Storage(bytes_per_weight=2, max_bits=8),
     # Fixed point: an int8 with `bits` bits before the binary point and 8 - bits after it. At
     # 2 bits that is -2 to 1 in steps of 1/64. The fraction keeps where between two integers
-    # a weight lies: one near a border crosses it under a small A B, and only a weight at the
-    # middle of its cell needs half a step. A plain integer lies there: A B does nothing at
-    # all until it reaches half a step. 8 bits would leave no fraction.
+    # a weight lies. One near n + 1/2 goes to the next integer under a small A B; one at n
+    # needs half a step. Of a plain integer that is all weights: A B does nothing at all until
+    # it reaches half a step. 8 bits would leave no fraction.
     "fixed": Storage(bytes_per_weight=1, max_bits=7),
     # Plain integers, two a byte. Ours differs: the paper counts these bytes, and the
     # released code keeps such integers in an int8 each.
@@ -235,7 +236,7 @@ def unpack_nibbles(packed):
     return q.flatten(1)
 
 def stored_units(codes, bits, phi):
-    """codes -> (units, step): Phi (O, C) is units * step, not yet multiplied."""
+    """codes -> (units, lsb): Phi (O, C) is units * lsb, not yet multiplied."""
     if phi == "packed":
         return unpack_nibbles(codes), 1.0
     if phi == "fixed":
@@ -244,8 +245,8 @@ def stored_units(codes, bits, phi):
 
 def upcast(codes, bits, phi):
     """Phi (O, C): the float32 numbers that the codes stand for."""
-    units, step = stored_units(codes, bits, phi)
-    return units.float() * step
+    units, lsb = stored_units(codes, bits, phi)
+    return units.float() * lsb
 
 def latent(codes, A, B, bits, phi):
     """Z = Phi + alpha/r A B (O, C). Without adapters (A is None) Z is Phi.
@@ -257,10 +258,10 @@ def latent(codes, A, B, bits, phi):
         return upcast(codes, bits, phi)
 
     # One dense float tensor instead of three: A B is scaled in place, and Phi is never
-    # made, since the addition also multiplies the stored units by their step.
-    units, step = stored_units(codes, bits, phi)
+    # made, since the addition also multiplies the stored units by their lsb.
+    units, lsb = stored_units(codes, bits, phi)
     alpha_over_r = ALPHA / A.size(1)
-    return (A @ B).mul_(alpha_over_r).add_(units, alpha=step)
+    return (A @ B).mul_(alpha_over_r).add_(units, alpha=lsb)
 
 def integers(codes, A, B, bits, phi):
     """Q = clip(round(Z)) as floats (O, C). Training and merging both call this, so that the
@@ -273,7 +274,8 @@ def integers(codes, A, B, bits, phi):
 # of clip, Q - z for that of s, s spread over its groups for that of Q, and W_hat for that of
 # x. All four follow from the codes, A, B, s and z, which exist anyway. So LRQATFunction keeps
 # these and x, and computes Z once more in the backward pass: that costs a product of rank r
-# and a few passes over the weight. (Ours differs: under --compile the compiler decides.)
+# and a few passes over the weight. (Ours differs: --compile traces forward and backward pass
+# into one graph, and the compiler chooses anew what is kept.)
 
 class LRQATFunction(torch.autograd.Function):
     """y = x W_hat^T: (..., C) -> (..., O). With gy = dL/dy, D = dL/dW_hat = gy^T x and
@@ -282,7 +284,7 @@ class LRQATFunction(torch.autograd.Function):
         dL/dx = gy W_hat
         dL/dZ = s D M     dL/dA = alpha/r dL/dZ B^T     dL/dB = alpha/r A^T dL/dZ
         dL/ds = the row's or group's sum of D (Q - z), the true derivative: s is outside
-                only. LSQ, where it is inside too, subtracts M W/s from Q.
+                only. In LSQ, where it is inside too, it is that of D (Q - z - M W/s).
 
     LoRA computes dL/dA as gy^T (x B^T), without a dense tensor. Here s and M, which are
     elementwise, stand between the two products: D must exist, for one linear at a time.
@@ -358,9 +360,9 @@ class GridLinear(nn.Module):
 
     @torch.no_grad()
     def round_scale(self):
-        """Make the scale what a packed file keeps of it, at the end of training: the losses are
-        then those of the file. LR-QAT's integers do not depend on it. Full QAT's do, and they are
-        read after this, from the scale that the file has."""
+        """Make the scale what a packed file keeps of it: float16, unless that is too coarse. This
+        is done at the end of training, so that losses are those of the file's linears. LR-QAT's
+        integers do not depend on the scale. Full QAT's do, and are read after this."""
         scale = self.positive_scale
         self.scale.copy_(half_if_held(scale, scale))
 
@@ -495,7 +497,7 @@ def keep_dense(linear, w, grid, args):
     return linear
 
 def round_weight(linear, w, grid, args):
-    """The weight itself is rounded: --phi does not apply, as only LR-QAT stores Phi."""
+    """LR-QAT without adapters: the integers of the weight stay. --phi does not apply."""
     return LRQATLinear(w, *grid, rank=0, phi="fp32")
 
 def add_adapters(linear, w, grid, args):
@@ -505,7 +507,7 @@ def full_qat(linear, w, grid, args):
     return FullQATLinear(w, *grid)
 
 class Arm(NamedTuple):
-    """One of the ways to spend the same tokens."""
+    """A line of the table: a way to round the model, or to train it on the same tokens."""
     label: str                   # in the table and the row of results
     make: Callable               # (linear, w (O, C), grid, args) -> the layer
     learns: tuple                # the names of the layer's parameters that learn
@@ -777,16 +779,22 @@ def parse_args(argv=None):
     check_phi(args)
     return resolve(args)
 
+def has_adapters(args):
+    """Does one of the arms that run have A and B, and with them --rank and --phi?"""
+    return args.arm is None or "A" in ARMS[args.arm].learns
+
 def check_phi(args):
     """Raise UsageError for more bits than the format of the frozen weights holds."""
     most = PHI[args.phi].max_bits
-    if args.bits > most:
+    if has_adapters(args) and args.bits > most:
         raise UsageError(f"--phi {args.phi} holds at most {most} bits, not --bits {args.bits}; "
                          "try --phi bf16")
 
 def check_shapes(model, args):
     """Raise UsageError for a rank, group or phi that some linear of the model cannot have."""
     suit_groups(args, model)
+    if not has_adapters(args):
+        return
     for name, linear in model.linears():
         O, C = linear.weight.shape
         if args.rank > min(O, C):

@@ -306,8 +306,8 @@ def best_tweak(block, windows, targets, outputs, tables, tweaks, judge):
     # any number, and is not kept.
     gammas = [block.attn_norm.weight, block.mlp_norm.weight]
     before = [gamma.clone() for gamma in gammas]
-    best = None                                        # the norms' weights with the best tweak,
-    best_outputs = outputs[n:]                         # and the outputs; of no tweak to begin with
+    best = None                                        # its norms; None: no tweak was better yet
+    best_outputs = outputs[n:]
     least = output_distance(best_outputs, targets[n:])
     for tweak in tweaks:
         tweak(windows[:n], targets[:n])

@@ -263,10 +263,12 @@ class FusedQuest(torch.autograd.Function):
         return gx, None, None, *gws
 
 def fused_products(x, bits, a_bits, *weights):
-    """What FusedQuest returns, where no gradient is asked for. x is then rounded by the kernel that
-    rounds a packed layer's inputs: it adds up in another order than training's, in less time."""
-    a = kernels.hadamard_quantize(x, a_bits)
-    ws = [kernels.hadamard_quantize(weight, bits) for weight in weights]
+    """What FusedQuest returns, where no gradient is asked for. x is then rounded as for a packed
+    layer: the kernel adds up in another order than in training, in less time. That order follows
+    from that of the columns, so they come in the packed layer's, here and in the weights."""
+    planes = kernels.quest_planes(bits, x.size(1))
+    a = kernels.hadamard_quantize(x, a_bits, planes=planes)
+    ws = [kernels.hadamard_quantize(weight, bits, planes=planes) for weight in weights]
     return [kernels.quest_matmul(a, w, a_bits, bits, x.dtype) for w in ws]
 
 class QuestLinear(nn.Module):

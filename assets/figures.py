@@ -2,8 +2,8 @@
 
     python assets/report.py            # draws all of them, into assets/
 
-Every figure is 830 pixels wide on a page. It says its message in its title, names its lines at
-their ends, and keeps grey what is only there to compare with. The background is white, so that a
+Every figure is 830 pixels wide on a page. It says its message in its title, names its lines at an
+end, and keeps grey what other kernels and plain rounding do. The background is white, so that a
 figure reads the same on a dark page. Needs matplotlib.
 """
 import collections
@@ -11,7 +11,7 @@ import math
 import statistics
 from typing import NamedTuple
 
-# The four methods, each in one color in every figure. What they are compared with is grey.
+# The four methods, each in one color wherever it has a line.
 QUEST, LR_QAT, PV, TWEAK = "#0b6e4f", "#2f6fb5", "#c8323f", "#d98200"
 LIGHT, DARK = "#b5b5b5", "#4d4d4d"
 
@@ -272,8 +272,8 @@ def draw_quest(table, path):
             points[s.method].append((s.w_bits, statistics.mean(gaps), deviation))
 
     fig, ax = axes_of(4.4, "Without a mask on the gradient, rounding costs three times as much",
-                      "Validation loss above dense, 3M parameters, 0.32 tokens per parameter; mean "
-                      "and deviation of three seeds")
+                      "Validation loss above dense, 3M parameters, 0.82M tokens; mean and deviation "
+                      "of three seeds")
     places = [1, 1.58, 2, 3, 4, 8]
     ends = []
     for method, line in BASELINES.items():

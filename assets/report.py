@@ -24,6 +24,7 @@ from typing import NamedTuple
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
 import figures
+from model import UsageError
 from nanobit.cli import run                            # as the scripts end and write
 from nanobit.runs import read_rows
 from kernel_rows import OTHERS, WEIGHTS, print_asked, print_head, print_line, print_speedups
@@ -129,33 +130,38 @@ ARMS = {("normtweak", "rtn"): "RTN", ("normtweak", "rtn-tweak"): "RTN + tweak",
 SCRATCH = {"dense": "dense", "quest": "QuEST", "lsq": "LSQ", "ste": "straight-through",
            "clip": "clipped gradient", "trust": "QuEST without Hadamard"}
 
-# Settings of a run by which a method may have several lines.
-SETTINGS = ("group_size", "scheme", "symmetric", "tokens", "lr", "teacher", "calib", "keep_all")
+# Settings of a run by which a method may have several lines: of the grid and its calibration, and
+# of what trains. A row may lack some.
+ROUNDING = ("a_bits", "kv_bits", "grid", "group_size", "scheme", "symmetric", "act_order", "calib")
+TRAINING = ("tokens", "lr", "teacher", "loss", "solver", "keep_all", "phi", "init", "rank", "tau")
+UNTRAINED = ("RTN", "GPTQ", "codebooks, as fitted")
 
 class Method(NamedTuple):
     """What identifies a line of the table of methods."""
     bits: float
     name: str
-    settings: tuple = ()         # the values of SETTINGS; a row may lack some
+    settings: tuple = ()         # of (field, value)
 
 def methods(rows):
     """{Method: one dict a seed}, of runs on one base and runs from scratch of its size."""
-    dense = {row["seed"]: row["val_loss"] for row in rows if row["method"] == "dense"}
+    # What runs from scratch are compared with: the dense run of the same seed and tokens.
+    dense = {}
+    for row in rows:
+        if row["method"] == "dense":
+            dense[row["seed"], row["tokens"]] = row["val_loss"]
+
     found = collections.defaultdict(dict)
     for row in rows:
         seed = row["seed"]
-        settings = tuple(row.get(name) for name in SETTINGS)
 
-        # A run of several arms: what is known by name. What comes of no training, or of other
-        # training than the last arm's, is the same whatever was trained, and how.
+        # A run of several arms. Codes of 1.5 bits, say, stand with those of 2.
         if "arms" in row:
             for arm, scores in row["arms"].items():
                 name = name_of_arm(row, arm)
                 if name:
-                    dense_arm = scores["bpw"] == 16
-                    bits = 16 if dense_arm else round(row["w_bits"])
+                    bits = 16 if scores["bpw"] == 16 else round(row["w_bits"])
                     gap = scores["val_loss"] - row["base_val_loss"]
-                    key = Method(bits, name, () if dense_arm else settings)
+                    key = Method(bits, name, settings_of(row, name))
                     found[key][seed] = scores | {"gap": gap}
             continue
 
@@ -165,10 +171,24 @@ def methods(rows):
         if row["method"] != "dense":
             start = "from scratch" if base is None else "from the dense model"
             name += f" W{row['w_bits']}A{row['a_bits']}, {start}"
-        control = dense.get(seed) if base is None else base
+        control = dense.get((seed, row["tokens"])) if base is None else base
         gap = None if control is None else row["val_loss"] - control
-        found[Method(row["w_bits"], name, settings)][seed] = row | {"gap": gap}
+        found[Method(row["w_bits"], name, settings_of(row, name))][seed] = row | {"gap": gap}
     return {method: list(runs.values()) for method, runs in found.items()}
+
+def settings_of(row, name):
+    """What a method's line depends on besides its seed, as (field, value)."""
+    fields = ROUNDING if name in UNTRAINED else ROUNDING + TRAINING
+    if name.startswith("dense"):
+        fields = TRAINING if name == "dense, longer" else ()
+    return tuple((field, row.get(field)) for field in fields)
+
+def label_of(method, found):
+    """A method's name, and where it has several lines, in what they differ."""
+    others = [m for m in found if (m.bits, m.name) == (method.bits, method.name)]
+    differ = [f"{field} {value}" for field, value in method.settings
+              if any(dict(m.settings)[field] != value for m in others)]
+    return ", ".join([method.name, *differ])
 
 def name_of_arm(row, arm):
     """What the table of methods calls an arm of a row; None where it does not show it."""
@@ -202,8 +222,8 @@ def print_methods(found):
             same = known(runs, "same_top")
             far = (f"{statistics.mean(kl):.4f}" if kl else "",
                    f"{statistics.mean(same):.1f} %" if same else "")
-        peak = max(run["peak_bytes"] or 0 for run in runs) / 2**30
-        print_line(method.bits, method.name, f"{mean_of(runs, 'bpw'):.2f}", len(runs),
+        peak = max(known(runs, "peak_bytes"), default=0) / 2**30
+        print_line(method.bits, label_of(method, found), f"{mean_of(runs, 'bpw'):.2f}", len(runs),
                    with_std([run["val_loss"] for run in runs]),
                    with_std(gaps, "+") if gaps else "", *far,
                    f"{mean_of(runs, 'bits_per_byte'):.4f}", f"{mean_of(runs, 'seconds'):.0f}",
@@ -225,7 +245,7 @@ SHORT = (("round to nearest (RTN)", "nothing", "RTN"),
 def print_short(found):
     """Print methods as lines and bits as columns: the loss above dense in nats per token, and in
     brackets the KL divergence from the dense model where the rows have one. Of a method with
-    several settings the last one's."""
+    several settings that of the rows' last new one."""
     widths = sorted({method.bits for method in found if method.bits < 16}, reverse=True)
     heads = []
     for bits in widths:
@@ -448,8 +468,13 @@ def runs_of_pv(rows):
 # ---- All of it ----------------------------------------------------------------------------------
 
 def read_scored(path):
-    """The rows of a file that have a loss; others hold bytes and speed alone."""
-    return [row for row in read_rows(path) if row.get("val_loss") is not None]
+    """The rows of a file that have a loss; others hold bytes and speed alone. Raises UsageError for
+    rows that are too old for the tables of methods."""
+    rows = [row for row in read_rows(path) if row.get("val_loss") is not None]
+    if not all("params" in row for row in rows):
+        raise UsageError(f"{path} has rows without the number of parameters; give the results.jsonl "
+                         "of today's runs")
+    return rows
 
 def print_tables(rows):
     """Print the table of runs from scratch, and two tables of methods for each base -> (that table,
@@ -475,12 +500,12 @@ def main():
         print_tables(rows)
         return
 
-    # The committed rows. Each file's have a text of their own.
+    # The committed rows. Each file's have a text of their own, and one base for all methods.
     rows = read_scored(HERE / "results.jsonl")
     table, found = print_tables(rows)
-    (big, on_30m), = found.items()
-    _, on_smollm2 = print_tables(read_scored(HERE / "smollm2.jsonl"))
-    (_, on_smollm2), = on_smollm2.items()
+    [(big, on_30m)] = found.items()
+    _, found = print_tables(read_scored(HERE / "smollm2.jsonl"))
+    [on_smollm2] = found.values()
 
     lrqat = read_rows(HERE / "lrqat.jsonl")
     kernels = read_rows(HERE / "kernels.jsonl")

@@ -58,7 +58,7 @@ def statistics(found, seq_len):
     """Differences of all tokens, in the order of the text -> {name: float}. *_error: the standard
     error. KL and losses are in nats per token, same_top is in percent, rms_prob in percentage
     points."""
-    kl, same, prob, loss = [x.double().cpu().numpy() for x in found]
+    kl, same, prob, loss = [x.cpu().double().numpy() for x in found]
     return {"kl": float(kl.mean()), "kl_error": standard_error(kl, seq_len),
             "kl_median": float(np.median(kl)), "kl_99": float(np.quantile(kl, 0.99)),
             "kl_max": float(kl.max()),
@@ -74,7 +74,7 @@ def compare(base, model, tokens, seq_len, tokenizer=None, batch_size=None, base_
     the base, in one pass over the windows. Both models have one vocabulary and one device.
 
     base_outputs: the base's last block's outputs, for each batch of windows in order, where
-    `evaluate` has kept them; otherwise they are computed here. It takes twice the time of
+    `evaluate` of these tokens has kept them; otherwise they are computed here. It takes twice the time of
     `evaluate`, with them a quarter more: a pass of the base, one of the model, and a little for the
     softmaxes. Of logits it holds those of 2^26 / vocab tokens of both, with as much again for their
     softmaxes and the divergence, some 1.5 GB; of each token it keeps four numbers.

@@ -7,8 +7,8 @@
 The text's own loss also rewards a student for learning the text: a quantized model that trains on
 it may end below the loss of its dense base, which has not read that text as often. The divergence
 rewards only what makes the student more like its teacher. A dense student that starts equal to its
-teacher has a divergence and a gradient of exactly zero, and stays where it is. So the dense base
-needs no training to be its own control.
+teacher has a divergence and a gradient of exactly zero: it has nothing to learn. So the dense
+base needs no training to be its own control.
 """
 import copy
 import os
@@ -83,7 +83,7 @@ class WithTeacher(nn.Module):
 
     @property
     def blocks(self):
-        """Those of the student, for `distribute`."""
+        """Those of the student, for `distribute`. An attribute would be a second submodule."""
         return self.student.blocks
 
     @property
@@ -122,8 +122,8 @@ def divergence_of_heads(student, teacher, x, teacher_x):
     """KL(teacher || student) where the student's head reads x (N, C) and the teacher's teacher_x
     (N, C of the teacher), mean over the N tokens.
 
-    The heads compute the logits of n tokens at a time, which are LOGITS of them (268 MB in
-    float32); of a lean student 256 tokens. If there are more than n tokens, the backward pass
+    The heads compute the logits of n tokens at a time: LOGITS / vocab of them (268 MB in float32),
+    at least 256, and of a lean student 256. If there are more than n tokens, the backward pass
     computes each part's logits once more, so that they are not kept.
     """
     def kl(x, teacher_x):

@@ -206,7 +206,10 @@ def hold(folder):
         say(f"note: {folder} cannot be locked ({e.strerror}); start no second run into it")
         return
 
-    # What a run was writing when it was killed: nobody else writes here now.
+    # What a run was writing when it was killed: nobody else writes here now. Without fcntl, and so
+    # without a lock, somebody may.
+    if not fcntl:
+        return
     for left in pathlib.Path(folder).glob("*.pt*.[0-9]*.tmp"):
         left.unlink()
 
@@ -262,8 +265,7 @@ def finish(args, method, model, scores, result, **more):
     say(record(args, method, model, scores, result, **more))
 
 def record(args, method, model, scores, result, **more):
-    """Append the run's row of results to results.jsonl -> the row, one line of JSON. What a script
-    prints about a result comes after this: then a failing print loses nothing. Raises UsageError
+    """Append the run's row of results to results.jsonl -> the row, one line of JSON. Raises UsageError
     where a number of it is not finite. result: {"tokens", "seconds"}, as `train` returns."""
     check_numbers({"val_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"], **more})
 

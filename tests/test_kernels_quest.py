@@ -196,13 +196,14 @@ def check_fused_training_step_equals_the_plain_one():
 def check_evaluation_gives_the_bits_of_the_packed_layer():
     """Live and packed round weights and inputs by the same kernels."""
     quest.kernels, fits, kernels.quest_fits = kernels, kernels.quest_fits, lambda *_: True
-    for bits, a_bits in ((4, 4), (1, 8), (8, 8), (1.58, 3)):
+    for bits, a_bits in ((4, 4), (1, 8), (2, 2), (8, 8), (5, 4), (1.58, 3)):
         x, w = randn(24, 256, dtype=DTYPES[-1]), randn(48, 256, seed=1)
         layer = quest.QuestLinear(w, bits, a_bits)
         layer.has_kernels = lambda x: True             # a CPU's tensors too, in the interpreter
         packed = layer.packed(x.dtype)
         live = quest.fused_products(x, bits, a_bits, w)[0]
         assert torch.equal(kernels.linear(packed, x), live)
+        assert kernels.quest_planes(bits, 256) == 256 // packed.fast.operand[0].size(1)
         close(live, quest.FusedQuest.apply(x, bits, a_bits, w)[0], 2e-2)   # few lie near a border
     kernels.quest_fits = fits
 

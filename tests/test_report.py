@@ -83,9 +83,22 @@ def test_runs_with_other_settings_are_other_lines_and_not_other_seeds(capsys):
     report.print_methods(found)
     lines = capsys.readouterr().out.strip().splitlines()[2:]
     assert [line.split(" | ")[:5] for line in lines] == [
-        ["| 2", "GPTQ", "2.50", "1", "3.2000"], ["| 2", "GPTQ", "2.10", "2", "3.5000 ± 0.1414"]]
+        ["| 2", "GPTQ, group_size 64", "2.50", "1", "3.2000"],
+        ["| 2", "GPTQ, group_size -1", "2.10", "2", "3.5000 ± 0.1414"]]
     report.print_short(found)
     assert "| GPTQ | nothing | 0.200 |" in capsys.readouterr().out
+
+    # What is not trained does not depend on the rate, what is does; dense runs of other lengths are
+    # no control.
+    arm = {"val_loss": 3.1, "bits_per_byte": 1.0, "bpw": 2.1, "seconds": 1.0, "peak_bytes": 0}
+    rows = [row("normtweak", 0, 3.1, base_val_loss=3.0, lr=lr, arms={"gptq": arm, "gptq-tweak": arm})
+            for lr in (0.1, 0.2)]
+    rows += [row("dense", 0, 2.5, tokens=9, bpw=16.0, w_bits=16), row("quest", 0, 3.5)]
+    found = report.methods(rows)
+    labels = [report.label_of(method, found) for method in found]
+    assert labels[:3] == ["GPTQ", "GPTQ + tweak, lr 0.1", "GPTQ + tweak, lr 0.2"]
+    quest_runs, = (runs for method, runs in found.items() if method.name.startswith("QuEST"))
+    assert quest_runs[0]["gap"] is None
 
 def test_the_short_table_has_bits_as_columns_and_kl_in_brackets(capsys):
     M = report.Method
@@ -115,6 +128,22 @@ def test_a_file_of_the_users_own_runs_is_enough(tmp_path, monkeypatch, capsys):
         nanobit.cli.run(report.main)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and "No such file" in err and err.count("\n") == 1
+
+def test_rows_without_parameters_are_refused_and_without_a_peak_are_not(
+        tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.jsonl"
+    monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
+    arm = {"val_loss": 3.1, "bits_per_byte": 1.0, "bpw": 2.1, "seconds": 1.0}
+    old = row("normtweak", 0, 3.1, base_val_loss=3.0, arms={"gptq": arm})
+    path.write_text(json.dumps(old))
+    nanobit.cli.run(report.main)
+    assert "| 2 | GPTQ | 2.10 | 1 | 3.1000 |" in capsys.readouterr().out
+    del old["params"]
+    path.write_text(json.dumps(old))
+    with pytest.raises(SystemExit) as stopped:
+        nanobit.cli.run(report.main)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "without the number of parameters" in err
 
 def test_torn_rows_and_rows_without_a_loss_are_left_out(tmp_path, monkeypatch, capsys):
     """A killed run's half row, one that a next run was glued to, bytes of a broken disk; and a row

@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add("--out", default="out", help="folder of results.jsonl (default: out)")
 
     # What lrqat.py and `resolve` ask for besides.
-    p.set_defaults(lr=1e-2, init="zero", a_bits=16, kv_bits=16, model=None, smoke=False,
+    p.set_defaults(lr=1e-2, init="zero", a_bits=16, kv_bits=16, arm=None, model=None, smoke=False,
                    fsdp=False)
     args = p.parse_args(argv)
     check_phi(args)
