@@ -66,7 +66,7 @@ import torch.nn.functional as F
 from model import UsageError
 from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.data import batch
-from nanobit.defaults import UNSET, suit, weight_share
+from nanobit.defaults import UNSET, suit, weight_rate
 from nanobit.distill import WithTeacher, add_teacher, open_teacher
 from nanobit.ranks import say
 from nanobit.runs import (arm_row, definite_hessian, finish, header, keep_model, load_base, score,
@@ -418,7 +418,7 @@ class LRQATLinear(GridLinear):
 
 # Peak rate divided by --lr, for each kind of parameter. Ours differs: they suit a hundred
 # steps. (The paper's are 1, 1 and 0.01 times 1e-3, and 0.05 for the weights of full QAT, whose
-# share here is nanobit.defaults.weight_share.)
+# rate here is nanobit.defaults.weight_rate.)
 RATES = {"A": 1.0, "B": 1.0, "scale": 0.03}
 
 def linear_schedule(step, steps, peak):
@@ -433,13 +433,14 @@ def linear_schedule(step, steps, peak):
 def arm_optimizer(model, lr):
     """AdamW over what learns, each kind at its own peak rate; weight decay for W alone."""
     learn = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    rates = RATES | {"weight": weight_share(sum(p.numel() for _, p in learn))}
     groups = []
-    for kind, rate in rates.items():
+    for kind in (*RATES, "weight"):
         params = [p for name, p in learn if name.endswith("." + kind)]
-        decay = 0.1 if kind == "weight" else 0.0
-        if params:
-            groups.append({"params": params, "peak": rate * lr, "weight_decay": decay})
+        if params and kind == "weight":
+            peak = weight_rate(lr, [p.detach() for p in params])
+            groups.append({"params": params, "peak": peak, "weight_decay": 0.1})
+        elif params:
+            groups.append({"params": params, "peak": RATES[kind] * lr, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     optimizer.schedule = linear_schedule               # nanobit.train asks for it
     return optimizer

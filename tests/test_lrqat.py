@@ -87,7 +87,7 @@ def memory_args(**flags):
     """The settings of a lean run of random weights."""
     return types.SimpleNamespace(**dict(
         bits=4, phi="packed", rank=32, group_size=-1, init="zero", lean=True, a_bits=16, kv_bits=16,
-        device="cpu", dtype="bfloat16", seed=0, tied=False, size="7B", batch_size=1, accumulate=1,
+        arm=None, device="cpu", dtype="bfloat16", seed=0, tied=False, size="7B", batch_size=1, accumulate=1,
         seq_len=1024, steps=2, lr=1e-2, compile=False) | flags)
 
 def tokens(n=4000, vocab=64):
@@ -734,14 +734,21 @@ def test_optimizer_has_two_rates_and_no_decay():
     full = arm_optimizer(small_model(arm="full")[0], 1e-2).param_groups
     assert sorted(g["weight_decay"] for g in full) == [0, 0.1]
 
-@pytest.mark.parametrize("learnable, share", [(9_999_999, 0.03), (10_000_000, 0.1)])
-def test_the_weights_of_a_large_model_learn_faster(learnable, share):
-    weight = torch.nn.Parameter(torch.empty(learnable, device="meta"))
+@pytest.mark.parametrize("size", [0.02, 0.2])
+def test_the_weights_rate_is_in_proportion_to_their_root_mean_square(size):
+    """Over all of them, and of full QAT and the dense control alike."""
     m = torch.nn.Module()
-    m.linear = torch.nn.Module()
-    m.linear.weight = weight
+    m.a, m.b = torch.nn.Module(), torch.nn.Module()
+    m.a.weight = torch.nn.Parameter(torch.full((3, 5), size))
+    m.b.weight = torch.nn.Parameter(torch.full((30,), -2 * size))
     [group] = arm_optimizer(m, 1e-2).param_groups
-    assert group["peak"] == pytest.approx(share * 1e-2) and group["params"] == [weight]
+    assert group["peak"] == pytest.approx(0.5e-2 * size * 3 ** 0.5)    # (15 + 4 * 30) / 45 = 3
+    assert group["params"] == [m.a.weight, m.b.weight] and group["weight_decay"] == 0.1
+    for arm in ("full", "longer"):
+        model, _, _ = small_model(arm=arm)
+        [peak] = {g["peak"] for g in arm_optimizer(model, 1e-2).param_groups if g["weight_decay"]}
+        weights = torch.cat([linear.weight.detach().flatten() for _, linear in model.linears()])
+        assert peak == pytest.approx(0.5e-2 * weights.square().mean().sqrt().item(), rel=1e-5)
 
 def test_progress_counts_the_integers_that_the_adapters_moved():
     """Of the whole model's: none at first, then those of rows that A B pushes up by one step."""
@@ -953,9 +960,15 @@ def test_a_rank_or_a_group_that_the_base_cannot_have_is_one_line(own_cache, tmp_
     check_refused(call(capsys, f"lrqat.py --rank 33 {base}"), "--rank 33", "wq, 32 x 32")
     check_refused(call(capsys, f"lrqat.py --rank 4 --group-size 20 {base}"), "20", "32", "wq")
 
+def test_rank_and_phi_are_checked_where_an_arm_has_adapters_alone(own_cache, tmp_path, capsys):
+    random_base(tmp_path, 1)
+    base = f"lrqat.py --bits 8 --rank 33 --model {tmp_path}/base.pt --device cpu --out {tmp_path}"
+    check_refused(call(capsys, f"{base} --arm lr-qat"), "--phi fixed", "--bits 8")
+    assert call(capsys, f"{base} --arm scales --steps 1 --batch-size 2")[0] == 0
+
 def test_odd_columns_cannot_be_packed_and_groups_must_divide():
     m = LLaMA(LlamaConfig(64, 1, 32, 4, 4, 33, 32))
-    args = types.SimpleNamespace(rank=4, phi="packed", group_size=-1)
+    args = types.SimpleNamespace(rank=4, phi="packed", group_size=-1, arm=None)
     with pytest.raises(UsageError, match="even number of columns, blocks.0.mlp.w_down has 33"):
         lrqat.check_shapes(m, args)
     args.phi, args.group_size = "fixed", 128
