@@ -1,6 +1,6 @@
 """LR-QAT: quantization-aware training of a pre-trained LLaMA through low-rank adapters.
 
-    python lrqat.py --bits 2              # every arm on the tiny base; one table; 3 minutes
+    python lrqat.py --bits 2              # every arm on the tiny base; one table; 2 minutes
     python lrqat.py --bits 2 --smoke      # every line of it in a few seconds
     python lrqat.py --bits 2 --arm full   # one arm alone, packed: here full QAT
     python lrqat.py --bits 2 --teacher none    # learn from the text, not from the dense base

@@ -1,12 +1,11 @@
 """Norm Tweaking: repair a quantized LLaMA by retraining nothing but its norms' weights.
 
-    python normtweak.py --bits 2                # RTN and GPTQ, without and with the tweak: 50 s on
+    python normtweak.py --bits 2                # RTN and GPTQ, without and with the tweak: 40 s on
                                                 # two CPU cores once out/base.pt exists
     python normtweak.py --bits 2 --smoke        # the same on little text, in a few seconds
     python normtweak.py --bits 4 --a-bits 8     # activations too, with SmoothQuant folded in
     python normtweak.py --model out/gptq-w2.pt --teacher out/base.pt    # codes that exist already
-    python normtweak.py --model DIR --host gptq --bits 3 --group-size 64 --seq-len 128
-                                                # a Hugging Face folder, of which one
+    python normtweak.py --model DIR --bits 3    # a Hugging Face folder, of which one
                                                 # block at a time is copied to float32
 
 The idea:

@@ -1,6 +1,6 @@
 """PV-Tuning: fine-tune the codes of a compressed LLaMA together with all that is continuous.
 
-    python pvtune.py --bits 2                   # every arm on the tiny base; one table; 3 minutes
+    python pvtune.py --bits 2                   # every arm on the tiny base; one table; 2 minutes
     python pvtune.py --bits 2 --smoke           # every line of it in a few seconds
     python pvtune.py --bits 2 --scheme affine --group-size 64      # a plain grid, from GPTQ
     python pvtune.py --demo                     # the exact theory, in 6 and 10 coordinates

@@ -8,7 +8,8 @@ but the seed become one line: mean and standard deviation over seeds, and the pa
 the dense runs of the same seeds, size and tokens. Runs that compare several arms on one base hold
 them under "arms": with the runs from scratch of the same size they become one table of methods,
 and a short one, with a column for each number of bits.
-normtweak.jsonl, lrqat.jsonl and pvtune.jsonl hold such runs on the tiny base, also those that
+results.jsonl: a base of 30M and the small models; smollm2.jsonl: a pretrained model; text30m.jsonl:
+a base of 30M on the text of that. normtweak.jsonl, lrqat.jsonl and pvtune.jsonl hold such runs on the tiny base, also those that
 searched for rates on the dev split; lrqat.jsonl also what `tests/time_lrqat_memory.py` wrote.
 law.jsonl: the runs of the scaling law, which assets/law.py fits; kernels.jsonl: what
 `tests/time_kernels.py --out` wrote, whose tables tests/kernel_rows.py prints. Two fields of
@@ -506,6 +507,7 @@ def main():
     [(big, on_30m)] = found.items()
     _, found = print_tables(read_scored(HERE / "smollm2.jsonl"))
     [on_smollm2] = found.values()
+    print_tables(read_scored(HERE / "text30m.jsonl"))
 
     lrqat = read_rows(HERE / "lrqat.jsonl")
     kernels = read_rows(HERE / "kernels.jsonl")
