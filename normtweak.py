@@ -61,7 +61,7 @@ from nanobit.checkpoint import load_checkpoint
 from nanobit.cli import add_flags, number, Parser, resolve, run
 from nanobit.compare import check_same_tokens
 from nanobit.data import batch
-from nanobit.defaults import host_of
+from nanobit.defaults import UNSET, suit_calibration
 from nanobit.distill import divergence_of_heads
 from nanobit.ranks import progress, say
 from nanobit.runs import (arm_row, definite_hessian, finish, header, keep_model, load_base, score,
@@ -575,8 +575,7 @@ def tweak_by_least_squares(block, float_block, windows, tables, ridge=0.01):
 def main():
     args = parse_args()
     student, teacher, data = load_models(args)
-    if not (student or args.host):
-        args.host = host_of(teacher, args.device)
+    suit_calibration(args, teacher)
     arms = chosen_arms(args, student)
     keep_model(args, *[arm.path for arm in arms])      # refuses to write over --model
     header(f"normtweak | W{args.bits}A{args.a_bits}", args, teacher, data)
@@ -739,14 +738,14 @@ def parse_args(argv=None):
     add_flags(p)
 
     # add_flags made --model, --out, --steps, --lr and those that all scripts have. A step is
-    # one window by default, so --steps is the size of the calibration set. seq_len 0 stands for
-    # a length that is not given. The paper takes 128 windows of 2048 tokens, and searches lr
-    # from 1e-5.
-    p.set_defaults(batch_size=1, accumulate=1, lr=5e-3, seq_len=0)
+    # one window by default, so --steps is the size of the calibration set. UNSET stands for what is
+    # not given. The paper takes 128 windows of 2048 tokens, and searches lr from 1e-5.
+    p.set_defaults(batch_size=1, accumulate=1, lr=5e-3, steps=UNSET["steps"],
+                   seq_len=UNSET["seq_len"])
     args = p.parse_args(argv)
     args.calib_len = args.seq_len                      # 0: see `calibration`
-    if args.steps is None:
-        args.steps = 4 if args.smoke else 64
+    if args.smoke and not args.steps:
+        args.steps = 4
     args = resolve(args)
     check_args(args)
     if args.smooth is None:
@@ -765,6 +764,9 @@ def check_args(args):
         raise UsageError("--steps 1 leaves no window to choose by; give 2 or more, or --keep-all")
     if args.teacher and not args.model:
         raise UsageError(f"--teacher {args.teacher} needs the packed checkpoint as --model")
+    if args.teacher and args.host:
+        raise UsageError(f"--host {args.host} quantizes, but the codes of a --model with a --teacher "
+                         "exist already; leave one of the two out")
     if args.resume and (args.model or os.path.exists(os.path.join(args.out, "base.pt"))):
         raise UsageError("--resume has nothing to go on from: normtweak.py keeps no state but that "
                          "of the base model's training")

@@ -2,7 +2,7 @@
 
   1. `window` gives --seq-len: the model's own window, but at most 512 tokens. nanobit/runs.py
      asks for it when it opens the model.
-  2. `host_of` gives normtweak.py's --host, `group_of` the --group-size of all.
+  2. `suit_calibration` gives normtweak.py's --host and --steps, `group_of` the --group-size of all.
   3. `suit` sets --steps, --batch-size and --lr by RULES, for the scripts that start from a dense
      model. What starts from random weights has its settings in model.py's PRESETS.
 
@@ -30,11 +30,14 @@ def window(longest):
 def is_large(model):
     return sum(linear.weight.numel() for _, linear in model.linears()) >= LARGE
 
-def host_of(model, device):
-    """normtweak.py's --host. Both hosts, where that is quick: on two CPU cores SmolLM2-135M takes
-    some 19 minutes with GPTQ alone, a third of them for scores."""
-    slow = torch.device(device).type == "cpu" and is_large(model)
-    return "gptq" if slow else "both"
+def suit_calibration(args, model):
+    """Set normtweak.py's --host and --steps, its calibration windows, where they are not given: None
+    and 0. Both hosts and 64 windows, where that is quick. A large model without a GPU gets GPTQ
+    alone and 32: on two CPU cores SmolLM2-135M then takes NTMIN minutes, half of them for scores."""
+    slow = torch.device(args.device).type == "cpu" and is_large(model)
+    if not args.teacher:                               # else the codes exist already
+        args.host = args.host or ("gptq" if slow else "both")
+    args.steps = args.steps or (32 if slow else 64)
 
 GROUP = 128                      # inputs that share a scale: the usual size
 

@@ -8,7 +8,7 @@ import lrqat
 import pvtune
 import quest
 from model import LLaMA, LlamaConfig
-from nanobit.defaults import LARGE, UNSET, group_of, host_of, suit, window
+from nanobit.defaults import LARGE, UNSET, group_of, suit, suit_calibration, window
 
 def model(n_embd, n_layer=1):
     """Only the sizes of its weights are looked at."""
@@ -50,10 +50,17 @@ def test_a_batch_can_be_cut_into_equal_parts(accumulate, batch_size):
     suit(args, model(64), "lrqat", 2)
     assert args.batch_size == batch_size
 
-def test_both_hosts_where_that_is_quick():
-    small, large = model(64), model(1024)
-    assert [host_of(m, device) for m in (small, large) for device in ("cpu", "cuda:0")] == [
-        "both", "both", "gptq", "both"]
+def test_both_hosts_and_more_windows_where_that_is_quick():
+    found = []
+    for m in (model(64), model(1024)):
+        for device in ("cpu", "cuda:0"):
+            args = SimpleNamespace(host=None, steps=0, device=device, teacher=None)
+            suit_calibration(args, m)
+            found.append((args.host, args.steps))
+    assert found == [("both", 64), ("both", 64), ("gptq", 32), ("both", 64)]
+    args = SimpleNamespace(host="rtn", steps=5, device="cpu", teacher=None)
+    suit_calibration(args, model(1024))
+    assert (args.host, args.steps) == ("rtn", 5)
 
 def test_groups_of_a_large_model_divide_the_inputs_of_all_linears():
     def wide(n_embd):

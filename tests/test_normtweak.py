@@ -797,6 +797,7 @@ def test_few_calibration_tokens_are_said(base, tmp_path, capsys):
     ("--a-bits 3", "invalid choice: 3"), ("--smooth 0.5", "add --a-bits 8"),
     ("--smooth 1.5 --a-bits 8", "1.5 is not float from 0 to 1"),
     ("--teacher BASE", "needs the packed checkpoint as --model"),
+    ("--teacher BASE --model PACKED --host rtn", "--host rtn quantizes, but the codes"),
     ("--teacher BASE --model BASE", "has no packed affine linears"),
     ("--model PACKED", "is packed already"),
     ("--model PACKED --teacher PACKED", "is packed already"),
