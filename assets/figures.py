@@ -271,7 +271,7 @@ def draw_quest(table, path):
             deviation = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
             points[s.method].append((s.w_bits, statistics.mean(gaps), deviation))
 
-    fig, ax = axes_of(4.4, "Without a mask on the gradient, rounding costs three times as much",
+    fig, ax = axes_of(4.4, "Without rotation and mask, rounding costs three times as much",
                       "Validation loss above dense, 3M parameters, 0.82M tokens; mean and deviation "
                       "of three seeds")
     places = [1, 1.58, 2, 3, 4, 8]

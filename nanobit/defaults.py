@@ -33,7 +33,7 @@ def is_large(model):
 def suit_calibration(args, model):
     """Set normtweak.py's --host and --steps, its calibration windows, where they are not given: None
     and 0. Both hosts and 64 windows, where that is quick. A large model without a GPU gets GPTQ
-    alone and 32: on two CPU cores SmolLM2-135M then takes NTMIN minutes, half of them for scores."""
+    alone and 32: on two CPU cores SmolLM2-135M then takes 15 minutes, half of them for scores."""
     slow = torch.device(args.device).type == "cpu" and is_large(model)
     if not args.teacher:                               # else the codes exist already
         args.host = args.host or ("gptq" if slow else "both")
