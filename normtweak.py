@@ -765,8 +765,8 @@ def check_args(args):
     if args.teacher and not args.model:
         raise UsageError(f"--teacher {args.teacher} needs the packed checkpoint as --model")
     if args.teacher and args.host:
-        raise UsageError(f"--host {args.host} quantizes, but the codes of a --model with a --teacher "
-                         "exist already; leave one of the two out")
+        raise UsageError(f"--host {args.host} quantizes, but the codes of a --model with a "
+                         "--teacher exist already; leave one of the two out")
     if args.resume and (args.model or os.path.exists(os.path.join(args.out, "base.pt"))):
         raise UsageError("--resume has nothing to go on from: normtweak.py keeps no state but that "
                          "of the base model's training")

@@ -272,8 +272,8 @@ def draw_quest(table, path):
             points[s.method].append((s.w_bits, statistics.mean(gaps), deviation))
 
     fig, ax = axes_of(4.4, "Without rotation and mask, rounding costs three times as much",
-                      "Validation loss above dense, 3M parameters, 0.82M tokens; mean and deviation "
-                      "of three seeds")
+                      "Validation loss above dense, 3M parameters, 0.82M tokens; mean and "
+                      "deviation of three seeds")
     places = [1, 1.58, 2, 3, 4, 8]
     ends = []
     for method, line in BASELINES.items():

@@ -9,12 +9,12 @@ the dense runs of the same seeds, size and tokens. Runs that compare several arm
 them under "arms": with the runs from scratch of the same size they become one table of methods,
 and a short one, with a column for each number of bits.
 results.jsonl: a base of 30M and the small models; smollm2.jsonl: a pretrained model; text30m.jsonl:
-a base of 30M on the text of that. normtweak.jsonl, lrqat.jsonl and pvtune.jsonl hold such runs on the tiny base, also those that
-searched for rates on the dev split; lrqat.jsonl also what `tests/time_lrqat_memory.py` wrote.
-law.jsonl: the runs of the scaling law, which assets/law.py fits; kernels.jsonl: what
-`tests/time_kernels.py --out` wrote, whose tables tests/kernel_rows.py prints. Two fields of
-committed rows were written by hand: hardware and note. The figures, which assets/figures.py draws,
-need matplotlib.
+a base of 30M on the text of that. normtweak.jsonl, lrqat.jsonl and pvtune.jsonl hold such runs on
+the tiny base, also those that searched for rates on the dev split; lrqat.jsonl also what
+`tests/time_lrqat_memory.py` wrote. law.jsonl: the runs of the scaling law, which assets/law.py
+fits; kernels.jsonl: what `tests/time_kernels.py --out` wrote, whose tables tests/kernel_rows.py
+prints. Two fields of committed rows were written by hand: hardware and note. The figures, which
+assets/figures.py draws, need matplotlib.
 """
 import collections
 import pathlib
@@ -473,8 +473,8 @@ def read_scored(path):
     rows that are too old for the tables of methods."""
     rows = [row for row in read_rows(path) if row.get("val_loss") is not None]
     if not all("params" in row for row in rows):
-        raise UsageError(f"{path} has rows without the number of parameters; give the results.jsonl "
-                         "of today's runs")
+        raise UsageError(f"{path} has rows without the number of parameters; give the "
+                         "results.jsonl of today's runs")
     return rows
 
 def print_tables(rows):

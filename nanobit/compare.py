@@ -74,10 +74,12 @@ def compare(base, model, tokens, seq_len, tokenizer=None, batch_size=None, base_
     the base, in one pass over the windows. Both models have one vocabulary and one device.
 
     base_outputs: the base's last block's outputs, for each batch of windows in order, where
-    `evaluate` of these tokens has kept them; otherwise they are computed here. It takes twice the time of
-    `evaluate`, with them a quarter more: a pass of the base, one of the model, and a little for the
-    softmaxes. Of logits it holds those of 2^26 / vocab tokens of both, with as much again for their
-    softmaxes and the divergence, some 1.5 GB; of each token it keeps four numbers.
+    `evaluate` of these tokens has kept them; otherwise they are computed here.
+
+    It takes twice the time of `evaluate`: a pass of the base, one of the model, and a little for
+    the softmaxes. With base_outputs the first is the base's head alone. Of logits it holds those of
+    2^26 / vocab tokens of both, with as much again for their softmaxes and the divergence, some
+    1.5 GB; of each token it keeps four numbers.
     """
     windows = ValWindows(model, tokens, seq_len, batch_size)
     n = model.tokens_at_once()

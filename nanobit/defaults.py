@@ -31,9 +31,10 @@ def is_large(model):
     return sum(linear.weight.numel() for _, linear in model.linears()) >= LARGE
 
 def suit_calibration(args, model):
-    """Set normtweak.py's --host and --steps, its calibration windows, where they are not given: None
-    and 0. Both hosts and 64 windows, where that is quick. A large model without a GPU gets GPTQ
-    alone and 32: on two CPU cores SmolLM2-135M then takes 15 minutes, half of them for scores."""
+    """Set normtweak.py's --host and --steps, its calibration windows, where they are not given:
+    None and 0. Both hosts and 64 windows, where that is quick. A large model without a GPU gets
+    GPTQ alone and 32: on two CPU cores SmolLM2-135M then takes 15 minutes, half of them for
+    scores."""
     slow = torch.device(args.device).type == "cpu" and is_large(model)
     if not args.teacher:                               # else the codes exist already
         args.host = args.host or ("gptq" if slow else "both")
@@ -68,10 +69,10 @@ def lrqat_rate(bits, is_large):
     return 1e-2
 
 def weight_rate(lr, weights):
-    """The rate of full QAT's weights, a list of tensors: half of --lr, relative to their root mean
-    square. AdamW moves a weight by about the rate in a step, however large it is, and models differ:
-    that root is 0.028 on the tiny base and 0.193 on SmolLM2. Dev loss at several rates, each divided
-    by it, with --lr 1e-2:
+    """The rate of full QAT's weights, a list of tensors: half of --lr, times their root mean
+    square. AdamW moves a weight by about the rate in a step, however large it is, and models
+    differ: that root is 0.028 on the tiny base and 0.193 on SmolLM2. Dev loss at several rates,
+    each divided by it, with --lr 1e-2:
 
                       0.0016   0.005   0.011   0.016   0.036    0.11
     tiny, 2 bits           -   3.025   3.023       -   3.030   3.072

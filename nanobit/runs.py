@@ -265,8 +265,9 @@ def finish(args, method, model, scores, result, **more):
     say(record(args, method, model, scores, result, **more))
 
 def record(args, method, model, scores, result, **more):
-    """Append the run's row of results to results.jsonl -> the row, one line of JSON. Raises UsageError
-    where a number of it is not finite. result: {"tokens", "seconds"}, as `train` returns."""
+    """Append the run's row of results to results.jsonl -> the row, one line of JSON. Raises
+    UsageError where a number of it is not finite. result: {"tokens", "seconds"}, as `train`
+    returns."""
     check_numbers({"val_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"], **more})
 
     # Bits per packed weight and how many are packed: 0 and 0 of a dense model. Of a packed one

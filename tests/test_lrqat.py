@@ -87,8 +87,8 @@ def memory_args(**flags):
     """The settings of a lean run of random weights."""
     return types.SimpleNamespace(**dict(
         bits=4, phi="packed", rank=32, group_size=-1, init="zero", lean=True, a_bits=16, kv_bits=16,
-        arm=None, device="cpu", dtype="bfloat16", seed=0, tied=False, size="7B", batch_size=1, accumulate=1,
-        seq_len=1024, steps=2, lr=1e-2, compile=False) | flags)
+        arm=None, device="cpu", dtype="bfloat16", seed=0, tied=False, size="7B", batch_size=1,
+        accumulate=1, seq_len=1024, steps=2, lr=1e-2, compile=False) | flags)
 
 def tokens(n=4000, vocab=64):
     """A text to learn: a noisy walk over the ids."""

@@ -71,8 +71,8 @@ def test_arms_of_a_run_become_lines_beside_runs_from_scratch(capsys):
     assert "| 2 | QuEST W2A2, from scratch | 2.10 | 1 | 3.5000 | +0.5000 | 1.7500 |" in lines[-1]
 
 def test_runs_with_other_settings_are_other_lines_and_not_other_seeds(capsys):
-    """Groups of 64 after rows without groups, at the same bits, with the same seed and with another;
-    the short table shows what was run last."""
+    """Groups of 64 after rows without groups, at the same bits, with the same seed and with
+    another; the short table shows what was run last."""
     rows = []
     for seed, group_size, loss in ((0, -1, 3.4), (1, -1, 3.6), (0, 64, 3.2)):
         arm = {"val_loss": loss, "bits_per_byte": 1.0, "bpw": 2.1 if group_size < 0 else 2.5,
@@ -91,8 +91,8 @@ def test_runs_with_other_settings_are_other_lines_and_not_other_seeds(capsys):
     # What is not trained does not depend on the rate, what is does; dense runs of other lengths are
     # no control.
     arm = {"val_loss": 3.1, "bits_per_byte": 1.0, "bpw": 2.1, "seconds": 1.0, "peak_bytes": 0}
-    rows = [row("normtweak", 0, 3.1, base_val_loss=3.0, lr=lr, arms={"gptq": arm, "gptq-tweak": arm})
-            for lr in (0.1, 0.2)]
+    both = {"gptq": arm, "gptq-tweak": arm}
+    rows = [row("normtweak", 0, 3.1, base_val_loss=3.0, lr=lr, arms=both) for lr in (0.1, 0.2)]
     rows += [row("dense", 0, 2.5, tokens=9, bpw=16.0, w_bits=16), row("quest", 0, 3.5)]
     found = report.methods(rows)
     labels = [report.label_of(method, found) for method in found]
