@@ -11,13 +11,14 @@ The idea:
   1. Each group of g weights is stored as M codes, which point into tables of values that many
      groups share. First fit both to the dense model: additive codebooks by k-means and by a
      search that knows the inputs (AQLM), or a grid by GPTQ.
-  2. One batch gives the gradient G of the dense weight W. The P half keeps the codes. It turns
-     G into gradients of codebooks and scales, and takes an Adam step on them and on norms,
-     embedding and head.
-  3. The V half keeps the values. It takes an Adam step on a virtual dense weight R, and lets a
-     share tau of the groups move to the code nearest to R. Few may move at a time, because many
-     at once overshoot, as --demo shows. R itself is kept as the buffer, from which the next step
-     starts: what the codes did not follow remains, as R - W.
+  2. One batch gives the gradient G of the loss, the KL divergence from the dense model, with
+     respect to the dense weight W. The P half keeps the codes. It turns G into gradients of
+     codebooks and scales, and takes an Adam step on them and on norms, embedding and head.
+     (Each tensor's step is as long as the rate times the tensor: LAMB's rule.)
+  3. The V half keeps the values. It takes such a step on a virtual dense weight R, and lets a
+     share tau of the groups move to a code near R. Few may move at a time, because many at once
+     overshoot, as --demo shows. R itself is kept as the buffer, from which the next step starts:
+     what the codes did not follow remains, as R - W.
 
 The symbols:
   W          dense weight (O, C) that codes and values stand for
@@ -31,10 +32,10 @@ The symbols:
   R, buffer  virtual dense weight (O, C), and what is kept of it for the next step
   forget     the paper's delta: 0 keeps R as the buffer, 1 resets it to W
   tau        share of the groups that may change in a step
-  trust      length of the change of W that new codes may make in a step, relative to |W|
+  trust      length of the change of W after which no further code moves in a step, over |W|
 
 Printed in a line: codes, the groups whose code changed in this step / how many may; trust, the
-largest share of its trust region that a weight used (above 100 % where the last change crossed
+largest share of its trust region that a linear used (above 100 % where the last change crossed
 its border). In the table: recovered, how much of the fit's loss increase the arm removes;
 changed, changes over all groups; budget, changes over those that were allowed. Below it: what
 the V half adds to P only.
@@ -84,9 +85,10 @@ EPS_ADAM = 1e-6                  # added after the root, as in the authors' code
 CODE_BETAS = (0.0, 0.95)         # of the step of R
 
 # ---- The method: one step for one layer -------------------------------------------------------
-# It asks two things of a representation: the weight that codes and values stand for, and the
-# codes near a weight. For additive codebooks these are vq_dequantize and nearest_codes. A run
-# does not call pv_step: PVOptimizer below does the same for stacks of layers. Read this first.
+# pv_step is the method. It asks two things of a representation: the weight that codes and values
+# stand for, and the codes near a weight. For additive codebooks these are vq_dequantize and
+# nearest_codes, which comes first. A run calls none of the three functions here: PVOptimizer below
+# does the same for stacks of layers, and tests hold it to them. Read this section first.
 
 def nearest_codes(R, codes, codebooks, scales, generator=None):
     """New codes (O, J, M) near R (O, C), where the search starts from the old ones.
@@ -142,8 +144,9 @@ def pv_step(G, codes, values, buffer, states, dequantize, nearest, lr, code_lr, 
     # Why may only few codes move? A step is safe up to 1 / the loss's curvature along the
     # coordinates that change. Along all of them the curvature is so large that a safe step
     # moves no code; a longer one moves many, and the loss jumps. Along a few it is small, and a
-    # safe step can reach another code. So only the tau n groups farthest from R may move. The
-    # curvature is not computed: code_lr sets the length of the step, whatever tau is.
+    # safe step can reach another code. So only the tau n groups farthest from R may move. (The
+    # paper's theory, which --demo computes, scales the step by that curvature. Here, as in the
+    # authors' code, code_lr sets its length, and tau only says how many groups may follow it.)
     n = codes.size(0) * codes.size(1)
     residual = (R - W).view(n, -1).square().sum(1)                     # (n,)
     chosen = residual.topk(math.ceil(tau * n)).indices                 # the farthest first
@@ -190,8 +193,8 @@ VARIANTS = {
 # A step on one small layer is many small operations, and a GPU would spend its time on
 # starting them. So layers of one shape are stacked, every tensor with their number L in
 # front. A LLaMA of any depth has four shapes at most, and each operation of a step runs
-# four times, not once for each of, say, 42 layers (7 in each of 6 blocks). A stack of
-# either representation, Codebooks here and Grid below, has
+# four times, not once for each of, say, 42 layers (7 in each of 6 blocks). Their codes and
+# values are a `form`: Codebooks here or Grid below, which has
 #   codes                    (L, n, M): the groups of a layer are counted row by row
 #   group_size               g, the weights of a group
 #   dequantize()             the weights (L, O, C), differentiable in the stack's parameters
@@ -304,7 +307,7 @@ def move_codes(form, reference, fraction, rank="residual", trust=None, left=None
         # What the nearest codes leave, even where the trust region then refuses the move.
         left.scatter_(1, chosen, error)
 
-    # 3. How far? Beyond the trust region nothing moves: so far away the gradient says little.
+    # 3. How far? Once the trust region is left nothing moves: so far away the gradient says little.
     used = w.new_zeros(L)
     if trust is not None:
         radius = trust * w.flatten(1).norm(dim=1, keepdim=True)        # (L, 1)
@@ -364,7 +367,8 @@ def take_second(errors, temperature, generator):
     """True (L, k) where stochastic rounding takes the runner-up.
 
     The nearest stays with p = e1^(-1/T) / (e1^(-1/T) + e2^(-1/T)), of the two distances e1 and
-    e2. errors (L, k, 2) are their squares, hence the half. An exact match (0 / 0) stays.
+    e2. errors (L, k, 2) are their squares, hence the half. Of two exact matches (0 / 0) the first
+    stays.
     """
     ratio = errors[..., 0] / errors[..., 1]
     p = 1 / (1 + ratio.pow(0.5 / temperature))
@@ -417,11 +421,12 @@ class Stack(NamedTuple):
     weights: list                # L dense weights (O, C), which the student multiplies with
 
 class PVOptimizer(torch.optim.Optimizer):
-    """The step of `pv_step` for all layers of a model, with LAMB for norms, embedding and head.
+    """The step of `pv_step` for all layers of a model, and LAMB's for norms, embedding and head.
 
     The backward pass leaves the gradient G in the dense weights, and both halves use it. What a
-    stack needs from step to step is in the state of its first weight, all of it float32: the
-    moment v and the buffer (L, O, C), `left` of choose_groups (L, n), the changes so far.
+    stack needs from step to step is in the state of its first weight: the moment v and the buffer
+    (L, O, C), `left` of choose_groups (L, n) and the changes so far, all float32, and t, the steps
+    of R.
     """
 
     def __init__(self, model, args, variant):
@@ -455,7 +460,8 @@ class PVOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def schedule(step, steps, peak):
-        """Ours: the rate falls to 0 in a line. The official rates are constant."""
+        """Ours: the rate falls in a line, to peak / steps in the last step. The official rates are
+        constant."""
         return peak * (1 - step / steps)
 
     @torch.no_grad()
@@ -568,7 +574,9 @@ class PVOptimizer(torch.optim.Optimizer):
 TRAVEL = 2
 
 def default_code_lr(forms, steps):
-    """The code_lr with which codes can change in a run of `steps` steps from these forms.
+    """The code_lr with which codes can change in a run of `steps` steps from these forms, where R
+    is kept from step to step. (Without a buffer R starts from W in each step, and codes change only
+    at rates many times larger.)
 
     The buffer starts at the codes' own values, so R is half a step away from the border at which
     a weight takes the next code. An optimizer step moves all of R by its rate times |R|: in units
@@ -605,8 +613,8 @@ def half_gap(form):
     where = every.expand(L, -1)                                        # (L, k)
     here = gather_groups(W.view(L, n, form.group_size), where)         # (L, k, g)
 
-    # The nearest codes of a vector that has codes are these. The runner-up differs in one code:
-    # that of the codebook which the search visits last.
+    # The nearest codes of a vector that has codes are its own: found[:, :, 0] is the vector. The
+    # runner-up differs in one code, that of the codebook which the search visits last.
     _, found = form.nearest(here, where, 2, torch.Generator().manual_seed(0))
     distance = (found[:, :, 1] - here).norm(dim=2)                     # (L, k)
     unit = W.square().mean((1, 2)).mul(form.group_size).sqrt()         # (L,)
@@ -674,7 +682,8 @@ TOGETHER = 2**24                 # weights of the linears whose codebooks are fi
 @full_float32()
 @torch.no_grad()
 def fit(model, data, args):
-    """Compress the linears in place, on inputs that pass through what is compressed already."""
+    """Compress the linears in place. Their inputs have passed through the blocks before, which are
+    compressed already, unless they are fitted together with this one."""
     idx, _ = batch(data.train, 0, WINDOWS, args.seq_len, args.seed, args.device)
 
     # Grids are fitted block by block. Ours: codebooks are fitted for several blocks at a time,
@@ -830,7 +839,7 @@ def linear_v(A, b, y, values, tau):
     """
     grad = A @ y - b
 
-    # Choose the largest |grad|, among the coordinates with a value on their downhill side.
+    # Choose the largest |grad|, those coordinates first that have a value on their downhill side.
     column = y.unsqueeze(1)
     lower = (values < column).any(1)
     higher = (values > column).any(1)
