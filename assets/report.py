@@ -64,17 +64,22 @@ class Setting(NamedTuple):
     w_bits: float
     a_bits: float
     group_size: int
+    lr: float
 
 class Line(NamedTuple):
     """A line of the table of runs from scratch."""
     setting: Setting
     runs: list                   # a row for each seed
     losses: list                 # their validation losses
-    gaps: list                   # those less the dense run's of the same seed, size and tokens
+    gaps: list                   # those less the dense run's of the same seed, size and tokens, or
+                                 # less the dense model's that the run began with
 
 def setting_of(row):
-    return Setting(row.get("size", "tiny"), row["tokens"], row["method"],
-                   row.get("grid") or "uniform", row["w_bits"], row["a_bits"], row["group_size"])
+    method = row["method"]
+    if row.get("base_val_loss") is not None:
+        method += ", from the dense model"
+    return Setting(row.get("size") or "tiny", row["tokens"], method, row.get("grid") or "uniform",
+                   row["w_bits"], row["a_bits"], row["group_size"], row.get("lr"))
 
 def summarize(rows):
     """Rows -> a Line for each setting, in the order of the table."""
@@ -94,7 +99,9 @@ def summarize(rows):
         losses = [row["val_loss"] for row in runs.values()]
         gaps = []
         for seed, row in runs.items():
-            base = dense.get((setting.size, setting.tokens, seed))
+            base = row.get("base_val_loss")
+            if base is None:
+                base = dense.get((setting.size, setting.tokens, seed))
             if base is not None:
                 gaps.append(row["val_loss"] - base)
         table.append(Line(setting, list(runs.values()), losses, gaps))
@@ -109,10 +116,14 @@ def print_table(table):
     print_head("method", "grid", "W bits", "A bits", "bits/weight", "tokens", "seeds", "val loss",
                "minus dense", "ppl", "bits/byte", "seconds")
     for setting, runs, losses, gaps in table:
+        # Runs at several rates have lines of their own, which say the rate.
+        method = setting.method
+        if any(line.setting[:-1] == setting[:-1] and line.setting != setting for line in table):
+            method += f", lr {setting.lr}"
         minus = ""
         if gaps and setting.method != "dense":
             minus = with_std(gaps, "+", digits=3)
-        print_line(setting.method, setting.grid, setting.w_bits, setting.a_bits,
+        print_line(method, setting.grid, setting.w_bits, setting.a_bits,
                    f"{mean_of(runs, 'bpw'):.2f}", f"{setting.tokens / 1e6:.2f}M", len(runs),
                    with_std(losses, digits=3), minus, f"{mean_of(runs, 'val_ppl'):.2f}",
                    f"{mean_of(runs, 'bits_per_byte'):.3f}", f"{mean_of(runs, 'seconds'):.0f}")

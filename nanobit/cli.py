@@ -64,7 +64,7 @@ def pretrain(argv):
 
     # Report. The row is written before anything is printed.
     scores = score(model.eval(), data, args)
-    row = record(args, "dense", model, scores, result)
+    row = record(args, "dense", model, scores, result, size=args.size)
     say(f"{show(scores)} | {len(data.val) - 1} tokens | saved {path}")
     say(row)
 

@@ -46,6 +46,15 @@ def test_seeds_become_mean_deviation_and_paired_difference():
     cell = f"{paired.mean():+.3f} ± {paired.std(ddof=1):.3f}"
     assert report.with_std(of_quest.gaps, "+", digits=3) == cell
 
+def test_another_rate_and_another_start_are_other_lines(capsys):
+    rows = [row("dense", 0, 3.0, w_bits=16, a_bits=16), row("quest", 0, 3.5, lr=0.1),
+            row("quest", 0, 3.4, lr=0.2), row("quest", 0, 3.3, lr=0.1, base_val_loss=3.2)]
+    report.print_table(report.summarize(rows))
+    lines = capsys.readouterr().out.strip().splitlines()[3:]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| quest, from the dense model", "| quest, lr 0.2", "| quest, lr 0.1"]
+    assert [line.split(" | ")[8] for line in lines] == ["+0.100", "+0.400", "+0.500"]
+
 def test_arms_of_a_run_become_lines_beside_runs_from_scratch(capsys):
     arm = lambda loss, bpw: {"val_loss": loss, "bits_per_byte": loss / 2, "bpw": bpw,
                              "seconds": 1.0, "peak_bytes": 2**31}
