@@ -341,7 +341,7 @@ def test_integer_matmul_of_tiles_compiles_for_an_h100_without_spills(eight):
 @pytest.mark.codegen
 @pytest.mark.parametrize("x, C, train", [("*bf16", 4096, False), ("*bf16", 14336, False),
                                          ("*bf16", 1024, True), ("*bf16", 2816, True),
-                                         ("*fp32", 1024, True)])
+                                         ("*fp32", 1024, True), ("*fp32", 1536, False)])
 def test_hadamard_quantize_compiles_for_an_h100_to_tensor_cores_without_spills(x, C, train,
                                                                                monkeypatch):
     import kernels
