@@ -150,20 +150,25 @@ def to_grid(v, bits, grid, quantizer):
     q, scale, u = quest_codes(h, bits, grid)
     codes = q.to(torch.int8)
     levels = q.add_(code_offset(bits, grid))           # in place: q is not needed any more
-    trusted = u.abs() <= how.limit(bits, grid)
+    trusted = u.abs_() <= how.limit(bits, grid)        # in place: only |u| is still needed
 
     kept = None
     if grid == "sparse":
         # A pruned value is rounded to 0: it is trusted where that is within half a step.
         kept = keep_two_of_four(h)
         levels = levels * kept
-        trusted = trusted & (kept | (u.abs() <= 0.5))
+        trusted = trusted & (kept | (u <= 0.5))
     return Operand(levels, scale, codes, trusted, kept)
 
 def restore(codes, offset, scale, dtype):
     """(codes + offset) * scale, rounded once, to dtype: levels of at most 127.5 in steps of 1/2
     have 8 significant bits and are exact even in bfloat16, and scale is float32."""
-    return (codes.to(dtype).add_(offset) * scale).to(dtype)
+    return codes.to(dtype).add_(offset).mul_(scale)    # in float32, then rounded into place
+
+def as_numbers(mask, dtype):
+    """Bools as ones and zeros of dtype, by way of int8: a CPU is slow at turning bools into floats,
+    and slower at multiplying with them."""
+    return mask.view(torch.int8).to(dtype)
 
 class QuestFunction(torch.autograd.Function):
     """y = x_hat w_hat^T with QuEST's gradient, for every w of `weights`: a tuple of (B, O).
@@ -199,7 +204,7 @@ class QuestFunction(torch.autograd.Function):
         x_quantized = x_scale is not None
         x_hat = restore(x_saved, ctx.x_offset, x_scale, ctx.dtype) if x_quantized else x_saved
 
-        gx = 0
+        gx = None
         gws = []
         for i, g in enumerate(gs):                                     # g (B, O)
             w_codes, w_scale, w_trusted, w_kept = saved[4 * i:4 * i + 4]
@@ -208,17 +213,18 @@ class QuestFunction(torch.autograd.Function):
             w_hat = restore(w_codes, ctx.w_offset, w_scale, ctx.dtype)  # (O, C)
             if w_kept is not None:
                 w_hat = w_hat * w_kept
-            gx = gx + g @ w_hat                                        # (B, C)
+            product = g @ w_hat                                        # (B, C)
+            gx = product if gx is None else gx.add_(product)
 
             # dL/dw: the mask is one of rotated values, so mask first and then rotate back
             gw = g.t() @ x_hat                                         # (O, C)
-            gw = gw * w_trusted.to(ctx.dtype)          # a CPU is slow at float times bool
+            gw.mul_(as_numbers(w_trusted, ctx.dtype))
             if ctx.rotates:
                 gw = rotate(gw)                        # float32, for the optimizer
             gws.append(gw.float())
 
         if x_quantized:
-            gx = gx * x_trusted.to(ctx.dtype)
+            gx.mul_(as_numbers(x_trusted, ctx.dtype))
         if ctx.rotates:
             gx = rotate(gx, dtype=ctx.dtype)           # as the layer before expects it
         return gx, None, None, None, None, *gws
