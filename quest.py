@@ -330,7 +330,7 @@ class QuestLinear(nn.Module):
         return q + code_offset(self.bits)
 
     @torch.no_grad()
-    def packed(self, dtype):
+    def packed(self, dtype=torch.float32):
         """The same layer from packed codes and one float32 scale a row. The codes are rounded by
         what rounds them in training with inputs of dtype, so that the file has training's own:
         where a value lies next to a border, a kernel and PyTorch may take different sides."""
@@ -421,7 +421,7 @@ class LsqLinear(QuestLinear):
         return (w - 0.5).round() + 0.5                 # v + (q - v) is q but for a last digit
 
     @torch.no_grad()
-    def packed(self, dtype):
+    def packed(self, dtype=torch.float32):
         a_step = None if self.a_bits == 16 else self.a_step.detach()
         return QuantLinear.quest(self.weight, self.bits, self.a_bits, self.grid, rotated=False,
                                  w_scale=self.w_step.detach(), a_scale=a_step)
