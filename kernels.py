@@ -1408,18 +1408,18 @@ def quest_operand(packed, scale, bits, K):
     are; 1.58 and 3 bits (and 1 where 256 does not divide K) get 4, 5 to 7 bits get 8."""
     q = unpack(packed, bits, K, signed=True)
     sums = 2 * (q.to(torch.int32) + code_offset(bits)).sum(1)
-    if bits in (1.58, 3) or bits == 1 and K % 256:
-        packed = pack(q, 4)
-    elif bits == 8:
+    planes = quest_planes(bits, K)
+    if bits == 8:
         packed = q
-    elif bits > 4:
+    elif planes == 1:
         packed = 2 * q + 1
+    elif planes * bits != 8:
+        packed = pack(q, 8 // planes)
     return packed, scale.view(-1), sums.to(torch.int32)
 
 def quest_linear(x, w, a_bits, bits):
     """QuantLinear's forward for QuEST: x (..., K), w of quest_operand -> (..., N)."""
-    planes = x.size(-1) // w[0].size(1)                # codes in a byte
-    a = hadamard_quantize(x.flatten(0, -2), a_bits, planes=planes)
+    a = hadamard_quantize(x.flatten(0, -2), a_bits, planes=quest_planes(bits, x.size(-1)))
     return quest_matmul(a, w, a_bits, bits, x.dtype).view(*x.shape[:-1], -1)
 
 def quest_fits(x, bits, a_bits):
