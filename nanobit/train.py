@@ -184,9 +184,8 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None, keep=None)
     windows = ValWindows(model, tokens, seq_len, batch_size)
 
     # What is kept stays on the device: of large models too much.
-    keeps = keep is not None
-    if keeps:
-        keeps = len(tokens) * model.config.n_embd * model.dtype.itemsize <= KEPT
+    if keep is not None and len(tokens) * model.config.n_embd * model.dtype.itemsize > KEPT:
+        keep = None
 
     # Add up their losses. A lean model never holds the logits of all tokens.
     was_lean = model.lean
@@ -194,11 +193,11 @@ def evaluate(model, tokens, seq_len, tokenizer=None, batch_size=None, keep=None)
     total = 0.0
     for part in progress(windows.parts, "evaluating"):
         x, y = windows.batch(part)
-        if keeps:
+        if keep is None:
+            loss = model(x, y)[1]
+        else:
             keep.append(model.trunk(x))                                    # (windows, tokens, C)
             loss = model.predict(keep[-1], y)[1]
-        else:
-            loss = model(x, y)[1]
         total += loss.item() * y.numel()
     model.lean = was_lean
     return scores_of(total, tokens, tokenizer)
