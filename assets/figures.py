@@ -17,6 +17,13 @@ LIGHT, DARK = "#b5b5b5", "#4d4d4d"
 
 WIDTH = 8.3                            # inches; at 160 dots per inch and half of that on a page
 
+def mean_std(values):
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+def known(runs, field):
+    """The values of a field, of the runs that have one."""
+    return [run[field] for run in runs if run.get(field) is not None]
+
 def axes_of(height, title, subtitle=""):
     """matplotlib's figure and axes, with a title above that starts at the left edge."""
     import matplotlib
@@ -98,7 +105,7 @@ def draw_methods(found, path, model, measure="gap"):
     points = collections.defaultdict(list)
     for (bits, name, _), runs in found.items():
         name = "QuEST" if name.startswith(f"QuEST W{bits:g}A{bits:g}") else name
-        gaps = [r[measure] for r in runs if r.get(measure) is not None]
+        gaps = known(runs, measure)
         if name in METHODS and gaps and bits <= MOST_BITS:
             points[name].append((statistics.mean(r["bpw"] for r in runs), statistics.mean(gaps)))
     at_2 = [gap for name in points for bpw, gap in points[name] if 1.9 < bpw < 2.7]
@@ -264,12 +271,10 @@ BASELINES = {
 def draw_quest(table, path):
     """Draw QuEST's loss above dense and its baselines', by bit-width. table: of `summarize`."""
     points = collections.defaultdict(list)             # (bits, mean, deviation)
-    for setting, _, _, gaps in table:
-        s = setting
+    for s, _, _, gaps in table:                        # s: the setting
         drawn = (s.size, s.grid) == ("tiny", "uniform") and s.w_bits == s.a_bits < 16
         if drawn and gaps and s.method in BASELINES:
-            deviation = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
-            points[s.method].append((s.w_bits, statistics.mean(gaps), deviation))
+            points[s.method].append((s.w_bits, *mean_std(gaps)))
 
     fig, ax = axes_of(4.4, "Without rotation and mask, rounding costs three times as much",
                       "Validation loss above dense, 3M parameters, 0.82M tokens; mean and "

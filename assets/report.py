@@ -25,6 +25,7 @@ from typing import NamedTuple
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE)]
 import figures
+from figures import known, mean_std
 from model import UsageError
 from nanobit.cli import run                            # as the scripts end and write
 from nanobit.runs import read_rows
@@ -34,9 +35,6 @@ from kernel_rows import OTHERS, WEIGHTS, print_asked, print_head, print_line, pr
 
 def mean_of(rows, field):
     return statistics.mean(row[field] for row in rows)
-
-def mean_std(values):
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 def with_std(values, sign="", digits=4):
     """Mean and deviation as a table's cell; a single value has no deviation. sign: "+" for
@@ -74,11 +72,29 @@ class Line(NamedTuple):
     gaps: list                   # those less the dense run's of the same seed, size and tokens, or
                                  # less the dense model's that the run began with
 
+def size_of(row):
+    return row.get("size") or "tiny"
+
+def dense_losses(rows):
+    """{what a run from scratch shares with its dense control: the control's loss}."""
+    return {control_of(row): row["val_loss"] for row in rows if row["method"] == "dense"}
+
+def control_of(row):
+    return size_of(row), row["tokens"], row["seed"]
+
+def gap_of(row, dense):
+    """The loss of a run of quest.py less that of the dense model that it began with, or else of its
+    dense control, of dense_losses; None where there is neither."""
+    base = row.get("base_val_loss")
+    if base is None:
+        base = dense.get(control_of(row))
+    return None if base is None else row["val_loss"] - base
+
 def setting_of(row):
     method = row["method"]
     if row.get("base_val_loss") is not None:
         method += ", from the dense model"
-    return Setting(row.get("size") or "tiny", row["tokens"], method, row.get("grid") or "uniform",
+    return Setting(size_of(row), row["tokens"], method, row.get("grid") or "uniform",
                    row["w_bits"], row["a_bits"], row["group_size"], row.get("lr"))
 
 def summarize(rows):
@@ -87,24 +103,13 @@ def summarize(rows):
     for row in rows:
         groups[setting_of(row)][row["seed"]] = row     # a repeated seed: the last run counts
 
-    # The dense losses that others are compared with.
-    dense = {}
-    for setting, runs in groups.items():
-        if setting.method == "dense":
-            for seed, row in runs.items():
-                dense[setting.size, setting.tokens, seed] = row["val_loss"]
-
+    dense = dense_losses(rows)
     table = []
-    for setting, runs in groups.items():
-        losses = [row["val_loss"] for row in runs.values()]
-        gaps = []
-        for seed, row in runs.items():
-            base = row.get("base_val_loss")
-            if base is None:
-                base = dense.get((setting.size, setting.tokens, seed))
-            if base is not None:
-                gaps.append(row["val_loss"] - base)
-        table.append(Line(setting, list(runs.values()), losses, gaps))
+    for setting, by_seed in groups.items():
+        runs = list(by_seed.values())
+        losses = [row["val_loss"] for row in runs]
+        gaps = [gap_of(row, dense) for row in runs]
+        table.append(Line(setting, runs, losses, [gap for gap in gaps if gap is not None]))
 
     # A size and its tokens together, then many bits before few, then the lowest loss first.
     def place(line):
@@ -156,12 +161,7 @@ class Method(NamedTuple):
 
 def methods(rows):
     """{Method: one dict a seed}, of runs on one base and runs from scratch of its size."""
-    # What runs from scratch are compared with: the dense run of the same seed and tokens.
-    dense = {}
-    for row in rows:
-        if row["method"] == "dense":
-            dense[row["seed"], row["tokens"]] = row["val_loss"]
-
+    dense = dense_losses(rows)
     found = collections.defaultdict(dict)
     for row in rows:
         seed = row["seed"]
@@ -178,14 +178,13 @@ def methods(rows):
             continue
 
         # A run of quest.py: from scratch, or from the dense model that the row has the loss of.
-        base = row.get("base_val_loss")
         name = SCRATCH.get(row["method"], row["method"])
         if row["method"] != "dense":
-            start = "from scratch" if base is None else "from the dense model"
+            scratch = row.get("base_val_loss") is None
+            start = "from scratch" if scratch else "from the dense model"
             name += f" W{row['w_bits']}A{row['a_bits']}, {start}"
-        control = dense.get((seed, row["tokens"])) if base is None else base
-        gap = None if control is None else row["val_loss"] - control
-        found[Method(row["w_bits"], name, settings_of(row, name))][seed] = row | {"gap": gap}
+        key = Method(row["w_bits"], name, settings_of(row, name))
+        found[key][seed] = row | {"gap": gap_of(row, dense)}
     return {method: list(runs.values()) for method, runs in found.items()}
 
 def settings_of(row, name):
@@ -208,10 +207,6 @@ def name_of_arm(row, arm):
     if script == "pvtune" and row["scheme"] == "affine":
         script = "pvtune-affine"
     return ARMS.get((script, arm))
-
-def known(runs, field):
-    """The values of a field, of the runs that have one."""
-    return [run[field] for run in runs if run.get(field) is not None]
 
 def print_methods(found):
     """Print a line for each of the methods. Where a row has the distance from the dense model, so
