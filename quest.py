@@ -316,8 +316,8 @@ class QuestLinear(nn.Module):
         return [y.view(*x.shape[:-1], -1) for y in ys]
 
     def has_kernels(self, x):
-        """Does FusedQuest compute this layer for inputs x? Not for baselines, other grids, float32
-        and 16-bit inputs."""
+        """Does FusedQuest compute this layer for inputs x? Not for baselines, other grids, x in
+        float32, --a-bits 16, and widths that 128 does not divide (kernels.quest_fits)."""
         own = self.quantizer == "quest" and self.grid == "uniform"
         return own and x.is_cuda and kernels and kernels.quest_fits(x, self.bits, self.a_bits)
 
@@ -345,7 +345,9 @@ class QuestLinear(nn.Module):
                                             rotated=QUANTIZERS[self.quantizer].rotates)
 
 def kernel_codes(weight, bits):
-    """The codes q int8 (O, C) and scales (O, 1) of a weight, as FusedQuest multiplies with them."""
+    """The codes q int8 (O, C) and scales (O, 1) of a weight, as FusedQuest multiplies with them:
+    float32 is rounded alike with and without a dtype. (Inputs of 16 bits are not: a value next to a
+    border may take another side.)"""
     codes, scale, _ = kernels.hadamard_quantize(weight, bits)
     if bits != 8:
         codes = codes >> 1                             # 2 q + 1, or with three levels 2 q

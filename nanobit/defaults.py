@@ -71,8 +71,9 @@ def lrqat_rate(bits, is_large):
 def weight_rate(lr, weights):
     """The rate of full QAT's weights, a list of tensors: half of --lr, times their root mean
     square. AdamW moves a weight by about the rate in a step, however large it is, and models
-    differ: that root is 0.028 on the tiny base and 0.193 on SmolLM2. Dev loss at several rates,
-    each divided by it, with --lr 1e-2:
+    differ: that root is 0.028 on the tiny base and 0.193 on SmolLM2. Dev loss at several rates of
+    the weights, each divided by it; --lr, by which the scales learn too, was 1e-2, and so the half
+    of it is the column 0.005:
 
                       0.0016   0.005   0.011   0.016   0.036    0.11
     tiny, 2 bits           -   3.025   3.023       -   3.030   3.072
