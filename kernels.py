@@ -1420,7 +1420,8 @@ def quest_operand(packed, scale, bits, K):
 def quest_linear(x, w, a_bits, bits):
     """QuantLinear's forward for QuEST: x (..., K), w of quest_operand -> (..., N)."""
     a = hadamard_quantize(x.flatten(0, -2), a_bits, planes=quest_planes(bits, x.size(-1)))
-    return quest_matmul(a, w, a_bits, bits, x.dtype).view(*x.shape[:-1], -1)
+    y = quest_matmul(a, w, a_bits, bits, x.dtype)
+    return y.view(*x.shape[:-1], y.size(-1))
 
 def quest_fits(x, bits, a_bits):
     """Whether the kernels above take inputs x (..., K) on the uniform grid. Of more than 32512
@@ -1703,7 +1704,7 @@ def vq_operand(layer, x):
 def vq_product(layer, x, w):
     codes, codebooks, scale = w
     y = vq_matmul(x.flatten(0, -2), codes, codebooks, scale)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.size(-1))
 
 FORMS = {                      # by the kind that a layer's spec names
     "affine": Form(affine_operand, affine_product),

@@ -1022,7 +1022,7 @@ class PackedEmbedding(nn.Module):
     def forward(self, idx):
         flat = idx.flatten()
         q = unpack(self.packed[flat], self.bits, self.n_embd, signed=True)         # (n, C)
-        return (q * self.scale[flat].float()).view(*idx.shape, -1)
+        return (q * self.scale[flat].float()).view(*idx.shape, self.n_embd)
 
     def weight(self):
         """All rows, float32 (V, C)."""

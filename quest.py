@@ -313,7 +313,8 @@ class QuestLinear(nn.Module):
         else:
             ys = QuestFunction.apply(flat, first.bits, first.a_bits, first.grid, first.quantizer,
                                      *weights)
-        return [y.view(*x.shape[:-1], -1) for y in ys]
+        # y's own width and not -1, which is undefined where there are no tokens.
+        return [y.view(*x.shape[:-1], y.size(-1)) for y in ys]         # (..., O)
 
     def has_kernels(self, x):
         """Does FusedQuest compute this layer for inputs x? Not for baselines, other grids, x in
@@ -440,7 +441,8 @@ def scale_gradient(x, grad_scale):
 def lsq_levels(x, step, bits):
     """(levels, step): floor(x / step) clipped, plus 1/2; straight through inside the clip."""
     half = num_levels(bits) // 2
-    step = scale_gradient(step, (x.numel() * max(half - 1, 1)) ** -0.5)  # LSQ's 1/sqrt(N qmax)
+    count = max(x.numel(), 1)                          # without tokens 1 / sqrt(0) would fail
+    step = scale_gradient(step, (count * max(half - 1, 1)) ** -0.5)    # LSQ's 1/sqrt(N qmax)
     u = x / step
     v = (u - 0.5).clamp(-half, half - 1)               # q unrounded: floor(u) = round(u - 1/2)
     q = u.detach().floor().clamp(-half, half - 1)

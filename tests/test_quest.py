@@ -173,6 +173,16 @@ def test_shared_inputs_and_micro_batches_change_nothing():
     parts = [torch.autograd.grad(layers[0](a), w, b)[0] for a, b in zip(x.split(8), g.split(8))]
     assert (full - sum(parts)).abs().max() < 1e-6 * full.abs().max()
 
+@pytest.mark.parametrize("how", QUEST + LSQ, ids=str)
+def test_no_tokens_give_no_outputs_and_a_gradient_of_zero(how):
+    """As of nn.Linear; the packed layer too."""
+    x, w = torch.zeros(2, 0, 64, requires_grad=True), torch.nn.Parameter(randn(48, 64).float())
+    layer = (LsqLinear if how[-1] == "lsq" else QuestLinear)(w, *how)
+    y = layer(x)
+    assert y.shape == layer.packed()(x).shape == (2, 0, 48)
+    y.sum().backward()
+    assert x.grad.shape == x.shape and (w.grad == 0).all()
+
 class OnGpu(torch.Tensor):
     """A CPU's tensor that says it is a GPU's."""
     is_cuda = True
