@@ -233,8 +233,8 @@ class FusedQuest(torch.autograd.Function):
     """QuestFunction on a GPU: each of its steps is one kernel, and forward products are integer.
 
     One pass over an operand makes its codes, x_hat in x's dtype and the trust mask, a bit a value.
-    It saves x_hat and w_hat in bfloat16 and the masks: 2 1/8 bytes a value against 2 for codes and
-    bools, and the backward pass has nothing to restore.
+    It saves x_hat and w_hat in that dtype, of 16 bits, and the masks: 2 1/8 bytes a value against 2
+    for codes and bools, and the backward pass has nothing to restore.
     """
 
     @staticmethod
