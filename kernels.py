@@ -1167,7 +1167,9 @@ def _rotate_trusted(g, g2, g3, trusted, signs, out, blocks, COUNT: tl.constexpr,
 def rotate_trusted(gs, trusted, dtype):
     """rotate(sum(gs) * mask) in dtype: QuEST's backward pass. gs: up to three (T, C) of float16 or
     bfloat16; trusted of hadamard_quantize. Products are exact, sums are float32 (and rounded once
-    before the rotation where there are several)."""
+    before the rotation where there are several). Raises ValueError for more than three."""
+    if len(gs) > 3:
+        raise ValueError(f"rotate_trusted adds up to 3 gradients; there are {len(gs)}")
     first = gs[0].contiguous()
     second = gs[len(gs) // 2].contiguous()             # not read where there are fewer
     third = gs[-1].contiguous()

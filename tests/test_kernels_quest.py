@@ -294,6 +294,13 @@ def test_a_packed_layer_gives_its_bits_in_the_order_that_the_kernels_take_them(m
         layer = quantizers.QuantLinear.quest(w, 4, **other)
         assert kernels.linear(layer, torch.randn(3, 256)) is None
 
+def test_more_gradients_than_the_kernel_adds_are_refused():
+    pytest.importorskip("triton", "3.5")
+    import kernels
+    g, mask = torch.zeros(2, 128), torch.zeros(2, 16, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="up to 3 gradients; there are 4"):
+        kernels.rotate_trusted([g] * 4, mask, torch.float32)
+
 def compiled(kernel, warps, stages=3, **arguments):
     """Compile for an H100 -> registers' spills in bytes, shared memory, counts of instructions.
 
