@@ -99,7 +99,7 @@ def quest_fake_quant(x, bits):
     trusted = u.abs() <= trust_limit(bits)
     return TrustedGradient.apply(h, h_hat, trusted)
 
-def quest_linear(x, w, bits, a_bits):
+def quest_linear(x, w, a_bits, bits):
     """y = x_hat w_hat^T, for a_bits of at most 8. H is symmetric and H H = I: the rotations cancel
     in the product, and the backward pass of `rotate`, which autograd applies to the masked
     gradients, is `rotate` again.

@@ -342,7 +342,7 @@ def test_the_fast_layer_is_the_plain_one_forward_and_backward():
     for bits in [*BITS, 16]:
         for a_bits in {bits, 4} if bits < 16 else ():
             x, w, g = operands()
-            plain, fast = quest.quest_linear(x, w, bits, a_bits), QuestLinear(w, bits, a_bits)(x)
+            plain, fast = quest.quest_linear(x, w, a_bits, bits), QuestLinear(w, bits, a_bits)(x)
             assert (plain - fast).abs().max() < 1e-6
             for a, b in zip(torch.autograd.grad(plain, (x, w), g),
                             torch.autograd.grad(fast, (x, w), g)):
