@@ -1117,8 +1117,8 @@ def groups_that_differ(model, packed):
 
 def parse_args(argv=None):
     p = Parser(prog="pvtune.py", description="Fine-tune codes and codebooks (PV-Tuning).")
-    p.add_argument("--bits", type=number(int, 1, 8), default=2,
-                   help="a weight, 1 to 8; unused with --scheme MxBgG (default: 2)")
+    p.add_argument("--bits", type=number(int, 1, 8),
+                   help="a weight, 1 to 8; a --scheme MxBgG has its own (default: 2)")
     p.add_argument("--scheme", help="MxBgG: M codebooks of 2^B vectors of G weights; or affine, a "
                    "grid of --bits (default: BITSx4g4)")
     p.add_argument("--group-size", type=number(int, -1),
@@ -1143,9 +1143,12 @@ def parse_args(argv=None):
     p.set_defaults(**UNSET, eval_every=0)              # what follows from the model; no looks
     args = p.parse_args(argv)
 
-    # A code of 4 bits for 4 weights costs one bit per weight, so M = bits.
-    args.scheme = args.scheme or f"{args.bits}x4g4"
+    # A code of 4 bits for 4 weights costs one bit per weight, so M = bits. check_args still sees by
+    # None whether --bits was given.
+    bits = args.bits or 2
+    args.scheme = args.scheme or f"{bits}x4g4"
     check_args(args)
+    args.bits = bits
     if args.scheme != "affine":
         args.group_size = parse_scheme(args.scheme).group_size
     if args.smoke and not args.steps:
@@ -1161,6 +1164,9 @@ def check_args(args):
         if args.group_size is not None:
             raise UsageError(f"--group-size {args.group_size} is for --scheme affine; --scheme "
                              f"{args.scheme} has groups of {g} already")
+        if args.bits not in (None, width(args)):
+            raise UsageError(f"--bits {args.bits} is not what --scheme {args.scheme} has, "
+                             f"{width(args):g} bits per weight; leave one of the two out")
 
 def check_shapes(model, args):
     """Raise UsageError for a group or a codebook that some linear of the model cannot have."""

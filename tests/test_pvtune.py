@@ -1207,7 +1207,7 @@ def script(work, capsys, flags):
     return status, out, None if status else json.loads(out.strip().splitlines()[-1])
 
 @pytest.mark.parametrize("flags,name,arms", [
-    ("--bits 2 --scheme 2x3g4", "pvtune-2x3g4", ["P only", "STE", "PV"]),
+    ("--scheme 2x3g4", "pvtune-2x3g4", ["P only", "STE", "PV"]),
     ("--scheme affine --bits 2 --group-size 16 --variant pv", "pvtune-affine-w2", ["PV"])])
 def test_main_job_compares_packs_and_resumes(work, capsys, flags, name, arms):
     flags += " --steps 4 --batch-size 4 --seq-len 32 --code-lr 3"          # so that codes move
@@ -1291,6 +1291,7 @@ def test_demo_prints_the_theory_in_a_process_of_its_own():
     ("--scheme 1x16g8", ["65536", "quarter", "8192"]), ("--tau 0", ["--tau 0", "(0, 1]"]),
     ("--tau 1.5", ["--tau 1.5"]), ("--tau nan", ["--tau nan"]), ("--bits 9", ["9", "1 to 8"]),
     ("--bits 2 --group-size 64", ["--group-size 64", "affine"]),
+    ("--bits 3 --scheme 2x8g8", ["--bits 3", "2x8g8", "2 bits"]),
     ("--scheme affine --group-size 100", ["100", "256", "divide"]),
     ("--scheme affine --group-size 0", ["--group-size 0"]),
     ("--variant vp", ["vp"]), ("--rank best", ["best"]), ("--code-lr 0", ["--code-lr"]),
@@ -1313,4 +1314,7 @@ def test_schemes_follow_from_the_bits():
     for bits in (1, 2, 3):
         args = pvtune.parse_args(["--bits", str(bits), "--device", "cpu"])
         assert args.scheme == f"{bits}x4g4" and args.group_size == 4
-    assert pvtune.parse_args(["--scheme", "affine", "--device", "cpu"]).group_size is None
+    args = pvtune.parse_args(["--scheme", "affine", "--device", "cpu"])
+    assert (args.bits, args.group_size) == (2, None)
+    args = pvtune.parse_args("--bits 3 --scheme 3x8g8 --device cpu".split())   # the two agree
+    assert (args.scheme, args.group_size) == ("3x8g8", 8)
