@@ -642,18 +642,25 @@ def load_models(args):
     return student, teacher, data
 
 def load_packed(args):
-    """The packed --model and its tokenizer. Its grid takes the place of the command's flags."""
+    """The packed --model and its tokenizer. Its grid becomes the run's. Raises UsageError for a
+    flag that asks for another."""
     model, content = load_checkpoint(args.model, args.device, getattr(torch, args.dtype))
     specs = list(content["linears"].values())
     if {spec["kind"] for spec in specs} != {"affine"}:
         raise UsageError(f"--model {args.model} has no packed affine linears; --teacher is for "
                          "those")
 
-    spec = specs[0]                                    # all linears of a file have one grid
-    args.bits = spec["bits"]
-    args.a_bits = spec["a_bits"]
-    args.group_size = spec["group_size"]
-    args.symmetric = spec["signed"]                    # codes around zero, no zero points
+    # All linears of a file have one grid. Flags that are not given are None here.
+    spec = specs[0]
+    grid = {"bits": spec["bits"], "a_bits": spec["a_bits"], "group_size": spec["group_size"],
+            "symmetric": spec["signed"]}               # codes around zero, no zero points
+    for name, own in grid.items():
+        given = getattr(args, name)
+        if given not in (None, own):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {given} is not the {own} of --model {args.model}, whose "
+                             f"codes exist already; leave {flag} out")
+        setattr(args, name, own)
     return model, content["tokenizer"]
 
 class Arm(NamedTuple):
@@ -714,13 +721,13 @@ def table_row(name, scores, row, losses=()):
 def parse_args(argv=None):
     p = Parser(prog="normtweak.py", description="Quantize, then tweak the norms (Norm Tweaking).")
     add = p.add_argument
-    add("--bits", type=number(int, 1, 8), default=2, help="of the weights, 1 to 8 (default: 2)")
+    add("--bits", type=number(int, 1, 8), help="of the weights, 1 to 8 (default: 2)")
     add("--group-size", type=number(int, -1), help="inputs that share a scale; -1: all of a row "
         "(default: -1; for a model of 10M weights and more 128, or what divides its inputs)")
-    add("--symmetric", action="store_true", help="grids without zero points")
+    add("--symmetric", action="store_true", default=None, help="grids without zero points")
     add("--act-order", action="store_true", help="GPTQ rounds the columns of the largest inputs "
         "first, as in the paper's runs (default: from left to right, as everywhere here)")
-    add("--a-bits", type=int, choices=(4, 8, 16), default=16,
+    add("--a-bits", type=int, choices=(4, 8, 16),
         help="of the linears' inputs, one scale a token; 16: not quantized (default: 16)")
     add("--smooth", type=number(float, 0, 1),
         help="SmoothQuant's alpha, with --a-bits 8 or 4 (default: 0.5)")
@@ -750,11 +757,17 @@ def parse_args(argv=None):
     check_args(args)
     if args.smooth is None:
         args.smooth = 0.5
+
+    # The grid, where it is not that of a packed --model (see load_packed).
+    if not args.teacher:
+        args.bits = args.bits or 2
+        args.a_bits = args.a_bits or 16
+        args.symmetric = bool(args.symmetric)
     return args
 
 def check_args(args):
     """Raise UsageError for flags that do not go together."""
-    if args.smooth is not None and args.a_bits == 16:
+    if args.smooth is not None and args.a_bits in (None, 16):
         raise UsageError(f"--smooth {args.smooth} is for quantized activations; add --a-bits 8")
     if args.bits == 1 and args.symmetric:
         # The codes -1 and 0 stand for -2 max|w| and 0: no weight is nearer to the first.

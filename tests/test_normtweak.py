@@ -774,16 +774,17 @@ def test_a_packed_model_keeps_its_codes(base, tmp_path, capsys):
         torch.testing.assert_close(v, b.state_dict()[k], rtol=1e-4, atol=0)
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_a_packed_models_own_settings_replace_the_commands(base, teacher, data, ids, options,
-                                                           tmp_path, symmetric):
+def test_a_packed_models_own_grid_is_that_of_the_run(base, teacher, data, ids, options, tmp_path,
+                                                     symmetric):
     grid = ["--bits", "3", "--a-bits", "8", "--group-size", "16", *["--symmetric"] * symmetric]
     model, _ = compress(teacher, ids[:2], options(*grid), tweak=False)
     save_checkpoint(str(tmp_path / "p.pt"), model, method="rtn", tokenizer=data.spec,
                     data=data.digest, settings={"data": data.name})
-    args = options("--model", str(tmp_path / "p.pt"), "--teacher", base)
-    nt.load_models(args)
-    found = args.bits, args.a_bits, args.group_size, args.symmetric
-    assert found == (3, 8, 16, symmetric)
+    for given in ([], grid):                           # flags that repeat it are no mistake
+        args = nt.parse_args(["--model", str(tmp_path / "p.pt"), "--teacher", base, *given])
+        nt.load_models(args)
+        found = args.bits, args.a_bits, args.group_size, args.symmetric
+        assert found == (3, 8, 16, symmetric)
 
 def test_few_calibration_tokens_are_said(base, tmp_path, capsys):
     _, out, _ = call(capsys, f"normtweak.py --model {base} --out {tmp_path} --steps 1 --keep-all "
@@ -798,6 +799,10 @@ def test_few_calibration_tokens_are_said(base, tmp_path, capsys):
     ("--smooth 1.5 --a-bits 8", "1.5 is not float from 0 to 1"),
     ("--teacher BASE", "needs the packed checkpoint as --model"),
     ("--teacher BASE --model PACKED --host rtn", "--host rtn quantizes, but the codes"),
+    ("--teacher BASE --model PACKED --bits 3", "--bits 3 is not the 2 of --model"),
+    ("--teacher BASE --model PACKED --a-bits 8", "--a-bits 8 is not the 16 of --model"),
+    ("--teacher BASE --model PACKED --group-size 16", "--group-size 16 is not the -1 of --model"),
+    ("--teacher BASE --model PACKED --symmetric", "--symmetric True is not the False of --model"),
     ("--teacher BASE --model BASE", "has no packed affine linears"),
     ("--model PACKED", "is packed already"),
     ("--model PACKED --teacher PACKED", "is packed already"),
