@@ -61,6 +61,8 @@ def train_base(args, path):
         value = getattr(args, name)
         if value:
             argv.append(f"--{name}={value}")
+    if args.tied:
+        argv.append("--tied")
     if args.smoke:
         argv += [f"--out={os.path.dirname(args.out)}", "--smoke"]          # which appends /smoke
     else:
