@@ -25,7 +25,7 @@ def save_checkpoint(path, model, **content):
     losses, optimizer and seconds, and is told apart by having no tokenizer. Where embedding and
     head are packed, "head" is their spec. Raises UsageError, and leaves an older file as it is,
     where a weight is not finite or there is no room."""
-    linears = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    linears = packed_specs(model)
     head = linears.pop("head", None)                   # not one of the blocks' linears
     content = {"format": "nanobit-1", "config": dataclasses.asdict(model.config),
                "linears": linears, "model": model.state_dict(), **content}
@@ -42,6 +42,10 @@ def save_checkpoint(path, model, **content):
     write_whole(path, content)
     SAVED.append(path)
     agree()
+
+def packed_specs(model):
+    """{name: spec} of the packed linears, a packed head among them."""
+    return {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
 
 def write_whole(path, content):
     """torch.save, so that whenever the process ends the path holds the old file or the new one."""
@@ -144,7 +148,7 @@ def load_folder(path, device, dtype, as_stored):
     from nanobit.hf_tokenizer import read_hf_tokenizer     # it imports this file
     tokenizer = read_hf_tokenizer(path)
     model = LLaMA.from_pretrained(path, dtype, as_stored)
-    linears = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    linears = packed_specs(model)
     kinds = {spec["kind"] for spec in linears.values()}
     method = ("aqlm" if "vq" in kinds else "compressed-tensors") if kinds else "dense"
     content = {"linears": linears, "method": method,
