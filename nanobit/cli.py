@@ -196,9 +196,9 @@ def add_flags(p, data=True, trains=True, packs=True, fsdp=False):
     # Of those that make a model.
     add("--model", help="dense checkpoint or Hugging Face folder (default: OUT/base.pt; for "
                         "model.py and quest.py random weights)")
-    add("--size", choices=tuple(PRESETS), default="tiny", help="preset (default: tiny)")
+    add("--size", choices=tuple(PRESETS), help="preset (default: tiny)")
     add("--tied", action="store_true", help="one matrix for embedding and head")
-    add("--vocab", default="1024", help="size of a BPE, or a tiktoken name (default: 1024)")
+    add("--vocab", help="size of a BPE, or a tiktoken name (default: 1024)")
     add("--steps", type=number(int, 1), help=f"optimizer steps {own}")
     add("--lr", type=number(float, 1e-9, 10), help=f"peak learning rate {own}")
     add("--accumulate", type=number(int, 1), help="micro-batches a step (default: from --size)")
@@ -260,14 +260,20 @@ def resolve(args):
     if "size" not in args:                             # a command that does not train
         return args
 
+    # A --model has a size and a vocabulary of its own, see own_flags.
+    if not args.model:
+        args.size = args.size or "tiny"
+        if "vocab" in args:
+            args.vocab = args.vocab or "1024"
+
     # What is not given comes from the preset, or with --smoke from its few small numbers. A smoke
     # run's results never take the place of real ones.
-    preset = PRESETS[args.size]._asdict()
+    preset = PRESETS[args.size or "tiny"]._asdict()
     if args.smoke:
         args.out = os.path.join(args.out, "smoke")
         preset |= SMOKE
-    elif os.path.isdir(args.model or ""):
-        preset["seq_len"] = 0                          # that of the folder's model, once it is read
+    elif args.model:
+        preset["seq_len"] = 0                          # that of the model, once it is read
     for name in ("steps", "batch_size", "accumulate", "seq_len", "lr"):
         if getattr(args, name) is None:
             setattr(args, name, preset[name])

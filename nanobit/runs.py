@@ -8,7 +8,6 @@ In the order in which a script calls them:
   5. `finish` adds the row of results to OUT/results.jsonl, then prints it.
 """
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -26,7 +25,8 @@ except ImportError:                                    # Windows: no lock on --o
 
 from model import LLaMA, PRESETS, UsageError
 from nanobit.checkpoint import (float_embedding, load_checkpoint, pack_embedding,
-                                packed_embedding_weights, save_checkpoint, tensor_bytes)
+                                packed_embedding_weights, read_checkpoint, save_checkpoint,
+                                tensor_bytes)
 from nanobit.compare import compare
 from nanobit.data import load_data
 from nanobit.defaults import group_of, window
@@ -45,12 +45,7 @@ def load_base(args, as_stored=False):
     if not args.model and not os.path.exists(path):
         train_base(args, path)
     model, content = open_model(args, path, as_stored)
-    data = load_training_data(args, content)
-
-    # The result keeps where its text came from, so that `model.py eval` reads the same.
-    args.data = args.data or content["settings"].get("data")
-    args.smoke = args.smoke or content["settings"].get("smoke")
-    return model, data
+    return model, load_training_data(args, content)
 
 def train_base(args, path):
     """Run `python model.py` with those of the flags that it shares with this script."""
@@ -89,38 +84,33 @@ def open_model(args, path, as_stored=False, dense=True):
 
 def new_model(args, data):
     """The LLaMA of --size with random weights, or --model, on the device and in training mode."""
-    config = PRESETS[args.size].config(data.tokenizer.n_vocab, args.seq_len, args.tied)
-    if not args.model:
-        model = LLaMA(config, getattr(torch, args.dtype))
-        if args.fsdp:                                  # `distribute` places each rank's share
-            return model
-        return model.to(args.device)
-
-    # A Hugging Face folder has its own shape and tokenizer. A checkpoint has to be one of the run
-    # that the flags describe.
-    model, content = open_model(args, args.model)
-    if os.path.isdir(args.model):
-        args.size = os.path.basename(os.path.abspath(args.model))
+    if args.model:
+        model, _ = open_model(args, args.model)
+        args.size = args.size or os.path.basename(os.path.abspath(args.model))
         return model.train()
-    if content["tokenizer"] != data.spec:
-        raise UsageError(f"--model {args.model} has another tokenizer than this --data and "
-                         "--vocab; give the flags that made it")
-    if dataclasses.replace(model.config, seq_len=args.seq_len) != config:
-        raise UsageError(f"--model {args.model} has another shape than --size {args.size}"
-                         f"{' --tied' * args.tied}; give the flags that made it")
-    return model.train()
+    config = PRESETS[args.size].config(data.tokenizer.n_vocab, args.seq_len, args.tied)
+    model = LLaMA(config, getattr(torch, args.dtype))
+    if args.fsdp:                                      # `distribute` places each rank's share
+        return model
+    return model.to(args.device)
 
 def load_training_data(args, content=None):
     """The text of --data, or else the checkpoint's, with the tokenizer of the checkpoint or the
-    folder --model if there is one, else --vocab's."""
+    folder --model if there is one, else --vocab's. content: the checkpoint's, where it has been
+    read."""
     old = {}
     spec = None
+    if content is None and args.model and not os.path.isdir(args.model):
+        content = read_checkpoint(args.model)
+        args.seq_len = args.seq_len or window(content["config"]["seq_len"])
     if content:
         old = content.get("settings", {})
         spec = content["tokenizer"]
     elif os.path.isdir(args.model or ""):
         spec = read_hf_tokenizer(args.model)
         args.seq_len = args.seq_len or window(read_hf_config(args.model).seq_len)
+    if "model" in args and args.model:
+        own_flags(args, old)
     source = old.get("data") if args.data is None else args.data
 
     # --smoke reads few files, and so does what goes on from its result.
@@ -130,7 +120,21 @@ def load_training_data(args, content=None):
         data = load_data(source, args.vocab, args.seq_len, spec, limit)
     if content and content.get("data") not in (None, data.digest):
         say(f"note: {data.name} is not the text that this checkpoint was trained on")
+
+    # The result keeps where its text came from, so that `model.py eval` reads the same.
+    args.data = source
+    args.smoke = bool(smoke)
     return data
+
+def own_flags(args, own):
+    """Let the flags of a new model be what --model has, by its settings. Raises UsageError for one
+    that was given and is another."""
+    for name in ("size", "vocab", "tied"):
+        given = getattr(args, name)
+        if given and given != own.get(name):
+            raise UsageError(f"--{name} {given} is not what --model {args.model} has; leave "
+                             f"--{name} out")
+        setattr(args, name, own.get(name))
 
 # ---- What is refused before anything is computed ------------------------------------------------
 

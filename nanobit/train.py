@@ -302,8 +302,8 @@ def resume(model, optimizer, args, data, path):
     # The settings have to be those of the state. The names of both sides are compared, so that the
     # state of another method, which has other names, is refused.
     free = set(FREE)
-    if os.path.isdir(args.model or ""):
-        free.add("size")                               # new_model: the folder's name, or a link's
+    if args.model:
+        free |= {"size", "vocab"}                      # the model's own
     old = dict(content["settings"])
     new = settings(args)
     if "teacher" in new:

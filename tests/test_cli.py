@@ -343,6 +343,16 @@ def test_pythons_own_tests_and_installed_packages_are_no_default_data(tmp_path, 
     assert sorted(nanobit.data.read_documents(None)[0]) == sorted(kept)
     assert sorted(nanobit.data.read_documents(str(tmp_path))[0]) == sorted(kept + out)
 
+def test_a_checkpoint_brings_its_text_its_tokenizer_and_its_size(work, capsys):
+    """As in the scripts that start from OUT/base.pt, no flag has to be repeated."""
+    status, _, err = call(capsys, "quest.py --bits 4 --model out/base.pt --steps 1 --out new")
+    assert status == 0, err
+    read = nanobit.checkpoint.read_checkpoint
+    base, new = read("out/base.pt"), read("new/quest-w4a4.pt")
+    assert new["tokenizer"] == base["tokenizer"] and new["data"] == base["data"]
+    for name in ("data", "size", "vocab", "tied"):
+        assert new["settings"][name] == base["settings"][name]
+
 # ---- Smoke runs ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script", ["model", "quest", "lrqat", "pvtune", "normtweak"])
