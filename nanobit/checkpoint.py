@@ -87,6 +87,14 @@ def read_checkpoint(path):
         raise UsageError(f"{path} was not written by this version of this project")
     return content
 
+def settings_of(path):
+    """The settings in a checkpoint, without reading its tensors; {} for anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return content.get("settings", {}) if is_ours(content) else {}
+    except Exception:           # read_checkpoint says later what is wrong
+        return {}
+
 def is_ours(content):
     """Has a file's content what save_checkpoint writes, and no config field that we do not know?"""
     if not isinstance(content, dict) or content.get("format") != "nanobit-1":

@@ -23,7 +23,7 @@ except ImportError:                                    # Windows: no peak memory
 from model import PRESETS, UsageError
 from nanobit.card import result_row
 from nanobit.checkpoint import (SAVED, float_embedding, load_checkpoint,
-                                packed_embedding_weights)
+                                packed_embedding_weights, settings_of)
 from nanobit.compare import check_same_tokens, compare, show_comparison
 from nanobit.compressed import rounded_activations
 from nanobit.export import FORMATS, choose_format
@@ -261,14 +261,17 @@ def resolve(args):
         return args
 
     # A --model has a size and a vocabulary of its own, see own_flags.
-    if not args.model:
-        args.size = args.size or "tiny"
+    size = args.size or "tiny"
+    if args.model:
+        size = settings_of(args.model).get("size", size)
+    else:
+        args.size = size
         if "vocab" in args:
             args.vocab = args.vocab or "1024"
 
     # What is not given comes from the preset, or with --smoke from its few small numbers. A smoke
     # run's results never take the place of real ones.
-    preset = PRESETS[args.size or "tiny"]._asdict()
+    preset = PRESETS.get(size, PRESETS["tiny"])._asdict()
     if args.smoke:
         args.out = os.path.join(args.out, "smoke")
         preset |= SMOKE

@@ -134,7 +134,7 @@ def own_flags(args, own):
         if given and given != own.get(name):
             raise UsageError(f"--{name} {given} is not what --model {args.model} has; leave "
                              f"--{name} out")
-        setattr(args, name, own.get(name))
+        setattr(args, name, own.get(name, given))      # of a folder nothing is known
 
 # ---- What is refused before anything is computed ------------------------------------------------
 

@@ -353,6 +353,15 @@ def test_a_checkpoint_brings_its_text_its_tokenizer_and_its_size(work, capsys):
     for name in ("data", "size", "vocab", "tied"):
         assert new["settings"][name] == base["settings"][name]
 
+def test_a_checkpoints_size_gives_the_settings_of_the_dense_control(tmp_path):
+    """Steps and rates of 30M parameters do not suit 3M, and the other way round."""
+    small = model.LLaMA(model.PRESETS["tiny"].config(300))
+    for size in ("tiny", "30M"):
+        path = str(tmp_path / f"{size}.pt")
+        nanobit.checkpoint.save_checkpoint(path, small, settings={"size": size})
+        args = quest.parse_args(["--bits", "16", "--model", path, "--device", "cpu"])
+        assert (args.steps, args.lr) == (model.PRESETS[size].steps, model.PRESETS[size].lr)
+
 # ---- Smoke runs ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script", ["model", "quest", "lrqat", "pvtune", "normtweak"])
