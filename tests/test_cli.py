@@ -120,6 +120,7 @@ QUEST = [
     ("--grid nf4", "--grid"), ("--grid sparse --bits 1.58", "--grid sparse"),
     ("--quantizer lsq --bits 1.58", "--quantizer lsq"),
     ("--quantizer lsq --grid fp4", "--quantizer lsq"), ("--quantizer gptq", "--quantizer"),
+    ("--quantizer lsq --fsdp", "--quantizer lsq"),
     ("--out damaged --resume", "damaged/quest-w4a4.pt.state")]
 
 CHECKPOINTS = [

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import lrqat
+import nanobit.defaults
+import normtweak
 import pvtune
 import quest
 from model import LLaMA, LlamaConfig
@@ -39,6 +41,24 @@ def test_the_rate_of_pv_halves_with_each_bit():
         rates.append(args.lr)
     assert rates == [6e-3, 3e-3, 1.5e-3]
 
+@pytest.mark.parametrize("method, bits, width, rate", [
+    ("pvtune", 2, 1024, 3e-3), ("pvtune", 4, 1024, 7.5e-4), ("lrqat", 2, 64, 1e-2),
+    ("lrqat", 4, 1024, 1e-2), ("quest", 4, 64, 5e-4), ("quest", 5, 64, 1e-4),
+    ("quest", 8, 1024, 1e-4)])
+def test_rates_are_those_of_the_guides_table(method, bits, width, rate):
+    args = unset()
+    suit(args, model(width), method, bits)
+    assert args.lr == rate
+
+def test_norm_tweaking_has_one_rate_for_all():
+    assert normtweak.parse_args(["--device", "cpu"]).lr == 5e-3
+
+def test_a_batch_has_an_equal_part_for_every_rank(monkeypatch):
+    monkeypatch.setattr(nanobit.defaults, "world_size", lambda: 3)
+    args = unset(seq_len=512)                          # 4 windows on one rank
+    suit(args, model(64), "lrqat", 2)
+    assert args.batch_size == 6
+
 def test_what_was_given_stays_as_it_was_given():
     args = unset(steps=7, batch_size=3, lr=0.5)
     suit(args, model(64), "pvtune", 2)
@@ -61,13 +81,17 @@ def test_both_hosts_and_more_windows_where_that_is_quick():
     args = SimpleNamespace(host="rtn", steps=5, device="cpu", teacher=None)
     suit_calibration(args, model(1024))
     assert (args.host, args.steps) == ("rtn", 5)
+    args = SimpleNamespace(host=None, steps=0, device="cpu", teacher="base.pt")
+    suit_calibration(args, model(1024))                # its codes exist already
+    assert (args.host, args.steps) == (None, 32)
 
 def test_groups_of_a_large_model_divide_the_inputs_of_all_linears():
     def wide(n_embd):
         with torch.device("meta"):
             return LLaMA(LlamaConfig(300, 1, n_embd, 4, 4, 4096, 128))
-    found = [group_of(m) for m in (model(64), wide(1024), wide(1024 + 64), wide(1024 + 16))]
-    assert found == [-1, 128, 64, -1]
+    widths = 1024, 1024 + 64, 1024 + 32, 1024 + 16
+    assert [group_of(wide(width)) for width in widths] == [128, 64, 32, -1]
+    assert group_of(model(64)) == -1
 
 def test_windows_are_the_models_own_where_these_are_short():
     assert [window(n) for n in (64, 512, 8192)] == [64, 512, 512]

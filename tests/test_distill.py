@@ -4,6 +4,7 @@ Oracles: torch's own kl_div on the logits of all tokens, with autograd's gradien
 alone, where the wrapper must change nothing.
 """
 import json
+import types
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import nanobit.data
 import nanobit.train
 from conftest import TEXT, call, check_refused, random_base
 from model import LLaMA, LlamaConfig
-from nanobit.distill import WithTeacher, divergence, frozen_copy
+from nanobit.distill import WithTeacher, divergence, frozen_copy, open_teacher
 
 def llama(seed, vocab=61, n_embd=32, dtype=torch.float32, tied=False):
     torch.manual_seed(seed)
@@ -211,6 +212,18 @@ def test_a_state_from_before_this_flag_learned_from_the_text_and_goes_on_so(fold
     again, out = run(capsys, f"{command} --resume")
     assert "resumed" in out and again["val_loss"] == before["val_loss"]
     check_refused(call(capsys, f"{command} --resume --teacher wider.pt"), "wider.pt", "none")
+
+def test_a_teacher_is_the_named_model_and_does_not_learn(folder):
+    base, _ = nanobit.checkpoint.load_checkpoint("base.pt")
+    other, _ = nanobit.checkpoint.load_checkpoint("wider.pt")
+    data = nanobit.data.load_data("text.txt", "300", 32)
+    for named, wanted in ((None, base), ("./base.pt", base), ("wider.pt", other)):
+        args = types.SimpleNamespace(teacher=named, device="cpu", dtype="float32", seq_len=32)
+        base.requires_grad_(True)
+        teacher = open_teacher(args, base, "base.pt", data)
+        assert (teacher is base) == (wanted is base)
+        assert torch.equal(teacher.embed.weight, wanted.embed.weight)
+        assert not any(p.requires_grad for p in teacher.parameters())
 
 @pytest.mark.parametrize("script", ["lrqat.py --rank 4", f"quest.py {QUEST}"])
 @pytest.mark.parametrize("teacher, names", [

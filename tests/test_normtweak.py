@@ -797,6 +797,7 @@ def test_few_calibration_tokens_are_said(base, tmp_path, capsys):
     ("--group-size 0 --model BASE", "--group-size 0 does not divide"),
     ("--a-bits 3", "invalid choice: 3"), ("--smooth 0.5", "add --a-bits 8"),
     ("--smooth 1.5 --a-bits 8", "1.5 is not float from 0 to 1"),
+    ("--steps 1 --model BASE", "--steps 1 leaves no window to choose by"),
     ("--teacher BASE", "needs the packed checkpoint as --model"),
     ("--teacher BASE --model PACKED --host rtn", "--host rtn quantizes, but the codes"),
     ("--teacher BASE --model PACKED --bits 3", "--bits 3 is not the 2 of --model"),
