@@ -374,11 +374,12 @@ def test_every_script_has_a_smoke_run_that_ends_with_its_row(work, capsys, scrip
     lines = pathlib.Path("new/smoke/results.jsonl").read_text().splitlines()
     assert json.loads(lines[-1]) == row
 
-def test_a_base_that_is_trained_first_is_tied_where_the_script_is_told_so(work, capsys):
-    status, _, err = call(capsys, "normtweak.py --smoke --tied --host rtn --data text.txt "
-                                  "--vocab 300 --out tied")
+def test_a_base_that_is_trained_first_is_as_the_script_is_told(work, capsys):
+    status, _, err = call(capsys, "normtweak.py --smoke --tied --size 0.5M --host rtn "
+                                  "--data text.txt --vocab 300 --out tied")
     assert status == 0, err
-    assert nanobit.checkpoint.read_checkpoint("tied/smoke/base.pt")["config"]["tied"]
+    config = nanobit.checkpoint.read_checkpoint("tied/smoke/base.pt")["config"]
+    assert (config["tied"], config["n_embd"], config["vocab_size"]) == (True, 96, 300)
 
 def test_smoke_runs_write_nothing_but_out_smoke(work, capsys):
     before = {p: p.read_bytes() for p in pathlib.Path("out").iterdir() if p.is_file()}

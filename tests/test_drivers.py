@@ -14,6 +14,7 @@ import torch
 import model
 import nanobit.cli
 import normtweak
+import quest
 from conftest import TEXT
 from nanobit.checkpoint import load_checkpoint
 from nanobit.data import load_data
@@ -29,6 +30,9 @@ RUNS = {  # folder: command, its packed file
                "--teacher longer/base.pt --embed-bits 16",
                "lrqat-w2-lr-qat.pt"),
     "quest": (f"quest.py {BASE} --bits 4 --steps 3", "quest-w4a4.pt"),
+    "codebooks": (f"pvtune.py {BASE} --scheme 1x4g4 --variant p --steps 1", "pvtune-1x4g4.pt"),
+    "again": ("normtweak.py --model rounded/rtn-w2.pt --teacher out/base.pt --steps 8",
+              "packed-tweak-w2.pt"),
     "fp4": (f"quest.py {BASE} --bits 4 --grid fp4 --steps 1", "quest-w4a4-fp4.pt"),
 }
 SEQ_LEN = 16
@@ -53,13 +57,15 @@ def done(tmp_path_factory):
         pathlib.Path("text.txt").write_text(TEXT)
         run("model.py --data text.txt --vocab 300 --out out")
         run("model.py --data text.txt --vocab 300 --steps 60 --out longer")
-        rows = {}
+        rows, printed = {}, {}
         for folder, (command, _) in RUNS.items():
-            run(f"{command} --out {folder}")
+            printed[folder] = run(f"{command} --out {folder}")
             rows[folder] = json.loads(pathlib.Path(folder, "results.jsonl").read_text())
         base, content = load_checkpoint("out/base.pt")
         data = load_data("text.txt", "300", SEQ_LEN, content["tokenizer"])
-        yield SimpleNamespace(rows=rows, base=base, data=data, folder=pathlib.Path.cwd())
+        dense = json.loads(pathlib.Path("out/results.jsonl").read_text())
+        yield SimpleNamespace(rows=rows, printed=printed, base=base, data=data, dense=dense,
+                              folder=pathlib.Path.cwd())
 
 def losses(m, data):
     """(val, dev), on the whole of both splits."""
@@ -84,8 +90,14 @@ def test_the_bases_loss_in_a_row_is_the_dense_models_on_val(done, folder):
         assert row["arms"]["dense"]["val_loss"] == pytest.approx(val, abs=2e-5)
         assert row["arms"]["dense"]["dev_loss"] == pytest.approx(dev, abs=2e-5)
 
+def test_the_row_of_a_base_has_its_losses_on_val_and_on_dev(done):
+    val, dev = losses(done.base, done.data)
+    assert done.dense["val_loss"] == pytest.approx(val, abs=2e-5)
+    assert done.dense["dev_loss"] == pytest.approx(dev, abs=2e-5)
+
 @pytest.mark.parametrize("folder, rate", [
-    ("rounded", 5e-3), ("tuned", 6e-3), ("trained", 1e-2), ("quest", 5e-4)])
+    ("rounded", 5e-3), ("tuned", 6e-3), ("codebooks", 1.2e-2), ("trained", 1e-2),
+    ("quest", 5e-4)])
 def test_each_script_trains_a_small_model_at_its_own_default_rate(done, folder, rate):
     assert done.rows[folder]["lr"] == rate
 
@@ -124,6 +136,54 @@ def test_every_variant_of_pv_has_a_state_of_its_own(done):
 
 def test_the_curve_of_a_row_has_every_step_of_a_short_run(done):
     assert len(done.rows["quest"]["curve"]) == 3
+
+def test_the_calibration_text_is_written_by_the_dense_model(done):
+    """Also where the codes exist already, and the dense model is their teacher."""
+    said = [next(line for line in done.printed[folder].splitlines() if "calibration: " in line)
+            for folder in ("rounded", "again")]
+    texts = [line.split("|")[-1] for line in said]
+    assert texts[0] == texts[1] and len(texts[0]) > 20
+
+def test_each_block_has_its_own_rate_times_the_size_of_its_norms(done):
+    args = normtweak.parse_args(["--device", "cpu"])
+    for i, block in enumerate(done.base.blocks):
+        sizes = [block.attn_norm.weight.abs().mean().item(),
+                 block.mlp_norm.weight.abs().mean().item()]
+        rate = normtweak.block_rate(args.lr, i, 2)
+        tweaks = normtweak.possible_tweaks(block, block, None, args, i, 2)
+        for tweak, factor in zip(tweaks, normtweak.RATES, strict=True):
+            assert tweak.keywords["rates"] == pytest.approx([factor * rate * s for s in sizes])
+    assert normtweak.block_rate(args.lr, 0, 2) != normtweak.block_rate(args.lr, 1, 2)
+
+def test_quest_says_while_it_trains_how_much_is_trusted(done):
+    assert "trust w " in done.printed["quest"]
+
+def test_another_text_than_the_checkpoints_is_said(done, monkeypatch):
+    monkeypatch.chdir(done.folder)
+    pathlib.Path("other.txt").write_text(TEXT.replace("return", "yield"))
+    note = "is not the text that this checkpoint was trained on"
+    assert note in run("model.py eval out/base.pt --data other.txt")
+    assert note not in run("model.py eval out/base.pt --data text.txt")
+
+def test_a_sample_is_drawn_as_its_flags_say(done, monkeypatch):
+    """The most likely token at temperature 0 or of one; by the seed otherwise."""
+    monkeypatch.chdir(done.folder)
+    command = "model.py sample out/base.pt --tokens 30 "
+    likely = run(command + "--temperature 0")
+    assert run(command + "--temperature 0 --seed 1") == likely
+    assert run(command + "--top-k 1 --seed 2") == likely
+    hot = run(command + "--temperature 9 --seed 1")
+    assert hot != run(command + "--temperature 9 --seed 2") and hot != likely
+
+def test_integers_that_differ_from_trainings_are_counted(done, monkeypatch, tmp_path):
+    monkeypatch.chdir(done.folder)
+    levels = quest.levels_in_use
+    monkeypatch.setattr(quest, "levels_in_use",
+                        lambda learner, x: [level + 1 for level in levels(learner, x)])
+    run(f"quest.py {BASE} --bits 4 --steps 1 --out {tmp_path}")
+    row = json.loads((tmp_path / "results.jsonl").read_text())
+    assert row["integers_differ"] == sum(m.weight.numel() for _, m in done.base.linears())
+    assert done.rows["quest"]["integers_differ"] == 0
 
 def test_a_tweak_is_judged_by_the_dense_model_from_its_own_block_on(done, monkeypatch):
     """The judge reads a block's outputs by the dense blocks after it; what it wants are the dense
