@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import pathlib
+import re
 import sys
 from types import SimpleNamespace
 
@@ -13,12 +14,14 @@ import torch
 
 import model
 import nanobit.cli
+import nanobit.runs
 import normtweak
 import quest
 from conftest import TEXT
 from nanobit.checkpoint import load_checkpoint
 from nanobit.data import load_data
 from nanobit.train import dev_loss, evaluate
+from quantizers import QuantLinear
 
 BASE = "--model out/base.pt"
 RUNS = {  # folder: command, its packed file
@@ -137,23 +140,53 @@ def test_every_variant_of_pv_has_a_state_of_its_own(done):
 def test_the_curve_of_a_row_has_every_step_of_a_short_run(done):
     assert len(done.rows["quest"]["curve"]) == 3
 
-def test_the_calibration_text_is_written_by_the_dense_model(done):
+def test_the_calibration_text_is_written_by_the_dense_model(done, monkeypatch, tmp_path):
     """Also where the codes exist already, and the dense model is their teacher."""
-    said = [next(line for line in done.printed[folder].splitlines() if "calibration: " in line)
-            for folder in ("rounded", "again")]
-    texts = [line.split("|")[-1] for line in said]
-    assert texts[0] == texts[1] and len(texts[0]) > 20
+    monkeypatch.chdir(done.folder)
+    writers, own_text = [], normtweak.own_text
+    monkeypatch.setattr(normtweak, "own_text",
+                        lambda m, *rest: writers.append(m) or own_text(m, *rest))
+    run(f"{RUNS['again'][0]} --out {tmp_path}")
+    assert len(writers) == 1
+    assert not any(isinstance(m, QuantLinear) for _, m in writers[0].linears())
+
+def test_a_rows_losses_are_of_what_the_file_holds(done, monkeypatch, tmp_path):
+    """Not of the model in memory: here the packed file is read back without its last norm."""
+    monkeypatch.chdir(done.folder)
+
+    def spoiled(path, *rest):
+        m, content = load_checkpoint(path, *rest)
+        if content["linears"]:
+            m.norm.weight.data.zero_()
+        return m, content
+    monkeypatch.setattr(nanobit.runs, "load_checkpoint", spoiled)
+    run(f"quest.py {BASE} --bits 4 --steps 1 --out {tmp_path}")
+    row = json.loads((tmp_path / "results.jsonl").read_text())
+    assert row["packed_minus_live"] > 0.1
+
+def test_a_row_of_lr_qat_has_the_settings_of_its_command(done, monkeypatch, tmp_path):
+    monkeypatch.chdir(done.folder)
+    run(f"lrqat.py {BASE} --bits 2 --arm lr-qat --rank 3 --phi packed --init svd --lr 0.02 "
+        f"--steps 1 --out {tmp_path}")
+    row = json.loads((tmp_path / "results.jsonl").read_text())
+    assert [row[name] for name in ("rank", "phi", "init", "lr")] == [3, "packed", "svd", 0.02]
+
+def test_recovered_is_a_share_of_the_loss_between_the_fit_and_the_dense_model(done):
+    loss = {name: arm["val_loss"] for name, arm in done.rows["tuned"]["arms"].items()}
+    line = next(line for line in done.printed["tuned"].splitlines()
+                if re.match(r"PV +\|", line) and line.count("|") > 3)
+    share = 100 * (loss["as fitted"] - loss["PV"]) / (loss["as fitted"] - loss["dense"])
+    assert f"{share:.1f}%" in line.replace(" ", "")
 
 def test_each_block_has_its_own_rate_times_the_size_of_its_norms(done):
     args = normtweak.parse_args(["--device", "cpu"])
     for i, block in enumerate(done.base.blocks):
         sizes = [block.attn_norm.weight.abs().mean().item(),
                  block.mlp_norm.weight.abs().mean().item()]
-        rate = normtweak.block_rate(args.lr, i, 2)
+        rate = 5e-3 * (1 + i / 2)                      # the paper's: it grows to twice --lr
         tweaks = normtweak.possible_tweaks(block, block, None, args, i, 2)
         for tweak, factor in zip(tweaks, normtweak.RATES, strict=True):
             assert tweak.keywords["rates"] == pytest.approx([factor * rate * s for s in sizes])
-    assert normtweak.block_rate(args.lr, 0, 2) != normtweak.block_rate(args.lr, 1, 2)
 
 def test_quest_says_while_it_trains_how_much_is_trusted(done):
     assert "trust w " in done.printed["quest"]
