@@ -83,15 +83,19 @@ class Launch:
         self.constants = {p.name: values[p.name] for p in self.kernel.params if p.is_constexpr}
         self.options = {n: v for n, v in named.items() if n in ("num_warps", "num_stages")}
 
-def call(capsys, command):
-    """Run a command line, "quest.py --bits 4", in this process -> (status, stdout, stderr)."""
+def start(command):
+    """Run a command line, "quest.py --bits 4", in this process. A failure ends in SystemExit."""
     sys.argv = shlex.split(command)
+    name = sys.argv[0].removesuffix(".py")
+    name = "nanobit.cli" if name == "model" else name
+    nanobit.cli.run(importlib.import_module(name).main)
+
+def call(capsys, command):
+    """`start` -> (status, stdout, stderr)."""
     status = 0
     capsys.readouterr()
     try:
-        name = sys.argv[0].removesuffix(".py")
-        name = "nanobit.cli" if name == "model" else name
-        nanobit.cli.run(importlib.import_module(name).main)
+        start(command)
     except SystemExit as e:
         status = e.code
     return status, *capsys.readouterr()

@@ -1,7 +1,6 @@
 """What the scripts do between the formulas: of which split, of which model and at which rate a
 number in a row of results is. Each script runs once, on a base that trains in a second."""
 import contextlib
-import importlib
 import io
 import json
 import pathlib
@@ -13,11 +12,10 @@ import pytest
 import torch
 
 import model
-import nanobit.cli
 import nanobit.runs
 import normtweak
 import quest
-from conftest import TEXT
+from conftest import TEXT, start
 from nanobit.checkpoint import load_checkpoint
 from nanobit.data import load_data
 from nanobit.train import dev_loss, evaluate
@@ -42,12 +40,14 @@ SEQ_LEN = 16
 
 def run(command):
     """One script in this process -> what it printed."""
-    sys.argv = command.split()
-    name = sys.argv[0].removesuffix(".py")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        nanobit.cli.run(importlib.import_module("nanobit.cli" if name == "model" else name).main)
+        start(command)
     return printed.getvalue()
+
+def row_in(folder):
+    """The row of the one run that wrote there."""
+    return json.loads(pathlib.Path(folder, "results.jsonl").read_text())
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
@@ -63,12 +63,11 @@ def done(tmp_path_factory):
         rows, printed = {}, {}
         for folder, (command, _) in RUNS.items():
             printed[folder] = run(f"{command} --out {folder}")
-            rows[folder] = json.loads(pathlib.Path(folder, "results.jsonl").read_text())
+            rows[folder] = row_in(folder)
         base, content = load_checkpoint("out/base.pt")
         data = load_data("text.txt", "300", SEQ_LEN, content["tokenizer"])
-        dense = json.loads(pathlib.Path("out/results.jsonl").read_text())
-        yield SimpleNamespace(rows=rows, printed=printed, base=base, data=data, dense=dense,
-                              folder=pathlib.Path.cwd())
+        yield SimpleNamespace(rows=rows, printed=printed, base=base, data=data,
+                              dense=row_in("out"), folder=pathlib.Path.cwd())
 
 def losses(m, data):
     """(val, dev), on the whole of both splits."""
@@ -161,14 +160,14 @@ def test_a_rows_losses_are_of_what_the_file_holds(done, monkeypatch, tmp_path):
         return m, content
     monkeypatch.setattr(nanobit.runs, "load_checkpoint", spoiled)
     run(f"quest.py {BASE} --bits 4 --steps 1 --out {tmp_path}")
-    row = json.loads((tmp_path / "results.jsonl").read_text())
+    row = row_in(tmp_path)
     assert row["packed_minus_live"] > 0.1
 
 def test_a_row_of_lr_qat_has_the_settings_of_its_command(done, monkeypatch, tmp_path):
     monkeypatch.chdir(done.folder)
     run(f"lrqat.py {BASE} --bits 2 --arm lr-qat --rank 3 --phi packed --init svd --lr 0.02 "
         f"--steps 1 --out {tmp_path}")
-    row = json.loads((tmp_path / "results.jsonl").read_text())
+    row = row_in(tmp_path)
     assert [row[name] for name in ("rank", "phi", "init", "lr")] == [3, "packed", "svd", 0.02]
 
 def test_recovered_is_a_share_of_the_loss_between_the_fit_and_the_dense_model(done):
@@ -214,7 +213,7 @@ def test_integers_that_differ_from_trainings_are_counted(done, monkeypatch, tmp_
     monkeypatch.setattr(quest, "levels_in_use",
                         lambda learner, x: [level + 1 for level in levels(learner, x)])
     run(f"quest.py {BASE} --bits 4 --steps 1 --out {tmp_path}")
-    row = json.loads((tmp_path / "results.jsonl").read_text())
+    row = row_in(tmp_path)
     assert row["integers_differ"] == sum(m.weight.numel() for _, m in done.base.linears())
     assert done.rows["quest"]["integers_differ"] == 0
 
